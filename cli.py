@@ -1,0 +1,84 @@
+"""Command-line manners that all scripts share: one-sentence errors, grouped options, --dry-run.
+
+Nothing in here knows about diffusion; a script is ``cli.main(build_parser(), run)``.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake in what the user gave. The text is one sentence: the option, its value, what would be right."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in the help, and errors of one line without the usage text (exit code 2)."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[str] | None = None) -> None:
+    """Parse the command line, run, and turn a ``UserError`` into one line on stderr and exit code 2."""
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except UserError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def positive(text: str) -> int:
+    """argparse type: a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+def not_negative(text: str) -> int:
+    """argparse type: a whole number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} must not be negative")
+    return value
+
+
+def existing_file(option: str, path: str | Path) -> Path:
+    """The path, or a ``UserError`` that names the option when no such file exists."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{option} {path}: no such file")
+    return path
+
+
+def existing_folder(option: str, path: str | Path) -> Path:
+    """The path, or a ``UserError`` that names the option when the folder is missing or empty."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{option} {path}: no such folder")
+    if not any(path.iterdir()):
+        raise UserError(f"{option} {path}: the folder is empty")
+    return path
+
+
+def same(what: str, found: dict, wanted: dict) -> None:
+    """Raise a ``UserError`` that lists every key of ``wanted`` whose value in ``found`` is another one."""
+    differing = [
+        f"{key} is {found.get(key)!r} there and {value!r} here"
+        for key, value in wanted.items()
+        if found.get(key) != value
+    ]
+    if differing:
+        raise UserError(f"{what} does not fit: " + ", ".join(differing))
+
+
+def show_plan(plan: dict) -> None:
+    """Print what a run would do as JSON: the whole of ``--dry-run``."""
+    print(json.dumps(plan, indent=2))

@@ -1,0 +1,136 @@
+"""The diffusion process: q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I).
+
+Equations cite Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (learned variances) and Song et al. 2021 (DDIM).
+Schedules are float64 numpy arrays; tensors keep the dtype of x.
+
+    B batch   C, H, W channels and size of x   n number of (respaced) steps
+"""
+
+import math
+
+import numpy as np
+import torch
+
+
+def linear_betas(steps: int = 1000) -> np.ndarray:
+    """DDPM's linear schedule from 1e-4 to 0.02: (steps,) float64."""
+    return np.linspace(1e-4, 0.02, steps, dtype=np.float64)
+
+
+def space_timesteps(total: int, count: int) -> list[int]:
+    """``count`` times out of ``range(total)``, evenly spaced with both ends included."""
+    if not 1 <= count <= total:
+        raise ValueError(f"{count} sampling steps: must be between 1 and {total}")
+    stride = (total - 1) / (count - 1) if count > 1 else 1
+    return [round(i * stride) for i in range(count)]
+
+
+def normal_kl(mean1, logvar1, mean2, logvar2) -> torch.Tensor:
+    """KL(N1 || N2) of diagonal normals, elementwise, in nats."""
+    return 0.5 * (logvar2 - logvar1 - 1 + (logvar1 - logvar2).exp() + (mean1 - mean2) ** 2 * (-logvar2).exp())
+
+
+def discretized_gaussian_log_likelihood(x, mean, logvar) -> torch.Tensor:
+    """log-probability of x in [-1, 1], taken as one of 256 bins, under N(mean, exp(logvar)); elementwise, in nats."""
+
+    def cdf(z):  # tanh approximation of the normal distribution function, as in DDPM's code
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    upper, lower = (cdf((x - mean + side / 255) * (-0.5 * logvar).exp()) for side in (1, -1))
+    log_prob = torch.where(x > 0.999, 1 - lower, upper - lower)
+    return torch.where(x < -0.999, upper, log_prob).clamp(min=1e-12).log()
+
+
+class GaussianDiffusion:
+    """A diffusion over the times ``timestep_map`` of the full schedule; index i of n means time timestep_map[i]."""
+
+    def __init__(self, betas: np.ndarray, timestep_map: list[int]):
+        self.timestep_map = timestep_map
+        self.alphas_cumprod = np.cumprod(1 - betas)[timestep_map]
+        previous = np.append(1.0, self.alphas_cumprod[:-1])
+        self.betas = 1 - self.alphas_cumprod / previous
+        self.posterior_variance = self.betas * (1 - previous) / (1 - self.alphas_cumprod)
+        # Posterior mean of x_{t-1} given x_0 and x_t (DDPM eq. 7).
+        self.posterior_mean_x0 = self.betas * np.sqrt(previous) / (1 - self.alphas_cumprod)
+        self.posterior_mean_xt = (1 - previous) * np.sqrt(1 - self.betas) / (1 - self.alphas_cumprod)
+        self.alphas_cumprod_prev = previous
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps n."""
+        return len(self.timestep_map)
+
+    def _at(self, values: np.ndarray, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """values[t] shaped to broadcast against x: (B, 1, 1, 1)."""
+        return torch.as_tensor(values, device=t.device)[t].to(x.dtype).view(-1, 1, 1, 1)
+
+    def q_sample(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Diffuse x0 to step t (B,) (DDPM eq. 4)."""
+        return (
+            self._at(np.sqrt(self.alphas_cumprod), t, x0) * x0
+            + self._at(np.sqrt(1 - self.alphas_cumprod), t, x0) * noise
+        )
+
+    def predict_x0(self, x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        """E[x_0 | x_t] from the predicted noise."""
+        return (
+            self._at(np.sqrt(1 / self.alphas_cumprod), t, x) * x
+            - self._at(np.sqrt(1 / self.alphas_cumprod - 1), t, x) * eps
+        )
+
+    def training_losses(self, model, x, t, model_kwargs=None, noise=None) -> dict[str, torch.Tensor]:
+        """Noise-prediction loss, plus the variational bound that trains the variances only.
+
+        x: (B, C, H, W) clean, t: (B,) steps in 0..n-1 -> {"loss", "mse", "vb"} each (B,); vb in bits per dimension,
+        0 for a model without learned sigma. Nichol & Dhariwal eq. 16 with the bound rescaled to 1000 steps.
+        """
+        noise = torch.randn_like(x) if noise is None else noise
+        x_t = self.q_sample(x, t, noise)
+        times = torch.as_tensor(self.timestep_map, device=t.device)[t]
+        out = model(x_t, times, **(model_kwargs or {})).to(x.dtype)
+        eps, sigma = (out, None) if out.shape[1] == x.shape[1] else out.chunk(2, dim=1)
+        mse = (noise - eps).square().flatten(1).mean(1)
+        vb = torch.zeros_like(mse)
+        if sigma is not None:
+            vb = self._variational_bound(x, x_t, t, eps.detach(), sigma) * (self.num_timesteps / 1000)
+        return {"loss": mse + vb, "mse": mse, "vb": vb}
+
+    def _variational_bound(self, x0, x_t, t, eps, sigma) -> torch.Tensor:
+        """One term of the bound in bits per dimension, (B,): KL of the posteriors, or the decoder's likelihood at t = 0."""
+
+        def posterior_mean(x0):
+            return self._at(self.posterior_mean_x0, t, x_t) * x0 + self._at(self.posterior_mean_xt, t, x_t) * x_t
+
+        smallest = np.log(np.append(self.posterior_variance[1:2], self.posterior_variance[1:]))  # t = 0 has variance 0
+        low, high = self._at(smallest, t, x_t), self._at(np.log(self.betas), t, x_t)
+        mean, logvar = posterior_mean(self.predict_x0(x_t, t, eps)), low + (sigma + 1) / 2 * (high - low)
+        kl = normal_kl(posterior_mean(x0), low, mean, logvar)
+        nll = -discretized_gaussian_log_likelihood(x0, mean, logvar)
+        return torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2)
+
+    @torch.no_grad()
+    def ddim_trajectory(
+        self, model, noise: torch.Tensor, y: torch.Tensor, cfg_scale: float, cfg_channels: int = 3
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The probability-flow ODE from noise to sample by DDIM with eta = 0 (Song et al. eq. 12), without clipping.
+
+        noise: (B, C, H, W), y: (B,) labels -> x (B, n+1, C, H, W) states, noise first, and x0 (B, n, C, H, W), the
+        prediction of x_0 made at each of the first n states. ``cfg_scale`` 1 runs without the null half.
+        """
+        x, states, predictions = noise, [noise], []
+        null = torch.full_like(y, model.num_classes)
+        for i in reversed(range(self.num_timesteps)):
+            time = torch.full_like(y, self.timestep_map[i])
+            if cfg_scale == 1:
+                out = model(x, time, y)
+            else:
+                doubled = (torch.cat([x, x]), torch.cat([time, time]), torch.cat([y, null]))
+                out = model.forward_with_cfg(*doubled, cfg_scale, cfg_channels)[: len(x)]
+            eps = out[:, : x.shape[1]].to(x.dtype)
+            # Scalars, not tensors: nothing waits for the device inside the loop.
+            a, a_prev = float(self.alphas_cumprod[i]), float(self.alphas_cumprod_prev[i])
+            x0 = math.sqrt(1 / a) * x - math.sqrt(1 / a - 1) * eps
+            x = math.sqrt(a_prev) * x0 + math.sqrt(1 - a_prev) * eps
+            states.append(x)
+            predictions.append(x0)
+        return torch.stack(states, dim=1), torch.stack(predictions, dim=1)

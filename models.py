@@ -1,0 +1,244 @@
+"""DiT, the diffusion transformer that is the teacher (Peebles & Xie, "Scalable Diffusion Models with Transformers").
+
+Parameter names, shapes and arithmetic are those of the official checkpoints.
+
+    B batch   T tokens   D width   C channels of x   H = W size of x   p patch size   h attention heads
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import Mlp, PatchEmbed
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+#################################################################################
+#                          Embeddings of time and class                         #
+#################################################################################
+
+
+class TimestepEmbedder(nn.Module):
+    """Embeds times into vectors: sinusoids of 256 frequencies' worth of numbers, then an MLP."""
+
+    def __init__(self, hidden_size: int, frequency_embedding_size: int = 256):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+        self.frequency_embedding_size = frequency_embedding_size
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        """t: (B,) times in 0..999, fractions allowed -> (B, D)."""
+        half = self.frequency_embedding_size // 2
+        frequencies = torch.exp(-np.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+        angles = t[:, None].float() * frequencies  # (B, 128)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Embeds class labels; label ``num_classes`` is the null label of classifier-free guidance."""
+
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float):
+        super().__init__()
+        rows = num_classes + (dropout_prob > 0)  # official: no null row without dropout
+        self.embedding_table = nn.Embedding(max(rows, 1), hidden_size)
+        self.num_classes = num_classes
+        self.dropout_prob = dropout_prob
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        """y: (B,) labels in 0..num_classes -> (B, D). In training, labels are replaced by null with the given rate."""
+        if self.training and self.dropout_prob > 0:
+            y = torch.where(torch.rand(y.shape, device=y.device) < self.dropout_prob, self.num_classes, y)
+        return self.embedding_table(y)
+
+
+#################################################################################
+#                                 Transformer                                   #
+#################################################################################
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Adaptive layer norm's affine part: x (B, T, D), shift and scale (B, D), the same for all tokens of a row."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. ``attend`` decides what the queries may look at; the student passes its own."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: torch.Tensor, attend: Attend = F.scaled_dot_product_attention) -> torch.Tensor:
+        B, T, D = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, T, D/h) each
+        return self.proj(attend(q, k, v).transpose(1, 2).reshape(B, T, D))
+
+
+class DiTBlock(nn.Module):
+    """A transformer block with adaLN-Zero conditioning."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(
+        self, x: torch.Tensor, c: torch.Tensor, attend: Attend = F.scaled_dot_product_attention
+    ) -> torch.Tensor:
+        """x: (B, T, D) tokens, c: (B, D) conditioning -> (B, T, D)."""
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), attend)
+        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class FinalLayer(nn.Module):
+    """The output head: adaptive norm and a linear map to the pixels of each patch."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """x: (B, T, D), c: (B, D) -> (B, T, p * p * out_channels)."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """Diffusion transformer that predicts the noise in x_t, and with ``learn_sigma`` the variance's interpolation.
+
+    Raises ``ValueError`` where sizes do not divide. ``config`` holds the constructor's arguments, enough to rebuild it.
+    """
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+    ):
+        super().__init__()
+        if input_size % patch_size:
+            raise ValueError(f"input size {input_size} is not divisible by patch size {patch_size}")
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(f"hidden size {hidden_size} must be divisible by {num_heads} heads and by 4")
+        self.config = dict(
+            input_size=input_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            hidden_size=hidden_size,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            class_dropout_prob=class_dropout_prob,
+            num_classes=num_classes,
+            learn_sigma=learn_sigma,
+        )
+        self.input_size, self.patch_size, self.num_classes = input_size, patch_size, num_classes
+        self.in_channels, self.out_channels = in_channels, in_channels * 2 if learn_sigma else in_channels
+
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        positions = sincos_positions(hidden_size, input_size // patch_size)
+        self.pos_embed = nn.Parameter(positions[None], requires_grad=False)  # fixed, in the state dict as officially
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """DiT's recipe: Xavier for linear maps, N(0, 0.02) for embeddings, zero for all adaLN and the output."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # like a linear map, not a convolution
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for weight in (self.y_embedder.embedding_table.weight, *(self.t_embedder.mlp[i].weight for i in (0, 2))):
+            nn.init.normal_(weight, std=0.02)
+        zeroed = [block.adaLN_modulation[-1] for block in self.blocks]
+        for linear in (*zeroed, self.final_layer.adaLN_modulation[-1], self.final_layer.linear):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the model's input."""
+        return self.in_channels, self.input_size, self.input_size
+
+    def unpatchify(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, T, p * p * out_channels) -> (B, out_channels, H, W)."""
+        p, side = self.patch_size, self.input_size // self.patch_size
+        x = x.view(-1, side, side, p, p, self.out_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, side * p, side * p)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """x: (B, C, H, W), t: (B,) times 0..999, y: (B,) labels -> (B, 2C, H, W): noise and sigma (or C: noise only)."""
+        x = self.x_embedder(x) + self.pos_embed  # (B, T, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
+        for block in self.blocks:
+            x = block(x, c)
+        return self.unpatchify(self.final_layer(x, c))
+
+    def forward_with_cfg(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, cfg_scale: float, cfg_channels: int = 3
+    ) -> torch.Tensor:
+        """Classifier-free guidance on a doubled batch: the first half has the labels, the second the null label.
+
+        x: (2B, C, H, W), of which the first half is used for both, t and y: (2B,) -> (2B, 2C, H, W). Only the first
+        ``cfg_channels`` channels are guided: 3 is what DiT's published samples used for its 4-channel latents.
+        """
+        half = x[: len(x) // 2]
+        out = self.forward(torch.cat([half, half]), t, y)
+        cond, null = out[:, :cfg_channels].chunk(2)
+        guided = null + cfg_scale * (cond - null)
+        return torch.cat([torch.cat([guided, guided]), out[:, cfg_channels:]], dim=1)
+
+
+def sincos_positions(hidden_size: int, side: int) -> torch.Tensor:
+    """Fixed two-dimensional sine-cosine positions: (side * side, D); the first half of D encodes the column."""
+    frequencies = 10000 ** -(np.arange(hidden_size // 4, dtype=np.float64) / (hidden_size / 4))
+    angles = np.arange(side)[:, None] * frequencies  # (side, D/4)
+    line = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (side, D/2)
+    columns, rows = np.tile(line, (side, 1)), np.repeat(line, side, axis=0)
+    return torch.from_numpy(np.concatenate([columns, rows], axis=1)).float()
+
+
+#################################################################################
+#                                   Sizes                                       #
+#################################################################################
+
+SIZES = {
+    "XL": dict(depth=28, hidden_size=1152, num_heads=16),
+    "L": dict(depth=24, hidden_size=1024, num_heads=16),
+    "B": dict(depth=12, hidden_size=768, num_heads=12),
+    "S": dict(depth=12, hidden_size=384, num_heads=6),
+    # For 8x8 digits on a CPU: Micro is the demo's, Nano is for tests.
+    "Micro": dict(depth=6, hidden_size=64, num_heads=4),
+    "Nano": dict(depth=3, hidden_size=32, num_heads=2),
+}
+
+DiT_models = {
+    f"DiT-{size}/{patch_size}": partial(DiT, patch_size=patch_size, **shape)
+    for size, shape in SIZES.items()
+    for patch_size in (2, 4, 8)
+}

@@ -1,0 +1,63 @@
+"""Noise, labels and orders that depend on (seed, index) alone: never on batch size, ranks, device or history.
+
+Philox is a counter-based generator: the key names the stream, the counter the index, so that any item can be drawn
+without drawing those before it. Each use has a stream of its own, so that a student is never tested on the noise it
+was trained on, whatever the seeds.
+"""
+
+import numpy as np
+import torch
+
+STREAMS = {"sample": 0, "trajectory": 1, "training": 2, "label": 3, "order": 4, "augmentation": 5, "preview": 6}
+LABEL_POLICIES = ("balanced", "random")
+
+
+def generator(seed: int, stream: str, index: int) -> np.random.Generator:
+    """The random generator of item ``index`` of a stream; two items never share numbers."""
+    return np.random.Generator(np.random.Philox(key=[seed, STREAMS[stream]], counter=[0, 0, 0, index]))
+
+
+def noise(seed: int, stream: str, indices, shape: tuple[int, ...]) -> torch.Tensor:
+    """Standard normal noise of the items ``indices``: (B, *shape) float32 on the CPU."""
+    rows = [generator(seed, stream, int(i)).standard_normal(shape, dtype=np.float32) for i in indices]
+    return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, *shape)
+
+
+def labels(seed: int, indices, num_classes: int, policy: str = "balanced") -> torch.Tensor:
+    """Class labels of the items ``indices``: (B,) int64. Without classes (0) the label is 0, the null label.
+
+    "balanced": any ``num_classes`` consecutive items hold every class once (index modulo classes).
+    "random": drawn uniformly and independently.
+    """
+    if policy not in LABEL_POLICIES:
+        raise ValueError(f"label policy {policy!r} is not one of {LABEL_POLICIES}")
+    if num_classes == 0:
+        return torch.zeros(len(indices), dtype=torch.int64)
+    if policy == "balanced":
+        return torch.as_tensor([int(i) % num_classes for i in indices], dtype=torch.int64)
+    drawn = [generator(seed, "label", int(i)).integers(num_classes) for i in indices]
+    return torch.as_tensor(drawn, dtype=torch.int64)
+
+
+class Shuffle:
+    """An endless shuffled order of ``count`` rows in which every epoch holds every row exactly once.
+
+    A function of (seed, position) alone: resuming needs the position only, and any number of ranks can share one order.
+    One permutation (8 bytes a row) is in memory at a time.
+    """
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed = count, seed
+        self._epoch, self._order = -1, None
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Row numbers at positions ``start .. stop - 1`` of the order: (stop - start,) int64."""
+        out = np.empty(stop - start, dtype=np.int64)
+        while start < stop:
+            epoch, offset = divmod(start, self.count)
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, generator(self.seed, "order", epoch).permutation(self.count)
+            taken = min(stop - start, self.count - offset)
+            out[len(out) - (stop - start) :][:taken] = self._order[offset : offset + taken]
+            start += taken
+        return out
