@@ -192,7 +192,7 @@ class DiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, side * p, side * p)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """x: (B, C, H, W), t: (B,) times 0..999, y: (B,) labels -> (B, 2C, H, W): noise and sigma (or C: noise only)."""
+        """x: (B, C, H, W), t: (B,) times 0..999, y: (B,) labels -> (B, 2C, H, W): noise and sigma (C: noise only)."""
         x = self.x_embedder(x) + self.pos_embed  # (B, T, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
         for block in self.blocks:

@@ -96,7 +96,7 @@ class GaussianDiffusion:
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
     def _variational_bound(self, x0, x_t, t, eps, sigma) -> torch.Tensor:
-        """One term of the bound in bits per dimension, (B,): KL of the posteriors, or the decoder's likelihood at t = 0."""
+        """One term of the bound, (B,) bits per dimension: KL of the posteriors; the decoder's likelihood at t = 0."""
 
         def posterior_mean(x0):
             return self._at(self.posterior_mean_x0, t, x_t) * x0 + self._at(self.posterior_mean_xt, t, x_t) * x_t
