@@ -14,6 +14,10 @@ class UserError(Exception):
     """A mistake in what the user gave. The text is one sentence: the option, its value, what would be right."""
 
 
+class RunError(Exception):
+    """Something that went wrong during the work, not in what the user gave: one sentence, exit code 1."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in the help, and errors of one line without the usage text (exit code 2)."""
 
@@ -25,13 +29,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[str] | None = None) -> None:
-    """Parse the command line, run, and turn a ``UserError`` into one line on stderr and exit code 2."""
+    """Parse the command line and run; ``UserError`` (exit code 2) and ``RunError`` (1) become one line on stderr."""
     args = parser.parse_args(argv)
     try:
         run(args)
-    except UserError as error:
+    except (UserError, RunError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)
 
 
 def positive(text: str) -> int:

@@ -8,7 +8,16 @@ was trained on, whatever the seeds.
 import numpy as np
 import torch
 
-STREAMS = {"sample": 0, "trajectory": 1, "training": 2, "label": 3, "order": 4, "augmentation": 5, "preview": 6}
+STREAMS = {
+    "sample": 0,
+    "trajectory": 1,
+    "training": 2,
+    "label": 3,
+    "order": 4,
+    "augmentation": 5,
+    "preview": 6,
+    "posterior": 7,
+}
 LABEL_POLICIES = ("balanced", "random")
 
 

@@ -1,0 +1,105 @@
+"""The one owner of checkpoints: tensors and a plain-dict config, read with ``weights_only=True``.
+
+    {"config": {"kind", "model", "vae", "provenance", "training"}, "step": int,
+     "model": weights, "ema": weights, "opt": optimiser state}          + what a trainer adds, e.g. its discriminator
+
+``config`` rebuilds the model and says where it comes from. A file may lack "model" and "opt" (a shipped, slim one).
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from cli import UserError, existing_file
+from models import DiT
+
+
+def save(path: str | Path, content: dict) -> None:
+    """Write a checkpoint so that a reader, or a crash, never sees half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load(path: str | Path, option: str) -> dict:
+    """Read a checkpoint onto the CPU. ``UserError`` naming ``option`` when it is missing or not a torch file."""
+    path = existing_file(option, path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for truncated, foreign and pickled files
+        raise UserError(f"{option} {path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{option} {path}: holds a {type(content).__name__}, a checkpoint is a dictionary")
+    return content
+
+
+def weights_hash(state: dict[str, torch.Tensor]) -> str:
+    """16 hex digits that name these weights: a hash of names, shapes and float32 values."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(f"{name}{tuple(state[name].shape)}".encode())
+        digest.update(state[name].detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def load_weights(model: nn.Module, state: dict[str, torch.Tensor], what: str) -> None:
+    """Load weights that must fit exactly and be finite; ``UserError`` names what does not."""
+    own = model.state_dict()
+    problems = {
+        "missing": [name for name in own if name not in state],
+        "unexpected": [name for name in state if name not in own],
+        "misshapen": [
+            f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in own
+            if name in state and state[name].shape != own[name].shape
+        ],
+    }
+    found = [f"{kind}: {', '.join(names[:4])}{' ...' * (len(names) > 4)}" for kind, names in problems.items() if names]
+    if found:
+        raise UserError(f"{what}: the weights do not fit the model ({'; '.join(found)})")
+    bad = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise UserError(f"{what}: the weights hold NaN or infinite values (first in {bad[0]})")
+    model.load_state_dict(state)
+
+
+def _rebuild(path, option: str, kind: str, weights: str, build) -> tuple[nn.Module, dict]:
+    """A model built by ``build(config["model"])`` with its weights, and the config; other kinds are refused."""
+    content = load(path, option)
+    config = content.get("config")
+    if not isinstance(config, dict) or config.get("kind") != kind:
+        found = f"a {config['kind']}" if isinstance(config, dict) and "kind" in config else "no model of this project"
+        raise UserError(f"{option} {path}: holds {found}, give a checkpoint of a {kind}")
+    key = {"ema": "ema", "raw": "model"}[weights]
+    if key not in content:
+        raise UserError(f"{option} {path}: has no {weights} weights")
+    model = build(config["model"])
+    load_weights(model, content[key], f"{option} {path}")
+    return model.eval(), config
+
+
+def load_teacher(path: str | Path, option: str = "--teacher", weights: str = "ema") -> tuple[DiT, dict]:
+    """A teacher and its config, with ``provenance`` {"teacher", "teacher_hash", "teacher_weights", "vae"} filled in."""
+    model, config = _rebuild(path, option, "teacher", weights, lambda shape: DiT(**shape))
+    provenance = {
+        "teacher": str(path),
+        "teacher_hash": weights_hash(model.state_dict()),
+        "teacher_weights": weights,
+        "vae": config["vae"],
+    }
+    return model, {**config, "provenance": provenance}
+
+
+def load_student(path: str | Path, option: str = "--ckpt-path", weights: str = "ema"):
+    """A student, rebuilt without being told its steps, mask or depth of history, and its config."""
+    from models_ard import ARD  # models_ard builds on models; only this loader needs it
+
+    return _rebuild(path, option, "student", weights, lambda shape: ARD(**shape))

@@ -1,0 +1,125 @@
+"""The one owner of sample files: ADM's .npz, written in place by many ranks, resumable; and PNG grids.
+
+``arr_0`` (N, H, W, 3) uint8 images, ``arr_1`` (N,) int64 labels, ``provenance`` JSON text; on request ``latents``
+(N, C, h, w) float32, the samples before decoding and rounding.
+"""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from cli import UserError, same
+from data import to_uint8
+from distributed import Ranks
+
+
+def to_rgb(images: torch.Tensor) -> np.ndarray:
+    """images: (B, 1 or 3, H, W) uint8 -> (B, H, W, 3) uint8, grey repeated."""
+    return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def save_grid(path: str | Path, images: torch.Tensor, columns: int | None = None) -> None:
+    """Write images (B, 1 or 3, H, W) uint8 as one PNG; small ones are enlarged by whole factors."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid = make_grid(images.cpu().float(), nrow=columns or round(len(images) ** 0.5), padding=1, pad_value=128)
+    picture = Image.fromarray(grid.permute(1, 2, 0).numpy().astype(np.uint8))
+    factor = max(1, 48 // images.shape[-1])
+    picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(path)
+
+
+def read_provenance(path: str | Path) -> dict:
+    """The provenance that a sample file carries, {} where it has none."""
+    with np.load(path, allow_pickle=False) as file:
+        return json.loads(str(file["provenance"])) if "provenance" in file.files else {}
+
+
+def write_samples(
+    path: str | Path,
+    count: int,
+    draw: Callable[[range | list[int]], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    provenance: dict,
+    ranks: Ranks,
+    batch_size: int,
+    keep_latents: bool = False,
+) -> bool:
+    """Fill ``path`` with exactly ``count`` samples, and a PNG grid of the first 100 beside it.
+
+    ``draw`` maps sample indices to latents (B, C, h, w), images (B, 1 or 3, H, W) in [-1, 1] and labels (B,). A file that
+    is there already is left alone (returns False) if its provenance is the same, refused otherwise; a run that broke off
+    is continued, by any number of ranks, without drawing a sample twice.
+    """
+    path = Path(path)
+    wanted = provenance | {"count": count}
+    if path.exists():
+        same(f"--out {path}, which is there already,", read_provenance(path), wanted)
+        return False
+    folder = path.with_suffix(".partial")
+    arrays = _open_arrays(folder, count, draw, wanted, ranks, keep_latents)
+    todo = np.flatnonzero(arrays["done"] == 0)[ranks.rank :: ranks.world]
+    ranks.barrier()  # everybody has read "done" before anybody changes it
+    batches = [todo[i : i + batch_size].tolist() for i in range(0, len(todo), batch_size)]
+    with tqdm(total=len(todo), unit="sample", disable=None if ranks.main else True) as bar:
+        for indices in batches:
+            _store(arrays, indices, *draw(indices))
+            bar.update(len(indices))
+    ranks.barrier()
+    if ranks.main:
+        _pack(folder, path, wanted)
+        first = torch.from_numpy(np.load(folder / "arr_0.npy", mmap_mode="r")[:100].copy())
+        save_grid(path.with_suffix(".png"), first.permute(0, 3, 1, 2), columns=10)
+        shutil.rmtree(folder)
+    ranks.barrier()
+    return True
+
+
+def _open_arrays(
+    folder: Path, count: int, draw, wanted: dict, ranks: Ranks, keep_latents: bool
+) -> dict[str, np.memmap]:
+    """The growing arrays of an unfinished file, made by the main rank or found from a run that broke off."""
+    note = folder / "provenance.json"
+    if note.exists():
+        same(f"--out: {folder}, the unfinished samples of an earlier run,", json.loads(note.read_text()), wanted)
+    ranks.barrier()
+    if ranks.main and not note.exists():
+        latents, images, _ = draw([0])
+        shapes = {"arr_0": (*images.shape[2:], 3), "arr_1": (), "done": ()}
+        kinds = {"arr_0": np.uint8, "arr_1": np.int64, "done": np.uint8, "latents": np.float32}
+        if keep_latents:
+            shapes["latents"] = tuple(latents.shape[1:])
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, shape in shapes.items():
+            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", kinds[name], (count, *shape))
+        note.write_text(json.dumps(wanted))  # last: its presence says that the arrays are whole
+    ranks.barrier()
+    return {file.stem: np.load(file, mmap_mode="r+") for file in sorted(folder.glob("*.npy"))}
+
+
+def _store(arrays: dict[str, np.memmap], indices: list[int], latents, images, labels) -> None:
+    """Write one batch and only then mark it as done."""
+    arrays["arr_0"][indices] = to_rgb(to_uint8(images))
+    arrays["arr_1"][indices] = labels.cpu().numpy()
+    if "latents" in arrays:
+        arrays["latents"][indices] = latents.float().cpu().numpy()
+    arrays["done"][indices] = 1
+
+
+def _pack(folder: Path, path: Path, wanted: dict) -> None:
+    """Stream the finished arrays into an uncompressed .npz."""
+    if not np.load(folder / "done.npy").all():
+        raise UserError(f"--out {path}: some samples are missing in {folder}; run the same command again")
+    np.save(folder / "provenance.npy", np.array(json.dumps(wanted)))
+    partial = path.with_suffix(".npz.partial")
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for file in sorted(folder.glob("*.npy")):
+            if file.stem != "done":
+                archive.write(file, file.name)
+    partial.replace(path)
