@@ -6,7 +6,6 @@
 ``config`` rebuilds the model and says where it comes from. A file may lack "model" and "opt" (a shipped, slim one).
 """
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch.nn as nn
 
 from cli import UserError, existing_file
 from models import DiT
+from provenance import weights_hash
 
 
 def save(path: str | Path, content: dict) -> None:
@@ -39,15 +39,6 @@ def load(path: str | Path, option: str) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{option} {path}: holds a {type(content).__name__}, a checkpoint is a dictionary")
     return content
-
-
-def weights_hash(state: dict[str, torch.Tensor]) -> str:
-    """16 hex digits that name these weights: a hash of names, shapes and float32 values."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(f"{name}{tuple(state[name].shape)}".encode())
-        digest.update(state[name].detach().float().cpu().contiguous().numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def load_weights(model: nn.Module, state: dict[str, torch.Tensor], what: str) -> None:
@@ -83,7 +74,8 @@ def _rebuild(path, option: str, kind: str, weights: str, build) -> tuple[nn.Modu
         raise UserError(f"{option} {path}: has no {weights} weights")
     model = build(config["model"])
     load_weights(model, content[key], f"{option} {path}")
-    return model.eval(), config
+    origin = {"step": content["step"], "weights_hash": weights_hash(content[key])}
+    return model.eval(), {**config, "provenance": config["provenance"] | origin}
 
 
 def load_teacher(path: str | Path, option: str = "--teacher", weights: str = "ema") -> tuple[DiT, dict]:
@@ -91,7 +83,7 @@ def load_teacher(path: str | Path, option: str = "--teacher", weights: str = "em
     model, config = _rebuild(path, option, "teacher", weights, lambda shape: DiT(**shape))
     provenance = {
         "teacher": str(path),
-        "teacher_hash": weights_hash(model.state_dict()),
+        "teacher_hash": config["provenance"]["weights_hash"],
         "teacher_weights": weights,
         "vae": config["vae"],
     }
@@ -102,4 +94,6 @@ def load_student(path: str | Path, option: str = "--ckpt-path", weights: str = "
     """A student, rebuilt without being told its steps, mask or depth of history, and its config."""
     from models_ard import ARD  # models_ard builds on models; only this loader needs it
 
-    return _rebuild(path, option, "student", weights, lambda shape: ARD(**shape))
+    model, config = _rebuild(path, option, "student", weights, lambda shape: ARD(**shape))
+    details = {"student": config["model"], "training": config["training"]}
+    return model, {**config, "provenance": config["provenance"] | details}

@@ -72,17 +72,6 @@ def existing_folder(option: str, path: str | Path) -> Path:
     return path
 
 
-def same(what: str, found: dict, wanted: dict) -> None:
-    """Raise a ``UserError`` that lists every key of ``wanted`` whose value in ``found`` is another one."""
-    differing = [
-        f"{key} is {found.get(key)!r} there and {value!r} here"
-        for key, value in wanted.items()
-        if found.get(key) != value
-    ]
-    if differing:
-        raise UserError(f"{what} does not fit: " + ", ".join(differing))
-
-
 def show_plan(plan: dict) -> None:
     """Print what a run would do as JSON: the whole of ``--dry-run``."""
     print(json.dumps(plan, indent=2))

@@ -242,3 +242,9 @@ DiT_models = {
     for size, shape in SIZES.items()
     for patch_size in (2, 4, 8)
 }
+
+
+def model_name(config: dict) -> str:
+    """The size's name of a model with this config, "DiT-XL/2", or "DiT" when it is none of the above."""
+    fits = [name for name, build in DiT_models.items() if build.keywords.items() <= config.items()]
+    return fits[0] if fits else "DiT"

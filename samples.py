@@ -1,4 +1,4 @@
-"""The one owner of sample files: ADM's .npz, written in place by many ranks, resumable; and PNG grids.
+"""The one owner of sample files: ADM's .npz, written in place by many ranks, resumable; PNG grids.
 
 ``arr_0`` (N, H, W, 3) uint8 images, ``arr_1`` (N,) int64 labels, ``provenance`` JSON text; on request ``latents``
 (N, C, h, w) float32, the samples before decoding and rounding.
@@ -16,9 +16,85 @@ from PIL import Image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from cli import UserError, same
+import cli
+from cli import UserError
 from data import to_uint8
-from distributed import Ranks
+from distributed import Ranks, add_device_option
+from models import DiT
+from provenance import require_same
+from randomness import LABEL_POLICIES, labels, noise
+from training import PRECISIONS, autocast
+from vae import load_vae
+
+
+def add_sampling_options(parser) -> None:
+    """The options that the samplers of teacher and student share."""
+    group = parser.add_argument_group("samples")
+    group.add_argument("--out", help="the .npz; the default is named after the checkpoint and lies beside it")
+    group.add_argument("--num-samples", type=cli.positive, default=50_000, help="how many, exactly")
+    group.add_argument("--seed", type=cli.not_negative, default=0, help="sample i depends on (seed, i) alone")
+    group.add_argument("--label-policy", choices=LABEL_POLICIES, default="balanced", help="how labels are chosen")
+    group.add_argument("--class-labels", type=int, nargs="+", metavar="LABEL", help="these in turn instead")
+    group.add_argument("--weights", choices=("ema", "raw"), default="ema", help="which weights of the checkpoint")
+    group.add_argument("--vae", help="decoder: ema, mse, folder or hub id; the default is the model's own")
+    group.add_argument("--save-latents", action="store_true", help="keep the samples before decoding, as float32")
+    group = parser.add_argument_group("run")
+    group.add_argument("--per-proc-batch-size", type=cli.positive, default=64, help="samples of a rank at once")
+    group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of matrix products")
+    group.add_argument("--dry-run", action="store_true", help="check everything, print the plan as JSON, do nothing")
+    add_device_option(group)
+
+
+def sample_to_file(
+    args,
+    ranks: Ranks,
+    model: DiT,
+    draw: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    config: dict,
+    source: Path,
+) -> None:
+    """All of a sampler but its model: noise and labels by index, decoding, the file, its provenance.
+
+    ``draw`` maps noise (B, C, H, W) and labels (B,) to latents of the same shape; ``config`` is the checkpoint's, from
+    the file ``source``.
+    """
+    classes = args.class_labels
+    if classes and not all(0 <= label < max(model.num_classes, 1) for label in classes):
+        raise UserError(f"--class-labels {classes}: this model has labels 0..{model.num_classes - 1}")
+    if args.vae and config["vae"] is None and args.vae != "none":
+        raise UserError(f"--vae {args.vae}: this model works on pixels, leave the option out")
+    provenance = config["provenance"] | {
+        "sample_seed": args.seed,
+        "sample_labels": classes or args.label_policy,
+        "sample_precision": args.precision,
+        "weights": args.weights,
+        "decoder": args.vae or config["vae"],
+    }
+    out = Path(args.out or f"{source.with_suffix('')}-{args.weights}-seed{args.seed}-{args.num_samples}.npz")
+    if out.suffix != ".npz":
+        raise UserError(f"--out {out}: the file's name must end in .npz")
+    if args.dry_run:
+        cli.show_plan(provenance | {"out": str(out), "count": args.num_samples})
+        return
+    vae = load_vae(args.vae or config["vae"], ranks.device)
+    model.to(ranks.device)
+
+    @torch.no_grad()
+    def draw_indices(indices):
+        z = noise(args.seed, "sample", indices, model.latent_shape)
+        if classes:
+            y = torch.tensor([classes[i % len(classes)] for i in indices])
+        else:
+            y = labels(args.seed, indices, model.num_classes, args.label_policy)
+        with autocast(args.precision, ranks.device):
+            latents = draw(z.to(ranks.device), y.to(ranks.device)).float()
+        return latents, vae.decode(latents), y
+
+    written = write_samples(
+        out, args.num_samples, draw_indices, provenance, ranks, args.per_proc_batch_size, args.save_latents
+    )
+    if ranks.main:
+        print(f"{out}: {args.num_samples} samples" + ("" if written else ", already there"))
 
 
 def to_rgb(images: torch.Tensor) -> np.ndarray:
@@ -53,17 +129,17 @@ def write_samples(
 ) -> bool:
     """Fill ``path`` with exactly ``count`` samples, and a PNG grid of the first 100 beside it.
 
-    ``draw`` maps sample indices to latents (B, C, h, w), images (B, 1 or 3, H, W) in [-1, 1] and labels (B,). A file that
-    is there already is left alone (returns False) if its provenance is the same, refused otherwise; a run that broke off
-    is continued, by any number of ranks, without drawing a sample twice.
+    ``draw`` maps sample indices to latents (B, C, h, w), images (B, 1 or 3, H, W) in [-1, 1], labels (B,). A file that
+    is there already is left alone (returns False) if its provenance is the same, refused otherwise; a run that broke
+    off is continued, by any number of ranks, without drawing a sample twice.
     """
     path = Path(path)
     wanted = provenance | {"count": count}
     if path.exists():
-        same(f"--out {path}, which is there already,", read_provenance(path), wanted)
+        require_same(f"--out {path}: the samples there are others", read_provenance(path), wanted)
         return False
     folder = path.with_suffix(".partial")
-    arrays = _open_arrays(folder, count, draw, wanted, ranks, keep_latents)
+    arrays = _open_arrays(path, folder, count, draw, wanted, ranks, keep_latents)
     todo = np.flatnonzero(arrays["done"] == 0)[ranks.rank :: ranks.world]
     ranks.barrier()  # everybody has read "done" before anybody changes it
     batches = [todo[i : i + batch_size].tolist() for i in range(0, len(todo), batch_size)]
@@ -81,13 +157,13 @@ def write_samples(
     return True
 
 
-def _open_arrays(
-    folder: Path, count: int, draw, wanted: dict, ranks: Ranks, keep_latents: bool
-) -> dict[str, np.memmap]:
+def _open_arrays(path: Path, folder: Path, count: int, draw, wanted: dict, ranks: Ranks, keep_latents: bool) -> dict:
     """The growing arrays of an unfinished file, made by the main rank or found from a run that broke off."""
     note = folder / "provenance.json"
     if note.exists():
-        same(f"--out: {folder}, the unfinished samples of an earlier run,", json.loads(note.read_text()), wanted)
+        require_same(
+            f"--out {path}: {folder} holds the unfinished samples of another run", json.loads(note.read_text()), wanted
+        )
     ranks.barrier()
     if ranks.main and not note.exists():
         latents, images, _ = draw([0])
@@ -103,10 +179,10 @@ def _open_arrays(
     return {file.stem: np.load(file, mmap_mode="r+") for file in sorted(folder.glob("*.npy"))}
 
 
-def _store(arrays: dict[str, np.memmap], indices: list[int], latents, images, labels) -> None:
+def _store(arrays: dict[str, np.memmap], indices: list[int], latents, images, y) -> None:
     """Write one batch and only then mark it as done."""
     arrays["arr_0"][indices] = to_rgb(to_uint8(images))
-    arrays["arr_1"][indices] = labels.cpu().numpy()
+    arrays["arr_1"][indices] = y.cpu().numpy()
     if "latents" in arrays:
         arrays["latents"][indices] = latents.float().cpu().numpy()
     arrays["done"][indices] = 1

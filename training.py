@@ -20,6 +20,8 @@ from tqdm import tqdm
 import checkpoint
 from cli import RunError, UserError, not_negative, positive
 from distributed import Ranks, add_device_option
+from models import model_name
+from provenance import differences
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -226,8 +228,8 @@ class Trainer:
         in_a_row = max(int(network.skipped_in_a_row) for network in self.networks.values())
         if in_a_row >= self.args.max_bad_steps:
             raise RunError(
-                f"the last {in_a_row} steps had non-finite gradients (step {self.step}); the weights are as before them "
-                f"and {self.folder}/checkpoints holds the last good state: lower --lr or --clip, or use --precision fp32"
+                f"the last {in_a_row} steps had non-finite gradients (step {self.step}); the weights are as before "
+                f"them and {self.folder}/checkpoints holds the last good state; lower --lr or --clip, or use fp32"
             )
 
 
@@ -251,10 +253,12 @@ def find_run(args, config: dict) -> Path:
     """The folder of the run that this config began, else a new one: ``results/000-DiT-XL-2``."""
     if args.run_dir:
         folder = Path(args.run_dir)
-        if folder.exists() and any(folder.iterdir()) and read_config(folder) != config:
-            raise UserError(
-                f"--run-dir {folder}: holds another run ({differences(read_config(folder), config)}); give a new folder"
-            )
+        if folder.exists() and any(folder.iterdir()):
+            found = read_config(folder)
+            if found is None:
+                raise UserError(f"--run-dir {folder}: the folder holds other files than a run, give a new one")
+            if found != config:
+                raise UserError(f"--run-dir {folder}: holds another run: {differences(found, config)}")
         return folder
     results = Path(args.results_dir)
     runs = sorted(path for path in results.glob("[0-9][0-9][0-9]-*") if path.is_dir())
@@ -262,27 +266,13 @@ def find_run(args, config: dict) -> Path:
         if read_config(run) == config:
             return run
     number = 1 + max((int(path.name[:3]) for path in runs), default=-1)
-    return results / f"{number:03d}-{args.model.replace('/', '-')}"
+    return results / f"{number:03d}-{model_name(config['model']).replace('/', '-')}"
 
 
 def read_config(folder: Path) -> dict | None:
     """A run's config, None where there is none."""
     path = folder / "config.json"
     return json.loads(path.read_text()) if path.is_file() else None
-
-
-def differences(found: dict | None, wanted: dict, prefix: str = "") -> str:
-    """The values in which two configs differ, as text."""
-    if found is None:
-        return "there is no config.json of a run in it"
-    parts = []
-    for key in sorted(found.keys() | wanted.keys()):
-        a, b = found.get(key), wanted.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            parts += [text for text in [differences(a, b, f"{prefix}{key}.")] if text]
-        elif a != b:
-            parts.append(f"{prefix}{key} is {a!r} there and {b!r} here")
-    return ", ".join(parts)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

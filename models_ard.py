@@ -1,0 +1,194 @@
+"""ARD: the student that sees its whole trajectory ("Autoregressive Distillation of Diffusion Transformers", 2025).
+
+The student is the teacher plus a diff of four things: its input is a trajectory instead of one point; each point is
+conditioned on its own time; in the lower N blocks a point's queries also look at earlier points; each step has a head.
+
+    B batch   S steps (points of the history, noisiest first)   T tokens of a point   D width
+    C, H, W the latent   h heads   d head width   N = history_layers, the depth of the history
+
+A step k = 0 .. S-1 is the paper's s = S - k: it reads point k at time 999 (S - k) / S and predicts point k + 1. Points
+of one trajectory are folded into the batch (B * S, T, D), so the teacher's blocks serve unchanged, adaLN runs once per
+point, and blocks above N attend within a point by themselves. Below N, only the function ``attend`` that the block is
+given differs: ``teacher_forced`` has all steps at once, ``Cache`` has one after another. Neither needs a mask.
+"""
+
+import copy
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from models import DiT
+
+MASKS = ("M1", "M2", "M3", "M4")
+
+
+def visible_steps(mask: str, step: int) -> list[int]:
+    """The steps whose points the given step may look at, itself last (paper, Fig. 3b). The one place that says so.
+
+    M1 itself (step distillation); M2 the previous one too; M3 the first, pure noise, too; M4 all earlier ones too.
+    """
+    earlier = {"M1": [], "M2": [step - 1], "M3": [0], "M4": range(step)}[mask]
+    return [k for k in earlier if 0 <= k < step] + [step]
+
+
+#################################################################################
+#                      Attention to history, in two ways                        #
+#################################################################################
+
+
+class TeacherForced:
+    """Attention of all S steps at once, each to the points that it may see: block-causal without a masked pair."""
+
+    def __init__(self, mask: str, steps: int):
+        self.visible = [visible_steps(mask, k) for k in range(steps)]
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q, k, v: (B * S, h, T, d) -> (B * S, h, T, d)."""
+        steps = len(self.visible)
+        q, k, v = (x.unflatten(0, (-1, steps)).transpose(1, 2) for x in (q, k, v))  # (B, h, S, T, d) views
+        out = [
+            F.scaled_dot_product_attention(q[:, :, i], points(k, seen), points(v, seen))
+            for i, seen in enumerate(self.visible)
+        ]
+        return torch.stack(out, dim=1).flatten(0, 1)
+
+
+def points(x: torch.Tensor, steps: list[int]) -> torch.Tensor:
+    """The tokens of some steps, x: (B, h, S, T, d) -> (B, h, len(steps) * T, d); no copy if they are neighbours."""
+    if steps == list(range(steps[0], steps[-1] + 1)):
+        return x[:, :, steps[0] : steps[-1] + 1].flatten(2, 3)
+    return torch.cat([x[:, :, k] for k in steps], dim=2)
+
+
+def cache_slots(mask: str, steps: int) -> list[int]:
+    """Where each step's keys go: the first slot whose owner is not seen again. M1 needs 1 slot, M2 and M3 2, M4 S."""
+    owners, slots = [], []
+    for step in range(steps):
+        free = [i for i, o in enumerate(owners) if all(o not in visible_steps(mask, k) for k in range(step, steps))]
+        slot = free[0] if free else len(owners)
+        owners[slot : slot + 1] = [step]
+        slots.append(slot)
+    return slots
+
+
+class Cache:
+    """Attention of one step after another; keeps exactly the keys and values that the mask will read again."""
+
+    def __init__(self, mask: str, steps: int):
+        self.slots = cache_slots(mask, steps)
+        self.step = 0
+        self.kv = None  # (2, B, h, slots, T, d), made at the first call: then the sizes and the dtype are known
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q, k, v: (B, h, T, d) of the next step -> (B, h, T, d)."""
+        if self.kv is None:
+            B, h, T, d = k.shape
+            self.kv = k.new_empty(2, B, h, max(self.slots) + 1, T, d)
+        slot, used = self.slots[self.step], max(self.slots[: self.step + 1]) + 1
+        self.kv[0, :, :, slot], self.kv[1, :, :, slot] = k, v
+        self.step += 1
+        return F.scaled_dot_product_attention(q, *self.kv[:, :, :, :used].flatten(3, 4))
+
+
+#################################################################################
+#                                 The student                                   #
+#################################################################################
+
+
+class ARD(DiT):
+    """A student of S steps. ``config`` holds the constructor's arguments: DiT's and the four of ARD."""
+
+    def __init__(
+        self,
+        steps: int = 4,
+        mask: str = "M4",
+        history_layers: int = 6,
+        level_embedding: bool = False,
+        **teacher_config,
+    ):
+        """Raises ``ValueError`` for steps < 1, an unknown mask, or a history deeper than the model.
+
+        ``level_embedding`` adds the paper's learned vector per step to the tokens, zero at the start.
+        """
+        super().__init__(**teacher_config)
+        if steps < 1:
+            raise ValueError(f"steps {steps} must be at least 1")
+        if mask not in MASKS:
+            raise ValueError(f"mask {mask!r} must be one of {', '.join(MASKS)}")
+        if not 0 <= history_layers <= len(self.blocks):
+            raise ValueError(
+                f"history layers {history_layers} must be between 0 and the model's depth {len(self.blocks)}"
+            )
+        self.config |= dict(steps=steps, mask=mask, history_layers=history_layers, level_embedding=level_embedding)
+        self.steps, self.mask, self.history_layers = steps, mask, history_layers
+        self.y_embedder.dropout_prob = 0.0  # the teacher's guidance is distilled in: the student always knows its label
+        self.heads = nn.ModuleList(copy.deepcopy(self.final_layer) for _ in range(steps))
+        del self.final_layer
+        times = [999 * (steps - k) / steps for k in range(steps)]
+        self.register_buffer("times", torch.tensor(times), persistent=False)
+        self.level = nn.Parameter(torch.zeros(steps, 1, self.config["hidden_size"])) if level_embedding else None
+
+    @classmethod
+    def from_teacher(
+        cls, teacher: DiT, steps: int = 4, mask: str = "M4", history_layers: int = 6, level_embedding: bool = False
+    ) -> "ARD":
+        """A student whose every weight, and every head, starts as the teacher's."""
+        student = cls(steps, mask, history_layers, level_embedding, **teacher.config)
+        missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
+        new = {name for name in student.state_dict() if name.startswith(("heads.", "level"))}
+        assert set(missing) == new and all(name.startswith("final_layer.") for name in unexpected)
+        for head in student.heads:
+            head.load_state_dict(teacher.final_layer.state_dict())
+        return student.to(next(teacher.parameters()).device)
+
+    def conditioning(self, y: torch.Tensor) -> torch.Tensor:
+        """y: (B,) labels -> (B, S, D), the time of each step plus the class."""
+        return self.t_embedder(self.times) + self.y_embedder(y)[:, None]
+
+    def run_blocks(self, x: torch.Tensor, c: torch.Tensor, level, attends: list) -> torch.Tensor:
+        """Points x (n, C, H, W) with conditioning c (n, D) -> tokens (n, T, D); the lower N blocks get ``attends``."""
+        x = self.x_embedder(x) + self.pos_embed
+        if level is not None:
+            x = x + level
+        for block, attend in zip(self.blocks, attends):
+            x = block(x, c, attend)
+        for block in self.blocks[self.history_layers :]:
+            x = block(x, c)
+        return x
+
+    def predict(self, x: torch.Tensor, c: torch.Tensor, step: int) -> torch.Tensor:
+        """Tokens (B, T, D) of one step -> its prediction (B, C, H, W); the head's sigma half has no meaning here."""
+        return self.unpatchify(self.heads[step](x, c))[:, : self.in_channels]
+
+    def forward(self, history: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """All predictions at once, each from the true points before it (teacher forcing, Eq. 6).
+
+        history: (B, S, C, H, W) noisiest first, y: (B,) labels -> (B, S, C, H, W); entry k predicts point k + 1.
+        """
+        B, S = history.shape[:2]
+        c = self.conditioning(y)  # (B, S, D)
+        level = self.level.repeat(B, 1, 1) if self.level is not None else None
+        attends = [TeacherForced(self.mask, S)] * self.history_layers
+        x = self.run_blocks(history.flatten(0, 1), c.flatten(0, 1), level, attends).unflatten(0, (B, S))
+        return torch.stack([self.predict(x[:, k], c[:, k], k) for k in range(S)], dim=1)
+
+    def sample(
+        self, noise: torch.Tensor, y: torch.Tensor, given: dict[int, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """The student's own trajectory, one step after another with a kv-cache (paper, section 3.3).
+
+        noise: (B, C, H, W), y: (B,) labels -> (B, S, C, H, W) predictions, the last is the sample. ``given`` replaces
+        predictions: {k: (B, C, H, W)} takes the place of what step k predicts, e.g. a source image's latent (appendix
+        C.2) or a teacher's point (Fig. 6b).
+        """
+        x, predictions = noise, []
+        c = self.conditioning(y)
+        caches = [Cache(self.mask, self.steps) for _ in range(self.history_layers)]
+        for k in range(self.steps):
+            tokens = self.run_blocks(x, c[:, k], self.level[k] if self.level is not None else None, caches)
+            x = self.predict(tokens, c[:, k], k)
+            if given and k in given:
+                x = given[k]
+            predictions.append(x)
+        return torch.stack(predictions, dim=1)

@@ -1,0 +1,45 @@
+"""Where artefacts come from: hashes of files and weights, and the refusal of what does not belong together."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from cli import UserError
+
+
+def file_sha256(path: str | Path) -> str:
+    """Checksum of a file, 64 hex digits."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def weights_hash(state: dict[str, torch.Tensor]) -> str:
+    """16 hex digits that name these weights: a hash of names, shapes and float32 values."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(f"{name}{tuple(state[name].shape)}".encode())
+        digest.update(state[name].detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def differences(found: dict, wanted: dict, prefix: str = "") -> str:
+    """The values in which two nested dicts differ, as text; empty where they are equal."""
+    parts = []
+    for key in sorted(found.keys() | wanted.keys()):
+        a, b = found.get(key), wanted.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            parts += [text for text in [differences(a, b, f"{prefix}{key}.")] if text]
+        elif a != b:
+            parts.append(f"{prefix}{key} is {a!r} there and {b!r} here")
+    return ", ".join(parts)
+
+
+def require_same(what: str, found: dict, wanted: dict) -> None:
+    """Raise a ``UserError`` that lists the values of ``wanted`` that ``found`` has otherwise, or not at all."""
+    text = differences({key: found.get(key) for key in wanted}, wanted)
+    if text:
+        raise UserError(f"{what}: {text}")

@@ -1,0 +1,135 @@
+"""Dump the teacher's ODE trajectories, the training data of its students.
+
+    python sample_trajectory.py --teacher assets/digits_teacher.pt --out data/digits --num-trajectories 10000
+    torchrun --nproc_per_node=8 sample_trajectory.py --teacher xl.pt --out data/xl --num-trajectories 2560000
+
+To resume, run the same command again: finished shards are kept.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import cli
+import distributed
+from cli import UserError
+from diffusion import create_diffusion
+from distributed import Ranks
+from models import DiT
+from provenance import require_same
+from randomness import LABEL_POLICIES, labels, noise
+from training import PRECISIONS, autocast
+from trajectory import GRIDS, grid_steps, pick_points, shard_name, shard_provenance, write_manifest, write_shard
+
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(description="Dump the teacher's ODE trajectories.")
+    group = parser.add_argument_group("teacher and its ODE")
+    group.add_argument("--teacher", required=True, help="checkpoint of the teacher")
+    group.add_argument("--teacher-weights", choices=("ema", "raw"), default="ema", help="which of its weights")
+    group.add_argument("--solver-steps", type=cli.positive, default=25, help="DDIM steps of the teacher")
+    group.add_argument("--cfg-scale", type=float, default=1.5, help="classifier-free guidance, 1: none")
+    group.add_argument("--cfg-channels", type=cli.positive, default=3, help="guided channels (DiT's samples: 3 of 4)")
+    group = parser.add_argument_group("store")
+    group.add_argument("--out", required=True, help="folder of the store")
+    group.add_argument("--num-trajectories", type=cli.positive, required=True, help="how many, exactly")
+    group.add_argument("--steps", type=cli.positive, default=4, help="student steps S whose points are stored")
+    group.add_argument("--grid", choices=GRIDS, default="even", help="where they lie; even serves S = 1, 2 and 4")
+    group.add_argument("--store", choices=("both", "x0", "xt"), default="both", help="predicted x_0, states, or both")
+    group.add_argument("--dtype", choices=DTYPES, default="fp16", help="of the stored points")
+    group.add_argument("--rows-per-shard", type=cli.positive, default=8192, help="trajectories of one file")
+    group = parser.add_argument_group("run")
+    group.add_argument("--seed", type=cli.not_negative, default=0, help="trajectory i depends on (seed, i) alone")
+    group.add_argument("--label-policy", choices=LABEL_POLICIES, default="balanced", help="how labels are chosen")
+    group.add_argument("--per-proc-batch-size", type=cli.positive, default=256, help="trajectories of a rank at once")
+    group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the teacher; the solver is fp32")
+    group.add_argument("--dry-run", action="store_true", help="check everything, print the plan as JSON, do nothing")
+    distributed.add_device_option(group)
+    return parser
+
+
+def dump_shard(teacher: DiT, args, rows: range, points: list[int], ranks: Ranks, bar: tqdm) -> dict[str, torch.Tensor]:
+    """The trajectories ``rows`` as the tensors of one shard, on the CPU in the stored dtype."""
+    diffusion = create_diffusion(str(args.solver_steps))
+    parts = []
+    for start in range(rows.start, rows.stop, args.per_proc_batch_size):
+        indices = range(start, min(start + args.per_proc_batch_size, rows.stop))
+        z = noise(args.seed, "trajectory", indices, teacher.latent_shape)
+        y = labels(args.seed, indices, teacher.num_classes, args.label_policy)
+        with autocast(args.precision, ranks.device):
+            x, x0 = diffusion.ddim_trajectory(
+                teacher, z.to(ranks.device), y.to(ranks.device), args.cfg_scale, args.cfg_channels
+            )
+        stored = {"noise": z} | pick_points(x, x0, points)
+        if args.store != "both":
+            del stored["x0" if args.store == "xt" else "xt"]
+        parts.append({name: value.to("cpu", DTYPES[args.dtype]) for name, value in stored.items()} | {"label": y})
+        bar.update(len(indices))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def run(args: argparse.Namespace) -> None:
+    teacher, config = checkpoint.load_teacher(args.teacher, weights=args.teacher_weights)
+    if args.cfg_scale != 1 and not (teacher.num_classes and teacher.config["class_dropout_prob"]):
+        raise UserError(f"--cfg-scale {args.cfg_scale}: this teacher has no null label, give --cfg-scale 1")
+    try:
+        points = grid_steps(args.steps, args.grid, args.solver_steps)
+    except ValueError as error:
+        raise UserError(
+            f"--steps {args.steps} --grid {args.grid} --solver-steps {args.solver_steps}: {error}"
+        ) from None
+    provenance = config["provenance"] | {
+        "num_classes": teacher.num_classes,
+        "solver": "ddim",
+        "solver_steps": args.solver_steps,
+        "cfg_scale": args.cfg_scale,
+        "cfg_channels": min(args.cfg_channels, teacher.in_channels),
+        "points": points,
+        "store": args.store,
+        "dtype": args.dtype,
+        "precision": args.precision,
+        "seed": args.seed,
+        "label_policy": args.label_policy,
+        "count": args.num_trajectories,
+        "rows_per_shard": args.rows_per_shard,
+    }
+    if args.dry_run:
+        cli.show_plan(provenance)
+        return
+    folder = Path(args.out)
+    shards = [
+        range(start, min(start + args.rows_per_shard, args.num_trajectories))
+        for start in range(0, args.num_trajectories, args.rows_per_shard)
+    ]
+    foreign = folder.exists() and any(folder.iterdir()) and not any(folder.glob("shard-*"))
+    if foreign:
+        raise UserError(f"--out {folder}: the folder holds other files, give a new one")
+    present = {path.name: shard_provenance(path) for path in sorted(folder.glob("shard-*.safetensors"))}
+    for found in present.values():
+        require_same(f"--out {folder}: holds trajectories of another dump", found, provenance)
+    if len(present) == len(shards) and (folder / "manifest.json").is_file():
+        print(f"{folder}: already complete, {args.num_trajectories} trajectories")
+        return
+
+    ranks = distributed.setup(args.device)
+    folder.mkdir(parents=True, exist_ok=True)
+    teacher = teacher.to(ranks.device)
+    mine = [number for number in range(len(shards)) if shard_name(number) not in present][ranks.rank :: ranks.world]
+    total = sum(len(shards[number]) for number in mine)
+    with tqdm(total=total, unit="trajectory", disable=None if ranks.main else True) as bar:
+        for number in mine:
+            write_shard(folder, number, dump_shard(teacher, args, shards[number], points, ranks, bar), provenance)
+    ranks.barrier()
+    if ranks.main:
+        write_manifest(folder, provenance)
+        print(f"{folder}: {args.num_trajectories} trajectories in {len(shards)} shards")
+    distributed.finish(ranks)
+
+
+if __name__ == "__main__":
+    cli.main(build_parser(), run)

@@ -1,0 +1,194 @@
+"""The one owner of the trajectory store: few large safetensors shards and a manifest.
+
+    DIR/manifest.json          provenance, teacher steps of the stored points, shards with their rows and checksums
+    DIR/shard-00000.safetensors
+        noise (n, C, H, W)     label (n,) int64
+        xt    (n, K, C, H, W)  the teacher's state after each of the K stored steps
+        x0    (n, K, C, H, W)  what the teacher predicts x_0 to be from that state; the last point is the sample itself
+
+Trajectory i is row i modulo rows-per-shard of shard i // rows-per-shard, and a function of (seed, i) alone. Shards are
+memory-mapped: a batch is gathered from the page cache straight into one tensor.
+
+    python trajectory.py verify DIR
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import cli
+from cli import UserError
+from provenance import file_sha256
+
+TARGETS = ("x0", "xt")
+GRIDS = ("even", "authors")
+
+
+def grid_steps(steps: int, grid: str = "even", teacher_steps: int = 25) -> list[int]:
+    """After which teacher steps the S points of a student's trajectory lie, noisiest first, the last is the sample.
+
+    "even": round(n k / S), so that S = 1, 2, 4 share points (6, 12, 19, 25 of 25). "authors": the released code's
+    10, 15, 20, 25 of 25 for S = 4. Raises ``ValueError`` for a grid that does not exist.
+    """
+    if grid == "even" and 1 <= steps <= teacher_steps:
+        return [round(teacher_steps * k / steps) for k in range(1, steps + 1)]
+    if grid == "authors" and (steps, teacher_steps) == (4, 25):
+        return [10, 15, 20, 25]
+    if grid == "authors":
+        raise ValueError(f"the authors' grid has 4 student steps of 25 teacher steps, not {steps} of {teacher_steps}")
+    raise ValueError(f"grid {grid!r} has no {steps} student steps of {teacher_steps} teacher steps")
+
+
+def pick_points(x: torch.Tensor, x0: torch.Tensor, points: list[int]) -> dict[str, torch.Tensor]:
+    """The points of a student's grid out of a full teacher trajectory.
+
+    x: (B, n+1, C, H, W) states and x0: (B, n, C, H, W) predictions of ``ddim_trajectory`` -> {"xt", "x0"}: (B, K, C, H,
+    W) each. The predicted x_0 at a point is the one made from that state; at the end it is the sample.
+    """
+    predicted = torch.cat([x0, x[:, -1:]], dim=1)
+    return {"xt": x[:, points], "x0": predicted[:, points]}
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"shard-{number:05d}.safetensors"
+
+
+def write_shard(folder: Path, number: int, tensors: dict[str, torch.Tensor], provenance: dict) -> None:
+    """Write one shard so that its name appears only when it is whole. It carries the store's provenance itself."""
+    partial = folder / f"{shard_name(number)}.partial"
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    save_file(tensors, partial, metadata={"provenance": json.dumps(provenance)})
+    partial.replace(folder / shard_name(number))
+
+
+def shard_provenance(path: Path) -> dict:
+    """What a shard says of itself. ``UserError`` when it is truncated or no shard."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {})["provenance"])
+    except (SafetensorError, KeyError, OSError) as error:
+        raise UserError(f"{path}: truncated or not a trajectory shard ({error}); delete it and dump again") from None
+
+
+def write_manifest(folder: Path, provenance: dict) -> None:
+    """Close a finished dump: the manifest's presence says that every shard is there."""
+    shards = []
+    for path in tqdm(sorted(folder.glob("shard-*.safetensors")), desc="checksums", unit="shard", disable=None):
+        with safe_open(path, "pt") as file:
+            rows = file.get_slice("label").get_shape()[0]
+        shards.append({"file": path.name, "rows": rows, "bytes": path.stat().st_size, "sha256": file_sha256(path)})
+    partial = folder / "manifest.partial"
+    partial.write_text(json.dumps({"provenance": provenance, "shards": shards}, indent=2))
+    partial.replace(folder / "manifest.json")
+
+
+class TrajectoryStore:
+    """A finished store, open for random reads. ``provenance`` is the manifest's, ``len`` the number of trajectories."""
+
+    def __init__(self, folder: str | Path, option: str = "--data-path"):
+        """``UserError`` naming ``option`` when the store is missing, unfinished or truncated."""
+        self.folder = cli.existing_folder(option, folder)
+        manifest = self.folder / "manifest.json"
+        if not manifest.is_file():
+            shards = len(list(self.folder.glob("shard-*.safetensors")))
+            hint = f"the dump is unfinished ({shards} shards); run sample_trajectory.py again to continue it"
+            raise UserError(f"{option} {folder}: " + (hint if shards else "no trajectory store (no manifest.json)"))
+        try:
+            content = json.loads(manifest.read_text())
+            self.provenance, self.shards = content["provenance"], content["shards"]
+        except (ValueError, KeyError):
+            raise UserError(f"{option} {manifest}: not a manifest of a trajectory store") from None
+        self.points = self.provenance["points"]
+        self._tensors = []
+        for shard in self.shards:
+            path = self.folder / shard["file"]
+            if not path.is_file() or path.stat().st_size != shard["bytes"]:
+                found = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
+                raise UserError(f"{option} {path}: {found}, the manifest says {shard['bytes']} bytes; dump it again")
+            with safe_open(path, "pt") as file:  # the tensors are views of the mapped file; nothing is read yet
+                self._tensors.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        self._first_row = np.cumsum([0] + [shard["rows"] for shard in self.shards])
+
+    def __len__(self) -> int:
+        return int(self._first_row[-1])
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of each point."""
+        return tuple(self._tensors[0]["noise"].shape[1:])
+
+    def point_columns(self, wanted: list[int], target: str) -> list[int]:
+        """Where the points of a student's grid are stored. ``UserError`` when the dump lacks them, or the target."""
+        if target not in self._tensors[0]:
+            has = ", ".join(name for name in TARGETS if name in self._tensors[0])
+            raise UserError(f"--target {target}: the store {self.folder} has only {has}")
+        missing = [step for step in wanted if step not in self.points]
+        if missing:
+            raise UserError(
+                f"--steps {len(wanted)} needs the points after teacher steps {wanted}, but the store {self.folder} has "
+                f"{self.points}: choose --steps and --grid to match, or dump again with them"
+            )
+        return [self.points.index(step) for step in wanted]
+
+    def read(self, rows: np.ndarray, target: str, columns: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whole student trajectories: rows (B,) -> (B, S+1, C, H, W) float32, noisiest first, and labels (B,) int64.
+
+        Point 0 is the noise; the next ones are the stored ``columns`` of "x0" or "xt".
+        """
+        out = torch.empty(len(rows), 1 + len(columns), *self.latent_shape)
+        labels = torch.empty(len(rows), dtype=torch.int64)
+        owners = np.searchsorted(self._first_row, rows, side="right") - 1
+        for owner in np.unique(owners):
+            here = torch.from_numpy(np.flatnonzero(owners == owner))
+            local = torch.from_numpy(rows[here.numpy()] - self._first_row[owner])
+            shard = self._tensors[owner]
+            out[here, 0] = shard["noise"][local].float()
+            out[here, 1:] = shard[target][local[:, None], torch.tensor(columns)].float()
+            labels[here] = shard["label"][local]
+        return out, labels
+
+
+def verify(args) -> None:
+    """Check a whole store: sizes, checksums, counts, finiteness, labels; print a one-line summary."""
+    store = TrajectoryStore(args.folder, "DIR")
+    classes = store.provenance["num_classes"]
+    for shard, tensors in tqdm(list(zip(store.shards, store._tensors)), unit="shard", disable=None):
+        path = store.folder / shard["file"]
+        if file_sha256(path) != shard["sha256"]:
+            raise UserError(f"DIR {path}: checksum differs from the manifest's; delete the shard and dump again")
+        if shard_provenance(path) != store.provenance:
+            raise UserError(f"DIR {path}: belongs to another dump than the manifest; dump again")
+        for name, value in tensors.items():
+            if len(value) != shard["rows"]:
+                raise UserError(f"DIR {path}: {name} has {len(value)} rows, the manifest says {shard['rows']}")
+            if name != "label" and not value.isfinite().all():
+                raise UserError(f"DIR {path}: {name} holds NaN or infinite values; dump again with --dtype fp32")
+        if not ((tensors["label"] >= 0) & (tensors["label"] < max(classes, 1))).all():
+            raise UserError(f"DIR {path}: labels out of range 0..{classes - 1}")
+    if len(store) != store.provenance["count"]:
+        raise UserError(f"DIR {args.folder}: {len(store)} trajectories, the manifest says {store.provenance['count']}")
+    p, size = store.provenance, sum(shard["bytes"] for shard in store.shards)
+    print(
+        f"{args.folder}: ok, {len(store)} trajectories of {store.latent_shape}, points after steps {p['points']} of "
+        f"{p['solver_steps']}, {classes} classes, guidance {p['cfg_scale']}, teacher {p['teacher_hash']}, "
+        f"{size / 1e6:.1f} MB"
+    )
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(description="Look after a trajectory store.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=cli.Parser)
+    command = commands.add_parser("verify", help="check counts, checksums and finiteness")
+    command.add_argument("folder", metavar="DIR", help="the store")
+    command.set_defaults(run=verify)
+    return parser
+
+
+if __name__ == "__main__":
+    cli.main(build_parser(), lambda args: args.run(args))
