@@ -8,7 +8,6 @@ are comparable only between runs that used the same file, so its hash is recorde
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from tqdm import trange
 
 import cli
 from data import digits_images, to_unit
+from evaluations.files import write_whole
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "assets" / "digits_classifier.pt"
 SEED = 0
@@ -101,27 +101,13 @@ def load(path: str | Path = WEIGHTS) -> DigitsClassifier:
     return model.eval().requires_grad_(False)
 
 
-def save(path: Path, write) -> None:
-    """Let ``write(file)`` fill the file at ``path``, which appears only when complete. Makes the folder."""
-    partial = path.with_name(path.name + f".partial{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            write(file)
-        partial.replace(path)
-    except OSError as error:
-        raise cli.UserError(f"--out {path}: {error.strerror}, give a file that can be written") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def run_train(args: argparse.Namespace) -> None:
     command = f"python -m evaluations.digits train --out {args.out} --steps {args.steps}"
     provenance = dict(
         command=command,
         data="scikit-learn digits, 4/5 (a fixed shuffle, see evaluations.digits.split)",
         seed=SEED,
-        torch=torch.__version__,
+        torch=str(torch.__version__),
     )
     if args.dry_run:
         cli.show_plan(provenance)
@@ -129,7 +115,7 @@ def run_train(args: argparse.Namespace) -> None:
     model, held_out = train(args.steps)
     provenance["held_out_accuracy"] = held_out
     saved = dict(model=model.state_dict(), config=model.config, provenance=provenance)
-    save(args.out, lambda file: torch.save(saved, file))
+    write_whole("--out", args.out, lambda file: torch.save(saved, file))
     print(f"held-out accuracy {held_out:.4f}, saved to {args.out}")
 
 
@@ -139,7 +125,7 @@ def run_reference(args: argparse.Namespace) -> None:
     if args.dry_run:
         cli.show_plan(dict(out=str(args.out), arr_0=images.shape, arr_1=labels.shape))
         return
-    save(args.out, lambda file: np.savez(file, arr_0=images, arr_1=labels.numpy()))
+    write_whole("--out", args.out, lambda file: np.savez(file, arr_0=images, arr_1=labels.numpy()))
     print(f"{len(images)} digits saved to {args.out}")
 
 

@@ -3,6 +3,8 @@
 Numpy arrays in, floats out. N and M count images, D is the width of the features, K the number of classes.
 """
 
+import contextlib
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -16,6 +18,20 @@ TOLERANCE = 1e-5
 ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 
+@contextlib.contextmanager
+def full_precision():
+    """All of float32 in products on GPUs, not TF32's 10 bits, so that every device gives the same figures."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, before):
+            backend.allow_tf32 = allowed
+
+
 def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and (unbiased) covariance of features.
 
@@ -23,9 +39,9 @@ def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"statistics need features (N, D) of at least 2 images, got shape {features.shape}")
-    features = features.astype(np.float64)
-    mu = features.mean(axis=0)
-    centred = features - mu
+    centred = features.astype(np.float64)
+    mu = centred.mean(axis=0)
+    centred -= mu
     return mu, centred.T @ centred / (len(features) - 1)
 
 
@@ -104,11 +120,8 @@ def precision_recall(
     ref, sam = (torch.from_numpy((f - centre).astype(np.float32)).to(device) for f in (reference, samples))
     if not (ref.isfinite().all() and sam.isfinite().all()):
         raise ValueError("features hold a value that is not finite")
-    tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
-    try:
+    with full_precision():
         return _precision_recall(ref, sam, k, block)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 def _precision_recall(ref: torch.Tensor, sam: torch.Tensor, k: int, block: int) -> tuple[float, float]:

@@ -1,0 +1,257 @@
+"""FID, sFID, Inception Score, precision and recall of a file of samples, by the protocol of ADM's evaluator.
+
+    python -m evaluations.evaluator VIRTUAL_imagenet256_labeled.npz samples.npz
+    torchrun --nproc_per_node=8 -m evaluations.evaluator REFERENCE.npz SAMPLES.npz --json metrics.json
+    python -m evaluations.evaluator data/digits_reference.npz samples.npz --features digits --floor
+
+Both files hold arr_0 (N, H, W, 3) uint8. As in ADM: FID and sFID use the mu, sigma, mu_s, sigma_s stored in the
+reference file where it has them; the Inception Score is the samples'; precision and recall (k=3) compare the images in
+the two files. The extracted features are kept beside each file and used again as long as it does not change.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import cli
+import distributed
+from cli import UserError
+from distributed import Ranks
+from evaluations.features import NAMES, Extractor, extractor
+from evaluations.files import Images, sha256, write_whole
+from evaluations.metrics import frechet_distance, full_precision, inception_score, precision_recall, statistics
+
+K = 3  # neighbours, ADM's choice
+PUBLISHED_COUNT = 50_000  # FID falls with the number of samples; published values use this many
+
+
+def extract(images: Images, network: Extractor, batch_size: int, ranks: Ranks) -> dict[str, np.ndarray]:
+    """Features of all images on every rank: name -> (N, width) float32; each rank extracts its share."""
+    table = {name: np.zeros((images.count, width), dtype=np.float32) for name, width in network.widths.items()}
+    rows = ranks.share(images.count)
+    progress = tqdm(total=rows.stop - rows.start, desc=images.path.name, disable=None if ranks.main else True)
+    with full_precision(), progress:
+        for start, batch in images.batches(rows, batch_size):
+            outputs = network(batch)
+            for name, values in table.items():
+                values[start : start + len(batch)] = outputs[name]
+            progress.update(len(batch))
+    if ranks.world > 1:  # everyone's rows are zero but its own, so the sum is the whole table, exactly
+        for name, values in table.items():
+            table[name] = ranks.all_reduce(torch.from_numpy(values).to(ranks.device)).cpu().numpy()
+    return table
+
+
+def features(images: Images, digest: str, network: Extractor, batch_size: int, ranks: Ranks, cache: bool) -> dict:
+    """The same from the file kept beside the images if it fits them and the network, else extracted and kept.
+
+    Complete on the main rank. The other ranks' may be empty.
+    """
+    path = images.path.with_name(f"{images.path.stem}.{network.name}.features.npz")
+    key = json.dumps(dict(images=digest, weights=network.weights_sha256))
+    kept = read_cache(path, key) if cache and ranks.main else None
+    if ranks.from_main(kept is not None):
+        return kept or {}
+    table = extract(images, network, batch_size, ranks)
+    if cache and ranks.main:
+        try:
+            write_whole("features", path, lambda file: np.savez(file, key=np.array(key), **table))
+        except UserError as error:  # a read-only folder costs time, not the result
+            print(f"warning: {error}", file=sys.stderr)
+    return table
+
+
+def read_cache(path: Path, key: str) -> dict[str, np.ndarray] | None:
+    """The features in the file, or None unless it is readable and was written under this key."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files if name != "key"} if file["key"] == key else None
+    except Exception:  # absent, truncated, not ours: it will be written anew
+        return None
+
+
+class Evaluation:
+    """Two files and a network, opened and checked: everything that can be refused is refused here."""
+
+    def __init__(self, reference: str, samples: str, network: Extractor, allow_few: bool = False):
+        self.reference, self.samples, self.network = Images("REFERENCE", reference), Images("SAMPLES", samples), network
+        ours, theirs = ((i.width, i.height) for i in (self.samples, self.reference))
+        if ours != theirs:
+            raise UserError(
+                f"{self.samples.what}: {ours[0]}x{ours[1]} images, the reference's are {theirs[0]}x{theirs[1]}"
+            )
+        network.check_size(self.samples.width, self.samples.height)
+        self.stored = {}  # the reference's own statistics belong to the Inception network only
+        if network.name == "inception":
+            for mu, sigma, of in (("mu", "sigma", "pool"), ("mu_s", "sigma_s", "spatial")):
+                pair = self.reference.member(mu), self.reference.member(sigma)
+                if pair[0] is not None and pair[1] is not None:
+                    self.stored[of] = pair
+        for images in (self.samples, self.reference):
+            # With fewer images than features the covariance is singular, and FID says more of N than of the images.
+            fewest = network.widths["pool"] if images is self.samples or "pool" not in self.stored else K + 1
+            if images.count < (K + 1 if allow_few else fewest):
+                raise UserError(
+                    f"{images.what}: {images.count} images, "
+                    + (f"k={K} neighbours need {K + 1}" if images.count <= K else f"give {fewest} or --allow-few")
+                )
+        self.provenance_of_samples = self._read_provenance()
+
+    def _read_provenance(self) -> dict | None:
+        """What the sampler wrote into the samples' file about their making, or None."""
+        text = self.samples.member("provenance")
+        if text is None:
+            return None
+        try:
+            return json.loads(str(text))
+        except json.JSONDecodeError:
+            raise UserError(f"{self.samples.what}: its member provenance is not JSON") from None
+
+    def provenance(self, digests: dict[str, str]) -> dict:
+        """Where the figures come from: files, network, versions."""
+        packages = ("torch", "numpy", "torch-fidelity") if self.network.name == "inception" else ("torch", "numpy")
+        files = {
+            role: dict(name=images.path.name, sha256=digests[role], count=images.count)
+            for role, images in (("reference_file", self.reference), ("samples_file", self.samples))
+        }
+        return dict(
+            **files,
+            resolution=[self.samples.width, self.samples.height],
+            features=self.network.name,
+            weights_sha256=self.network.weights_sha256,
+            adm=self.network.adm,
+            stored_statistics=sorted(self.stored),
+            neighbours=K,
+            versions=dict(python=platform.python_version()) | {p: importlib.metadata.version(p) for p in packages},
+            samples=self.provenance_of_samples,
+        )
+
+    def run(self, batch_size: int, ranks: Ranks, cache: bool, floor: bool) -> dict:
+        """All figures and their provenance, the same on every rank."""
+        pairs = (("reference_file", self.reference), ("samples_file", self.samples))
+        digests = ranks.from_main({role: sha256(images.path) for role, images in pairs} if ranks.main else None)
+        ref, sam = (features(i, digests[role], self.network, batch_size, ranks, cache) for role, i in pairs)
+        result = None
+        if ranks.main:
+            try:
+                result = self.figures(ref, sam, ranks.device, floor)
+            except ValueError as error:  # stored statistics that are none, weights that give NaN
+                raise UserError(f"{self.reference.what}, {self.samples.what}: {error}") from None
+            result["provenance"] = self.provenance(digests)
+        return ranks.from_main(result)
+
+    def figures(self, ref: dict, sam: dict, device: torch.device, floor: bool) -> dict:
+        """The figures from the features of both files."""
+        own = self.stored.get("pool") or statistics(ref["pool"])
+        result = dict(inception_score=inception_score(sam["probs"]))
+        result["fid"] = frechet_distance(*own, *statistics(sam["pool"]))
+        result["sfid"] = None
+        if "spatial" in sam:
+            own_spatial = self.stored.get("spatial") or statistics(ref["spatial"])
+            result["sfid"] = frechet_distance(*own_spatial, *statistics(sam["spatial"]))
+        result["precision"], result["recall"] = precision_recall(ref["pool"], sam["pool"], K, device)
+        result["count"] = self.samples.count
+        if floor:
+            # What FID a perfect sampler of the reference's images would get: as many draws, with replacement.
+            rows = np.random.default_rng(0).integers(0, self.reference.count, self.samples.count)
+            result["floor"] = frechet_distance(*statistics(ref["pool"]), *statistics(ref["pool"][rows]))
+        return result
+
+
+def evaluate(
+    reference: str | Path,
+    samples: str | Path,
+    features: str = "digits",
+    *,
+    inception_weights: str | Path | None = None,
+    batch_size: int = 64,
+    ranks: Ranks | None = None,
+    cache: bool = True,
+    allow_few: bool = False,
+    floor: bool = False,
+) -> dict:
+    """All figures of a file of samples against a reference file: what the command prints, for other scripts.
+
+    features: "digits" or "inception". Returns fid, sfid (None for digits), inception_score, precision, recall, count,
+    floor (if asked for) and provenance. Raises ``UserError`` on files and weights that do not serve.
+    """
+    ranks = ranks or Ranks(0, 1, torch.device("cpu"))
+    network = extractor(features, ranks.device, inception_weights)
+    return Evaluation(reference, samples, network, allow_few).run(batch_size, ranks, cache, floor)
+
+
+def show(result: dict) -> None:
+    """Print ADM's five lines and FID with its sample count; without ADM's network every line says so."""
+    name, adm = result["provenance"]["features"], result["provenance"]["adm"]
+    label = " (digit-classifier features, not ADM)" if name == "digits" else ""
+    for title, key in (
+        ("Inception Score", "inception_score"), ("FID", "fid"), ("sFID", "sfid"),
+        ("Precision", "precision"), ("Recall", "recall"),
+    ):  # fmt: skip
+        if result[key] is not None:
+            print(f"{title}{label}: {result[key]:.6g}")
+    count = f"{result['count'] // 1000}K" if result["count"] % 1000 == 0 else str(result["count"])
+    unknown = " (not ADM: these are not the published Inception weights)" if name == "inception" and not adm else ""
+    print(f"FID-{count}{label}{unknown}: {result['fid']:.6g}")
+    if "floor" in result:
+        print(f"FID floor{label}, the reference against {result['count']} draws from itself: {result['floor']:.6g}")
+    if name == "inception" and result["count"] < PUBLISHED_COUNT:
+        print(
+            f"warning: FID of {result['count']} samples is higher than that of {PUBLISHED_COUNT}, "
+            "which published values use",
+            file=sys.stderr,
+        )
+
+
+def run(args: argparse.Namespace) -> None:
+    ranks = distributed.setup(args.device)
+    if not ranks.main:
+        ranks.barrier()  # the main rank goes first, in case that the weights have to be fetched
+    network = extractor(args.features, ranks.device, args.inception_weights)
+    if ranks.main:
+        ranks.barrier()
+    evaluation = Evaluation(args.reference, args.samples, network, args.allow_few)
+    if args.dry_run:
+        if ranks.main:
+            files = dict(reference_file=sha256(args.reference), samples_file=sha256(args.samples))
+            cli.show_plan(evaluation.provenance(files) | dict(device=str(ranks.device), ranks=ranks.world))
+    else:
+        result = evaluation.run(args.batch_size, ranks, args.cache, args.floor)
+        if ranks.main:
+            show(result)
+            if args.json:
+                write_whole("--json", args.json, lambda file: file.write(json.dumps(result, indent=2).encode() + b"\n"))
+    distributed.finish(ranks)
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(prog="evaluations.evaluator", description="FID, sFID, Inception Score, precision and recall.")
+    parser.add_argument("reference", metavar="REFERENCE", type=Path, help=".npz of real images in ADM's format")
+    parser.add_argument("samples", metavar="SAMPLES", type=Path, help=".npz of samples: arr_0 (N, H, W, 3) uint8")
+    group = parser.add_argument_group("features")
+    group.add_argument("--features", choices=NAMES, default="inception", help="inception is ADM's; digits is ours, 8x8")
+    group.add_argument(
+        "--inception-weights", type=Path, help="file of torch-fidelity's Inception weights; fetched when not given"
+    )
+    group.add_argument("--batch-size", type=cli.positive, default=64, help="images per forward pass and device")
+    group.add_argument(
+        "--cache", action=argparse.BooleanOptionalAction, default=True, help="keep the features beside the files"
+    )
+    distributed.add_device_option(group)
+    group = parser.add_argument_group("figures")
+    group.add_argument("--allow-few", action="store_true", help="accept fewer images than features (2048; digits: 64)")
+    group.add_argument("--floor", action="store_true", help="also the FID of as many draws from the reference itself")
+    group.add_argument("--json", type=Path, metavar="OUT.json", help="write the figures and their provenance there")
+    group.add_argument("--dry-run", action="store_true", help="check files and weights, print the plan and stop")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.main(build_parser(), run)

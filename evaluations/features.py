@@ -1,0 +1,123 @@
+"""Images in, features out: Inception-v3 of 2015, with which ADM's figures are made, and the small digit classifier.
+
+Both answer the same call, so that the evaluator does not know which one it holds.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cli import UserError, existing_file
+from data import to_unit
+from evaluations import digits
+from evaluations.files import sha256
+
+NAMES = ("inception", "digits")
+
+
+class Extractor:
+    """Features of images: called with (B, H, W, 3) uint8 it returns a dict of float32 arrays on the CPU.
+
+    pool: (B, D) for FID, precision and recall; spatial: (B, D2) for sFID or None; probs: (B, K) for Inception Score.
+    ``widths`` has the widths of those that are not None. ``name`` and ``weights_sha256`` identify the network; ``adm``
+    says whether figures made with it may be set beside those of papers that use ADM's evaluator.
+    """
+
+    name: str
+    widths: dict[str, int]
+    weights_sha256: str
+    adm = False
+
+    def check_size(self, width: int, height: int) -> None:
+        """Raise ``UserError`` if the network does not read images of this size (pixels)."""
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray | None]:
+        raise NotImplementedError
+
+
+class Digits(Extractor):
+    """The repository's own classifier of 8x8 digits (evaluations/digits.py). Colours are averaged to grey."""
+
+    name = "digits"
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.weights_sha256 = sha256(existing_file("digits classifier", digits.WEIGHTS))
+        self.model, self.device = digits.load().to(device), device
+        self.widths = dict(pool=self.model.head.in_features, probs=self.model.head.out_features)
+
+    def check_size(self, width: int, height: int) -> None:
+        if (width, height) != (8, 8):
+            raise UserError(f"--features digits: reads 8x8 images, these are {width}x{height}, choose inception")
+
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray | None]:
+        x = to_unit(torch.from_numpy(images).to(self.device)).mean(dim=3)[:, None]  # (B, 1, 8, 8)
+        pool, logits = self.model(x)
+        return dict(pool=pool.cpu().numpy(), spatial=None, probs=logits.softmax(dim=1).cpu().numpy())
+
+
+class Inception(Extractor):
+    """Inception-v3 of 2015-12-05 with TensorFlow's weights and TensorFlow's resizing to 299x299, from torch-fidelity.
+
+    pool: the 2048 pooled features. spatial: the first 7 channels of the 1x1 branch of block Mixed_6d, mixed_6/conv in
+    TensorFlow's graph, 17 x 17 x 7 = 2023 numbers (sFID, Nash et al. 2021). probs: the softmax of the 1008 logits
+    without their bias, as ADM takes it.
+    """
+
+    name, widths = "inception", dict(pool=2048, spatial=17 * 17 * 7, probs=1008)
+    PUBLISHED = "6726825d"  # the published weights' SHA-256 starts so, and their file name ends so
+
+    def __init__(self, device: torch.device | str = "cpu", weights: str | Path | None = None):
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        weights = existing_file("--inception-weights", weights) if weights else self.published_weights()
+        wrong = f"--inception-weights {weights}: not the weights of torch-fidelity's Inception-v3"
+        try:
+            torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity itself would run any pickle
+        except Exception:  # the ways in which a wrong file fails to unpickle are not a closed list
+            raise UserError(wrong) from None
+        try:
+            self.model = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(weights)).to(device)
+        except (RuntimeError, TypeError, AttributeError):
+            raise UserError(wrong + " (names or shapes differ)") from None
+        self.device = device
+        self.weights_sha256 = sha256(weights)
+        self.adm = self.weights_sha256.startswith(self.PUBLISHED)
+        self.model.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+
+    @classmethod
+    def published_weights(cls) -> Path:
+        """The published weights in torch's cache, fetched if absent. Raises ``UserError`` if they cannot be fetched."""
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as URL
+
+        path = Path(torch.hub.get_dir()) / "checkpoints" / URL.rpartition("/")[2]
+        if not path.is_file():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(URL, str(path), hash_prefix=cls.PUBLISHED)
+            except (OSError, RuntimeError) as error:
+                raise UserError(
+                    f"--inception-weights: could not fetch the weights ({error}), "
+                    f"get {URL} elsewhere and give the file with this option"
+                ) from None
+        return path
+
+    def _keep_spatial(self, module, inputs, output: torch.Tensor) -> None:
+        self.spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 192, 17, 17) -> (B, 17 * 17 * 7)
+
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray | None]:
+        x = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)  # (B, 3, H, W) uint8
+        pool, logits = self.model(x)
+        outputs = dict(pool=pool, spatial=self.spatial, probs=logits.softmax(dim=1))
+        return {name: value.cpu().numpy() for name, value in outputs.items()}
+
+
+def extractor(name: str, device: torch.device | str = "cpu", inception_weights: str | Path | None = None) -> Extractor:
+    """The extractor of that name ("inception" or "digits"), on the device. Raises ``UserError`` on wrong weights."""
+    if name == "inception":
+        return Inception(device, inception_weights)
+    if inception_weights:
+        raise UserError(f"--inception-weights {inception_weights}: of no use with --features {name}, leave it out")
+    return Digits(device)
