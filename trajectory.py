@@ -10,6 +10,7 @@ Trajectory i is row i modulo rows-per-shard of shard i // rows-per-shard, and a 
 memory-mapped: a batch is gathered from the page cache straight into one tensor.
 
     python trajectory.py verify DIR
+    python trajectory.py export DIR --out teacher.npz
 """
 
 import json
@@ -23,7 +24,9 @@ from tqdm import tqdm
 
 import cli
 from cli import UserError
+from distributed import add_device_option, finish, setup
 from provenance import file_sha256
+from vae import load_vae
 
 TARGETS = ("x0", "xt")
 GRIDS = ("even", "authors")
@@ -105,14 +108,14 @@ class TrajectoryStore:
         except (ValueError, KeyError):
             raise UserError(f"{option} {manifest}: not a manifest of a trajectory store") from None
         self.points = self.provenance["points"]
-        self._tensors = []
+        self.tensors = []
         for shard in self.shards:
             path = self.folder / shard["file"]
             if not path.is_file() or path.stat().st_size != shard["bytes"]:
                 found = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
                 raise UserError(f"{option} {path}: {found}, the manifest says {shard['bytes']} bytes; dump it again")
             with safe_open(path, "pt") as file:  # the tensors are views of the mapped file; nothing is read yet
-                self._tensors.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+                self.tensors.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         self._first_row = np.cumsum([0] + [shard["rows"] for shard in self.shards])
 
     def __len__(self) -> int:
@@ -121,12 +124,12 @@ class TrajectoryStore:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of each point."""
-        return tuple(self._tensors[0]["noise"].shape[1:])
+        return tuple(self.tensors[0]["noise"].shape[1:])
 
     def point_columns(self, wanted: list[int], target: str) -> list[int]:
         """Where the points of a student's grid are stored. ``UserError`` when the dump lacks them, or the target."""
-        if target not in self._tensors[0]:
-            has = ", ".join(name for name in TARGETS if name in self._tensors[0])
+        if target not in self.tensors[0]:
+            has = ", ".join(name for name in TARGETS if name in self.tensors[0])
             raise UserError(f"--target {target}: the store {self.folder} has only {has}")
         missing = [step for step in wanted if step not in self.points]
         if missing:
@@ -147,7 +150,7 @@ class TrajectoryStore:
         for owner in np.unique(owners):
             here = torch.from_numpy(np.flatnonzero(owners == owner))
             local = torch.from_numpy(rows[here.numpy()] - self._first_row[owner])
-            shard = self._tensors[owner]
+            shard = self.tensors[owner]
             out[here, 0] = shard["noise"][local].float()
             out[here, 1:] = shard[target][local[:, None], torch.tensor(columns)].float()
             labels[here] = shard["label"][local]
@@ -158,7 +161,7 @@ def verify(args) -> None:
     """Check a whole store: sizes, checksums, counts, finiteness, labels; print a one-line summary."""
     store = TrajectoryStore(args.folder, "DIR")
     classes = store.provenance["num_classes"]
-    for shard, tensors in tqdm(list(zip(store.shards, store._tensors)), unit="shard", disable=None):
+    for shard, tensors in tqdm(list(zip(store.shards, store.tensors)), unit="shard", disable=None):
         path = store.folder / shard["file"]
         if file_sha256(path) != shard["sha256"]:
             raise UserError(f"DIR {path}: checksum differs from the manifest's; delete the shard and dump again")
@@ -181,12 +184,39 @@ def verify(args) -> None:
     )
 
 
+def export(args) -> None:
+    """Write the teacher's final samples to ADM's .npz: they cost nothing more than decoding."""
+    from samples import write_samples  # the store itself knows nothing of images
+
+    store = TrajectoryStore(args.folder, "DIR")
+    count = args.num_samples or len(store)
+    if count > len(store):
+        raise UserError(f"--num-samples {count}: the store {args.folder} has only {len(store)} trajectories")
+    ranks = setup(args.device)
+    vae = load_vae(store.provenance["vae"], ranks.device)
+    target = next(name for name in TARGETS if name in store.tensors[0])  # the last point is the sample in both
+
+    def draw(indices):
+        points, y = store.read(np.array(indices), target, [len(store.points) - 1])
+        return points[:, 1], vae.decode(points[:, 1].to(ranks.device)), y
+
+    write_samples(Path(args.out), count, draw, store.provenance, ranks, args.per_proc_batch_size)
+    finish(ranks)
+
+
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description="Look after a trajectory store.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=cli.Parser)
     command = commands.add_parser("verify", help="check counts, checksums and finiteness")
     command.add_argument("folder", metavar="DIR", help="the store")
     command.set_defaults(run=verify)
+    command = commands.add_parser("export", help="write the final samples to ADM's .npz")
+    command.add_argument("folder", metavar="DIR", help="the store")
+    command.add_argument("--out", required=True, help="the .npz")
+    command.add_argument("--num-samples", type=cli.positive, help="the first so many only")
+    command.add_argument("--per-proc-batch-size", type=cli.positive, default=64, help="samples decoded at once")
+    add_device_option(command)
+    command.set_defaults(run=export)
     return parser
 
 
