@@ -1,7 +1,17 @@
-"""Real images: the bundled UCI digits, folders of images (class = sub-folder).
+"""Real images: the bundled UCI digits, folders of images (class = sub-folder), stores of their latents (latents.py).
 
 Pixels are uint8 outside the models and float32 in [-1, 1] inside; ``to_unit`` and ``to_uint8`` are the only two ways
 between them, and a uint8 image survives the round trip exactly.
+
+A source, whichever it is, has
+    count, num_classes   how many images and classes there are (0: unconditional)
+    labels               (count,) int64, all 0 without classes
+    size, channels       pixels of a side and colour channels of its images
+    vae                  the autoencoder whose latents it holds, None for pixels
+    identity             plain dict that says which data they are, part of a run's config
+    read(rows, flips)    rows (B,) and which of them to mirror (B,) bool -> {"y": (B,) labels} and either
+                         {"images": (B, channels, size, size) uint8} or {"mean", "std": (B, C, h, w) float32}
+so that trainers say ``real_latents(batch, vae)`` and need not know which it is.
 """
 
 from pathlib import Path
@@ -10,7 +20,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+import latents
 from cli import UserError, existing_folder
+from vae import VAE, Pixels, full_name
 
 
 def to_unit(images: torch.Tensor) -> torch.Tensor:
@@ -35,46 +47,61 @@ def digits_images() -> tuple[torch.Tensor, torch.Tensor]:
 class Digits:
     """The UCI digits as a source of images: one channel, 8x8, ten classes."""
 
-    name, size, channels, num_classes = "digits", 8, 1, 10
+    size, channels, num_classes, vae = 8, 1, 10, None
 
     def __init__(self):
         self.images, self.labels = digits_images()
         self.count = len(self.labels)
+        self.identity = {"data": "digits", "images": self.count, "image_size": self.size}
 
-    def read(self, rows: np.ndarray, flips: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the source: (B, C, H, W) uint8, those of ``flips`` (B,) mirrored, and labels (B,) int64."""
-        return mirrored(self.images[rows], flips), self.labels[rows]
+    def read(self, rows: np.ndarray, flips: np.ndarray) -> dict[str, torch.Tensor]:
+        """See above; images (B, 1, 8, 8)."""
+        return {"images": mirrored(self.images[rows], flips), "y": self.labels[rows]}
 
 
 class ImageFolder:
-    """A folder with one sub-folder of images per class, read as ADM does: centre crop, resized to ``size``."""
+    """A folder with one sub-folder of images per class, read as ADM does: centre crop, resized to ``size``.
 
-    channels = 3
+    ``unconditional`` takes every image below the folder, with or without sub-folders, and no classes.
+    """
 
-    def __init__(self, folder: str | Path, size: int):
+    channels, vae = 3, None
+
+    def __init__(self, folder: str | Path, size: int, unconditional: bool = False, option: str = "--data-path"):
         from torchvision.datasets import ImageFolder as Listing
+        from torchvision.datasets.folder import IMG_EXTENSIONS
 
-        try:
-            listing = Listing(str(existing_folder("--data-path", folder)))
-        except FileNotFoundError as error:
-            raise UserError(
-                f"--data-path {folder}: give a folder with one sub-folder of images for each class ({error})"
-            ) from None
-        self.name, self.size, self.samples = str(folder), size, listing.samples
-        self.count, self.num_classes = len(listing.samples), len(listing.classes)
+        self.option, self.size = option, size
+        root = existing_folder(option, folder)
+        if unconditional:
+            self.paths = sorted(str(path) for path in root.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+            self.classes, labels = [], [0] * len(self.paths)
+            if not self.paths:
+                raise UserError(f"{option} {folder}: holds no images ({', '.join(IMG_EXTENSIONS)})")
+        else:
+            try:
+                listing = Listing(str(root))
+            except FileNotFoundError as error:
+                raise UserError(
+                    f"{option} {folder}: give a folder with one sub-folder of images for each class, or "
+                    f"--unconditional ({str(error).splitlines()[0]})"
+                ) from None
+            self.classes, self.paths, labels = listing.classes, [path for path, _ in listing.samples], listing.targets
+        self.labels = torch.tensor(labels)
+        self.count, self.num_classes = len(self.paths), len(self.classes)
+        self.identity = {"data": str(folder), "images": self.count, "image_size": size}
 
-    def read(self, rows: np.ndarray, flips: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the source: (B, 3, H, W) uint8, those of ``flips`` (B,) mirrored, and labels (B,) int64."""
-        images = [self._image(self.samples[row][0]) for row in rows]
-        labels = torch.tensor([self.samples[row][1] for row in rows])
-        return mirrored(torch.stack(images), flips), labels
+    def read(self, rows: np.ndarray, flips: np.ndarray) -> dict[str, torch.Tensor]:
+        """See above; ``UserError`` names a file that is no image."""
+        images = torch.stack([self._image(self.paths[row]) for row in rows])
+        return {"images": mirrored(images, flips), "y": self.labels[rows]}
 
     def _image(self, path: str) -> torch.Tensor:
         try:
             with Image.open(path) as file:
                 cropped = center_crop(file.convert("RGB"), self.size)
         except OSError as error:
-            raise UserError(f"--data-path: {path} is not a readable image ({error})") from None
+            raise UserError(f"{self.option}: {path} is not a readable image ({error})") from None
         return torch.from_numpy(np.array(cropped)).permute(2, 0, 1)
 
 
@@ -93,10 +120,61 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def open_source(data_path: str, image_size: int | None) -> Digits | ImageFolder:
-    """The source that ``--data-path`` names: the word "digits", or a folder of images read at ``image_size`` pixels."""
+def open_source(
+    data_path: str, image_size: int | None = None, unconditional: bool = False, option: str = "--data-path"
+) -> "Digits | ImageFolder | latents.LatentStore":
+    """The source that an option names: the word "digits", a store of latents, or a folder of images.
+
+    ``image_size`` is needed for images; a latent store knows its own and a contradiction is refused. ``unconditional``
+    leaves out the classes.
+    """
     if data_path == "digits":
-        return Digits()
-    if image_size is None:
-        raise UserError(f"--data-path {data_path}: an image folder needs --image-size (256 for DiT-XL/2)")
-    return ImageFolder(data_path, image_size)
+        source = Digits()
+    elif latents.is_store(data_path):
+        source = latents.LatentStore(data_path, option)
+    elif image_size is None:
+        raise UserError(f"{option} {data_path}: an image folder needs --image-size (256 for DiT-XL/2)")
+    else:
+        source = ImageFolder(data_path, image_size, unconditional, option)
+    if image_size not in (None, source.size):
+        raise UserError(f"--image-size {image_size}: the images of {option} {data_path} have {source.size} pixels")
+    if unconditional:
+        source.num_classes, source.labels = 0, torch.zeros_like(source.labels)
+    return source
+
+
+def choose_vae(source, given: str | None) -> str | None:
+    """The full name of the autoencoder to use: ``--vae`` as given, by default the source's own; None is pixel space.
+
+    ``UserError`` when the source holds the latents of another one.
+    """
+    name = source.vae if given is None else full_name(given)
+    if source.vae is not None and name != source.vae:
+        raise UserError(f"--vae {given}: {source.folder} holds latents of {source.vae}; leave the option out")
+    return name
+
+
+def latent_shape(source, vae: VAE | Pixels) -> tuple[int, int, int]:
+    """(C, h, w) of a source's latents. ``UserError`` when its images do not suit the autoencoder."""
+    if source.vae is not None:
+        return source.latent_shape
+    if source.size % vae.factor:
+        raise UserError(f"--image-size {source.size}: must be a multiple of {vae.factor} for --vae {vae.name}")
+    if vae.image_channels not in (None, source.channels):
+        raise UserError(
+            f"--vae {vae.name}: takes images of {vae.image_channels} channels, these have {source.channels}"
+        )
+    side = source.size // vae.factor
+    return vae.channels or source.channels, side, side
+
+
+def real_latents(batch: dict[str, torch.Tensor], vae: VAE | Pixels) -> torch.Tensor:
+    """x_0 of a batch: (B, C, h, w), drawn from the encoder's posterior with the noise ``batch["posterior"]``.
+
+    ``batch`` holds what ``read`` gave. Pixels have no deviation, so they are x_0 themselves.
+    """
+    if "images" in batch:
+        mean, std = vae.encode(to_unit(batch["images"]))
+    else:
+        mean, std = batch["mean"], batch["std"]
+    return mean + std * batch["posterior"]

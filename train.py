@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 import cli
 import distributed
 from cli import UserError
-from data import open_source, to_uint8, to_unit
+from data import choose_vae, latent_shape, open_source, real_latents, to_uint8
 from diffusion import create_diffusion
 from models import DiT_models
 from randomness import Shuffle, generator, labels, noise
@@ -26,9 +26,14 @@ from vae import load_vae
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description="Train a DiT teacher.")
     group = parser.add_argument_group("data and model")
-    group.add_argument("--data-path", required=True, help='"digits", or a folder with one sub-folder per class')
+    group.add_argument(
+        "--data-path", required=True, help='"digits", an image folder with a sub-folder per class, or a latent store'
+    )
     group.add_argument("--image-size", type=cli.positive, help="pixels of a side, for image folders")
-    group.add_argument("--vae", default="none", help="ema, mse, a folder or hub id; none: the model works on pixels")
+    group.add_argument(
+        "--vae", help="ema, mse, a folder or hub id; none, the default for images: the model works on pixels"
+    )
+    group.add_argument("--unconditional", action="store_true", help="no classes; an image folder may then be flat")
     group.add_argument("--model", required=True, choices=DiT_models, metavar="NAME", help=", ".join(DiT_models))
     group.add_argument("--label-dropout", type=float, default=0.1, help="rate of the null label in training")
     group.add_argument("--hflip", action=argparse.BooleanOptionalAction, default=True, help="mirror images at random")
@@ -37,10 +42,10 @@ def build_parser() -> cli.Parser:
 
 
 class TeacherBatches(Dataset):
-    """Item n is this rank's share of step n: images, labels with some dropped, times and noise."""
+    """Item n is this rank's share of step n: images or latents, labels with some dropped, times and noise."""
 
-    def __init__(self, source, latent_shape: tuple[int, int, int], args, ranks):
-        self.source, self.latent_shape, self.args, self.ranks = source, latent_shape, args, ranks
+    def __init__(self, source, shape: tuple[int, int, int], args, ranks):
+        self.source, self.shape, self.args, self.ranks = source, shape, args, ranks
         self.shuffle = Shuffle(source.count, args.seed)
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
@@ -51,28 +56,28 @@ class TeacherBatches(Dataset):
         t = torch.tensor([int(draw.integers(1000)) for draw in draws])
         dropped = torch.tensor([draw.random() < self.args.label_dropout for draw in draws])
         flips = torch.tensor([draw.random() < 0.5 and self.args.hflip for draw in draws]).numpy()
-        images, y = self.source.read(self.shuffle.rows(positions.start, positions.stop), flips)
-        return {
-            "images": images,
-            "y": torch.where(dropped, self.source.num_classes, y),
+        real = self.source.read(self.shuffle.rows(positions.start, positions.stop), flips)
+        return real | {
+            "y": torch.where(dropped, self.source.num_classes, real["y"]),
             "t": t,
-            "noise": noise(self.args.seed, "training", positions, self.latent_shape),
-            "posterior": noise(self.args.seed, "posterior", positions, self.latent_shape),  # of the VAE's encoder
+            "noise": noise(self.args.seed, "training", positions, self.shape),
+            "posterior": noise(self.args.seed, "posterior", positions, self.shape),  # of the VAE's encoder
         }
 
 
 def run(args: argparse.Namespace) -> None:
-    source = open_source(args.data_path, args.image_size)
+    source = open_source(args.data_path, args.image_size, args.unconditional)
+    vae_name = choose_vae(source, args.vae)
     ranks = distributed.setup(args.device)
-    vae = load_vae(args.vae, ranks.device)
-    if source.size % vae.factor:
-        raise UserError(f"--image-size {source.size}: must be a multiple of {vae.factor} for --vae {args.vae}")
+    needs_vae = args.sample_every or source.vae is None  # latents are decoded for the previews only
+    vae = load_vae(vae_name if needs_vae else None, ranks.device)
+    channels, side, _ = latent_shape(source, vae)
     torch.manual_seed(args.seed)
     try:
         # Labels are dropped by the data, a function of the position: the module itself stays in eval mode throughout.
         model = DiT_models[args.model](
-            input_size=source.size // vae.factor,
-            in_channels=vae.channels or source.channels,
+            input_size=side,
+            in_channels=channels,
             num_classes=source.num_classes,
             class_dropout_prob=args.label_dropout,
         ).eval()
@@ -82,8 +87,8 @@ def run(args: argparse.Namespace) -> None:
     config = {
         "kind": "teacher",
         "model": model.config,
-        "vae": vae.name,
-        "provenance": {"data": source.name, "images": source.count, "image_size": source.size},
+        "vae": vae_name,
+        "provenance": source.identity,
         "training": training_config(args) | {"label_dropout": args.label_dropout, "hflip": args.hflip},
     }
     if args.dry_run:
@@ -96,8 +101,7 @@ def run(args: argparse.Namespace) -> None:
     diffusion, sampler = create_diffusion(), create_diffusion("25")
 
     def losses(batch: dict) -> torch.Tensor:
-        mean, std = vae.encode(to_unit(batch["images"]))
-        x = mean + std * batch["posterior"]
+        x = real_latents(batch, vae)
         return diffusion.training_losses(network.model, x, batch["t"], {"y": batch["y"]}, batch["noise"])["loss"]
 
     def train_step(batch: dict) -> dict:

@@ -1,16 +1,20 @@
 """Between pixels and latents: Stable Diffusion's autoencoder through diffusers, or nothing for pixel-space models."""
 
+from pathlib import Path
+
 import torch
 
 from cli import UserError
 
 NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+IMAGES_AT_ONCE = 16  # of a decoder or encoder: 16 of 512 pixels take about 10 GB in fp32, whatever the batch
 
 
 class Pixels:
     """The latent space of a model that works on pixels: images in [-1, 1] as they are."""
 
-    name, scale, factor, channels = None, 1.0, 1, None
+    name, scale, factor, channels, image_channels = None, 1.0, 1, None, None
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """images: (B, C, H, W) in [-1, 1] -> mean and standard deviation of the latent: the image, and zero."""
@@ -24,12 +28,13 @@ class Pixels:
 class VAE:
     """diffusers' AutoencoderKL with latents scaled to unit variance by the factor in its own config."""
 
-    def __init__(self, name: str, device: torch.device, dtype: torch.dtype = torch.float32):
+    def __init__(self, name: str, device: torch.device, precision: str = "fp32"):
         from diffusers import AutoencoderKL  # seconds to import, not needed for pixels
 
-        path = NAMES.get(name, name)
+        path = full_name(name)
+        within = "vae" if (Path(path) / "vae" / "config.json").is_file() else None  # a whole pipeline's folder
         try:
-            self.model = AutoencoderKL.from_pretrained(path, torch_dtype=dtype)
+            self.model = AutoencoderKL.from_pretrained(path, subfolder=within, torch_dtype=PRECISIONS[precision])
         except Exception as error:  # diffusers raises many kinds for a missing file, a bad config, no network
             raise UserError(
                 f"--vae {name}: cannot load the autoencoder {path}; give ema, mse, none or a folder in diffusers' "
@@ -37,23 +42,31 @@ class VAE:
                 f"hf download {path} --local-dir FOLDER ({str(error).splitlines()[0]})"
             ) from None
         self.model = self.model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-        self.name, self.dtype = path, dtype
+        self.name, self.dtype = path, PRECISIONS[precision]
         self.scale = self.model.config.scaling_factor
         self.factor = 2 ** (len(self.model.config.block_out_channels) - 1)
-        self.channels = self.model.config.latent_channels
+        self.channels, self.image_channels = self.model.config.latent_channels, self.model.config.in_channels
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """images: (B, 3, H, W) in [-1, 1] -> mean and deviation of the scaled latents, (B, C, H/f, W/f) each."""
-        posterior = self.model.encode(images.to(self.dtype)).latent_dist
-        return posterior.mean.float() * self.scale, posterior.std.float() * self.scale
+        """images: (B, 3, H, W) in [-1, 1] -> mean and deviation of the scaled latents, (B, C, H/f, W/f) float32."""
+        with torch.autocast(images.device.type, enabled=False):  # a trainer's --precision is not the autoencoder's
+            parts = [self.model.encode(x).latent_dist for x in images.to(self.dtype).split(IMAGES_AT_ONCE)]
+        mean, std = torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts])
+        return mean.float() * self.scale, std.float() * self.scale
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """latents: (B, C, h, w) scaled -> images (B, 3, h * f, w * f), about [-1, 1], float32."""
-        return self.model.decode((latents / self.scale).to(self.dtype)).sample.float()
+        parts = (latents / self.scale).to(self.dtype).split(IMAGES_AT_ONCE)
+        return torch.cat([self.model.decode(z).sample.float() for z in parts])
 
 
-def load_vae(name: str | None, device: torch.device, dtype: torch.dtype = torch.float32) -> VAE | Pixels:
+def full_name(name: str | None) -> str | None:
+    """What ``--vae`` stands for: a hub id or a folder; None for pixel space ("none")."""
+    return None if name in (None, "none") else NAMES.get(name, name)
+
+
+def load_vae(name: str | None, device: torch.device, precision: str = "fp32") -> VAE | Pixels:
     """The autoencoder of that name ("ema", "mse", a hub id or a folder); None or "none" is pixel space."""
-    return Pixels() if name in (None, "none") else VAE(name, device, dtype)
+    return Pixels() if full_name(name) is None else VAE(name, device, precision)
