@@ -19,10 +19,10 @@ from cli import UserError
 from diffusion import create_diffusion
 from distributed import Ranks
 from models import DiT
-from provenance import require_same
 from randomness import LABEL_POLICIES, labels, noise
+from shards import fill_store
 from training import PRECISIONS, autocast
-from trajectory import GRIDS, grid_steps, pick_points, shard_name, shard_provenance, write_manifest, write_shard
+from trajectory import GRIDS, grid_steps, pick_points
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
@@ -101,33 +101,16 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         cli.show_plan(provenance)
         return
-    folder = Path(args.out)
-    shards = [
-        range(start, min(start + args.rows_per_shard, args.num_trajectories))
-        for start in range(0, args.num_trajectories, args.rows_per_shard)
-    ]
-    foreign = folder.exists() and any(folder.iterdir()) and not any(folder.glob("shard-*"))
-    if foreign:
-        raise UserError(f"--out {folder}: the folder holds other files, give a new one")
-    present = {path.name: shard_provenance(path) for path in sorted(folder.glob("shard-*.safetensors"))}
-    for found in present.values():
-        require_same(f"--out {folder}: holds trajectories of another dump", found, provenance)
-    if len(present) == len(shards) and (folder / "manifest.json").is_file():
-        print(f"{folder}: already complete, {args.num_trajectories} trajectories")
-        return
-
     ranks = distributed.setup(args.device)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, count = Path(args.out), args.num_trajectories
     teacher = teacher.to(ranks.device)
-    mine = [number for number in range(len(shards)) if shard_name(number) not in present][ranks.rank :: ranks.world]
-    total = sum(len(shards[number]) for number in mine)
-    with tqdm(total=total, unit="trajectory", disable=None if ranks.main else True) as bar:
-        for number in mine:
-            write_shard(folder, number, dump_shard(teacher, args, shards[number], points, ranks, bar), provenance)
-    ranks.barrier()
+
+    def make(rows: range, bar: tqdm) -> dict[str, torch.Tensor]:
+        return dump_shard(teacher, args, rows, points, ranks, bar)
+
+    written = fill_store(folder, provenance, ranks, make, unit="trajectory")
     if ranks.main:
-        write_manifest(folder, provenance)
-        print(f"{folder}: {args.num_trajectories} trajectories in {len(shards)} shards")
+        print(f"{folder}: {count} trajectories" if written else f"{folder}: already complete, {count} trajectories")
     distributed.finish(ranks)
 
 

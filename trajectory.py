@@ -1,31 +1,33 @@
-"""The one owner of the trajectory store: few large safetensors shards and a manifest.
+"""The one owner of the trajectory store: few large safetensors shards and a manifest (shards.py).
 
-    DIR/manifest.json          provenance, teacher steps of the stored points, shards with their rows and checksums
+    DIR/manifest.json          provenance, teacher steps of the stored points among it
     DIR/shard-00000.safetensors
         noise (n, C, H, W)     label (n,) int64
         xt    (n, K, C, H, W)  the teacher's state after each of the K stored steps
         x0    (n, K, C, H, W)  what the teacher predicts x_0 to be from that state; the last point is the sample itself
 
-Trajectory i is row i modulo rows-per-shard of shard i // rows-per-shard, and a function of (seed, i) alone. Shards are
-memory-mapped: a batch is gathered from the page cache straight into one tensor.
+Trajectory i is a function of (seed, i) alone. Shards are memory-mapped: a batch is gathered from the page cache
+straight into one tensor.
 
     python trajectory.py verify DIR
     python trajectory.py export DIR --out teacher.npz
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
+import checkpoint
 import cli
 from cli import UserError
-from distributed import add_device_option, finish, setup
-from provenance import file_sha256
+from distributed import Ranks, add_device_option, finish, setup
+from models import DiT
+from provenance import file_sha256, require_same
+from randomness import Shuffle
+from shards import ShardStore, shard_provenance
 from vae import load_vae
 
 TARGETS = ("x0", "xt")
@@ -57,74 +59,29 @@ def pick_points(x: torch.Tensor, x0: torch.Tensor, points: list[int]) -> dict[st
     return {"xt": x[:, points], "x0": predicted[:, points]}
 
 
-def shard_name(number: int) -> str:
-    """File name of a shard."""
-    return f"shard-{number:05d}.safetensors"
+class TrajectoryStore(ShardStore):
+    """A finished store of trajectories, open for random reads."""
 
-
-def write_shard(folder: Path, number: int, tensors: dict[str, torch.Tensor], provenance: dict) -> None:
-    """Write one shard so that its name appears only when it is whole. It carries the store's provenance itself."""
-    partial = folder / f"{shard_name(number)}.partial"
-    tensors = {name: value.contiguous() for name, value in tensors.items()}
-    save_file(tensors, partial, metadata={"provenance": json.dumps(provenance)})
-    partial.replace(folder / shard_name(number))
-
-
-def shard_provenance(path: Path) -> dict:
-    """What a shard says of itself. ``UserError`` when it is truncated or no shard."""
-    try:
-        with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {})["provenance"])
-    except (SafetensorError, KeyError, OSError) as error:
-        raise UserError(f"{path}: truncated or not a trajectory shard ({error}); delete it and dump again") from None
-
-
-def write_manifest(folder: Path, provenance: dict) -> None:
-    """Close a finished dump: the manifest's presence says that every shard is there."""
-    shards = []
-    for path in tqdm(sorted(folder.glob("shard-*.safetensors")), desc="checksums", unit="shard", disable=None):
-        with safe_open(path, "pt") as file:
-            rows = file.get_slice("label").get_shape()[0]
-        shards.append({"file": path.name, "rows": rows, "bytes": path.stat().st_size, "sha256": file_sha256(path)})
-    partial = folder / "manifest.partial"
-    partial.write_text(json.dumps({"provenance": provenance, "shards": shards}, indent=2))
-    partial.replace(folder / "manifest.json")
-
-
-class TrajectoryStore:
-    """A finished store, open for random reads. ``provenance`` is the manifest's, ``len`` the number of trajectories."""
+    kind = "trajectory store"
 
     def __init__(self, folder: str | Path, option: str = "--data-path"):
-        """``UserError`` naming ``option`` when the store is missing, unfinished or truncated."""
-        self.folder = cli.existing_folder(option, folder)
-        manifest = self.folder / "manifest.json"
-        if not manifest.is_file():
-            shards = len(list(self.folder.glob("shard-*.safetensors")))
-            hint = f"the dump is unfinished ({shards} shards); run sample_trajectory.py again to continue it"
-            raise UserError(f"{option} {folder}: " + (hint if shards else "no trajectory store (no manifest.json)"))
-        try:
-            content = json.loads(manifest.read_text())
-            self.provenance, self.shards = content["provenance"], content["shards"]
-        except (ValueError, KeyError):
-            raise UserError(f"{option} {manifest}: not a manifest of a trajectory store") from None
+        """``UserError`` naming ``option`` when the store is missing, unfinished, truncated or of something else."""
+        super().__init__(folder, option)
+        if "points" not in self.provenance:
+            raise UserError(f"{option} {folder}: this store holds no trajectories; sample_trajectory.py makes one")
         self.points = self.provenance["points"]
-        self.tensors = []
-        for shard in self.shards:
-            path = self.folder / shard["file"]
-            if not path.is_file() or path.stat().st_size != shard["bytes"]:
-                found = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
-                raise UserError(f"{option} {path}: {found}, the manifest says {shard['bytes']} bytes; dump it again")
-            with safe_open(path, "pt") as file:  # the tensors are views of the mapped file; nothing is read yet
-                self.tensors.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        self._first_row = np.cumsum([0] + [shard["rows"] for shard in self.shards])
-
-    def __len__(self) -> int:
-        return int(self._first_row[-1])
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of each point."""
         return tuple(self.tensors[0]["noise"].shape[1:])
+
+    def load_teacher(self, path: str | None = None) -> tuple[DiT, dict]:
+        """The teacher whose trajectories these are, from ``path`` or where the store says; another one is refused."""
+        teacher, config = checkpoint.load_teacher(path or self.provenance["teacher"])
+        mine = {name: config["provenance"][name] for name in ("teacher_hash", "vae")}
+        require_same(f"--data-path {self.folder}: these trajectories are another teacher's", self.provenance, mine)
+        return teacher, config
 
     def point_columns(self, wanted: list[int], target: str) -> list[int]:
         """Where the points of a student's grid are stored. ``UserError`` when the dump lacks them, or the target."""
@@ -146,15 +103,28 @@ class TrajectoryStore:
         """
         out = torch.empty(len(rows), 1 + len(columns), *self.latent_shape)
         labels = torch.empty(len(rows), dtype=torch.int64)
-        owners = np.searchsorted(self._first_row, rows, side="right") - 1
-        for owner in np.unique(owners):
-            here = torch.from_numpy(np.flatnonzero(owners == owner))
-            local = torch.from_numpy(rows[here.numpy()] - self._first_row[owner])
-            shard = self.tensors[owner]
-            out[here, 0] = shard["noise"][local].float()
-            out[here, 1:] = shard[target][local[:, None], torch.tensor(columns)].float()
-            labels[here] = shard["label"][local]
+        for tensors, here, local in self.pieces(rows):
+            out[here, 0] = tensors["noise"][local].float()
+            out[here, 1:] = tensors[target][local[:, None], torch.tensor(columns)].float()
+            labels[here] = tensors["label"][local]
         return out, labels
+
+
+class TrajectoryBatches(Dataset):
+    """Item n is this rank's share of step n: trajectories (b, S+1, C, H, W), noisiest first, and labels (b,)."""
+
+    def __init__(self, store: TrajectoryStore, points: list[int], target: str, args, ranks: Ranks):
+        """``points`` and ``target`` as a student has them; ``args`` has seed and global_batch_size."""
+        self.store, self.target, self.args, self.ranks = store, target, args, ranks
+        self.columns = store.point_columns(points, target)
+        self.shuffle = Shuffle(len(store), args.seed)
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        first = step * self.args.global_batch_size
+        share = self.ranks.share(self.args.global_batch_size)
+        rows = self.shuffle.rows(first + share.start, first + share.stop)
+        trajectory, y = self.store.read(rows, self.target, self.columns)
+        return {"trajectory": trajectory, "y": y}
 
 
 def verify(args) -> None:
@@ -220,5 +190,9 @@ def build_parser() -> cli.Parser:
     return parser
 
 
+def run(args) -> None:
+    args.run(args)
+
+
 if __name__ == "__main__":
-    cli.main(build_parser(), lambda args: args.run(args))
+    cli.main(build_parser(), run)
