@@ -17,6 +17,8 @@ STREAMS = {
     "augmentation": 5,
     "preview": 6,
     "posterior": 7,
+    "real": 8,
+    "discriminator": 9,
 }
 LABEL_POLICIES = ("balanced", "random")
 
@@ -52,11 +54,11 @@ class Shuffle:
     """An endless shuffled order of ``count`` rows in which every epoch holds every row exactly once.
 
     A function of (seed, position) alone: resuming needs the position only, and any number of ranks can share one order.
-    One permutation (8 bytes a row) is in memory at a time.
+    One permutation (8 bytes a row) is in memory at a time. Two data sets of one run take different streams.
     """
 
-    def __init__(self, count: int, seed: int):
-        self.count, self.seed = count, seed
+    def __init__(self, count: int, seed: int, stream: str = "order"):
+        self.count, self.seed, self.stream = count, seed, stream
         self._epoch, self._order = -1, None
 
     def rows(self, start: int, stop: int) -> np.ndarray:
@@ -65,7 +67,7 @@ class Shuffle:
         while start < stop:
             epoch, offset = divmod(start, self.count)
             if epoch != self._epoch:
-                self._epoch, self._order = epoch, generator(self.seed, "order", epoch).permutation(self.count)
+                self._epoch, self._order = epoch, generator(self.seed, self.stream, epoch).permutation(self.count)
             taken = min(stop - start, self.count - offset)
             out[len(out) - (stop - start) :][:taken] = self._order[offset : offset + taken]
             start += taken

@@ -97,6 +97,17 @@ def sample_to_file(
         print(f"{out}: {args.num_samples} samples" + ("" if written else ", already there"))
 
 
+@torch.no_grad()
+def preview_images(student, vae, indices: range, precision: str = "fp32") -> torch.Tensor:
+    """A student's samples of the "preview" noises of these indices: (B, 1 or 3, H, W) uint8 on its device."""
+    device = next(student.parameters()).device
+    z = noise(0, "preview", indices, student.latent_shape).to(device)
+    y = labels(0, indices, student.num_classes).to(device)
+    with autocast(precision, device):
+        latents = student.sample(z, y)[:, -1].float()
+    return to_uint8(vae.decode(latents))
+
+
 def to_rgb(images: torch.Tensor) -> np.ndarray:
     """images: (B, 1 or 3, H, W) uint8 -> (B, H, W, 3) uint8, grey repeated."""
     return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()

@@ -100,13 +100,12 @@ def run(args: argparse.Namespace) -> None:
     trainer = Trainer(args, ranks, config, {"": network})
     diffusion, sampler = create_diffusion(), create_diffusion("25")
 
-    def losses(batch: dict) -> torch.Tensor:
+    def losses(batch: dict) -> dict:
         x = real_latents(batch, vae)
-        return diffusion.training_losses(network.model, x, batch["t"], {"y": batch["y"]}, batch["noise"])["loss"]
+        return diffusion.training_losses(network.model, x, batch["t"], {"y": batch["y"]}, batch["noise"])
 
     def train_step(batch: dict) -> dict:
-        loss = trainer.backward(network, losses, batch)
-        return {"loss": loss, "grad_norm": network.step()}
+        return trainer.backward(network, losses, batch) | {"grad_norm": network.step()}
 
     def preview(path) -> None:
         count = min(64, 8 * max(source.num_classes, 1))

@@ -8,21 +8,15 @@
 
 import argparse
 
-import torch
-from torch.utils.data import Dataset
-
-import checkpoint
 import cli
 import distributed
 from cli import UserError
-from data import to_uint8
 from models import DiT_models
 from models_ard import ARD, MASKS
 from provenance import require_same
-from randomness import Shuffle, labels, noise
-from samples import save_grid
-from training import Network, Trainer, add_training_options, autocast, training_config
-from trajectory import GRIDS, TARGETS, TrajectoryStore, grid_steps
+from samples import preview_images, save_grid
+from training import Network, Trainer, add_training_options, training_config
+from trajectory import GRIDS, TARGETS, TrajectoryBatches, TrajectoryStore, grid_steps
 from vae import load_vae
 
 
@@ -47,30 +41,9 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-class TrajectoryBatches(Dataset):
-    """Item n is this rank's share of step n: trajectories (b, S+1, C, H, W), noisiest first, and labels (b,)."""
-
-    def __init__(self, store: TrajectoryStore, points: list[int], args, ranks):
-        self.store, self.args, self.ranks = store, args, ranks
-        self.columns = store.point_columns(points, args.target)
-        self.shuffle = Shuffle(len(store), args.seed)
-
-    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        first = step * self.args.global_batch_size
-        share = self.ranks.share(self.args.global_batch_size)
-        rows = self.shuffle.rows(first + share.start, first + share.stop)
-        trajectory, y = self.store.read(rows, self.args.target, self.columns)
-        return {"trajectory": trajectory, "y": y}
-
-
 def run(args: argparse.Namespace) -> None:
     store = TrajectoryStore(args.data_path)
-    teacher, teacher_config = checkpoint.load_teacher(args.teacher or store.provenance["teacher"])
-    require_same(
-        f"--data-path {args.data_path}: these trajectories are another teacher's",
-        store.provenance,
-        {name: teacher_config["provenance"][name] for name in ("teacher_hash", "vae")},
-    )
+    teacher, teacher_config = store.load_teacher(args.teacher)
     if args.model:
         size = DiT_models[args.model].keywords
         require_same(f"--model {args.model}: the teacher is another model", teacher.config, size)
@@ -80,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise UserError(f"--steps {args.steps} --stack {args.stack} --grid {args.grid}: {error}") from None
     ranks = distributed.setup(args.device)
-    batches = TrajectoryBatches(store, points, args, ranks)
+    batches = TrajectoryBatches(store, points, args.target, args, ranks)
     vae = load_vae(teacher_config["vae"] if args.sample_every else None, ranks.device)
 
     config = {
@@ -98,22 +71,16 @@ def run(args: argparse.Namespace) -> None:
     network = Network(student, ranks, args.lr, args.clip, args.ema_decay)
     trainer = Trainer(args, ranks, config, {"": network})
 
-    def losses(batch: dict) -> torch.Tensor:
+    def losses(batch: dict) -> dict:
         trajectory = batch["trajectory"]
         predictions = network.model(trajectory[:, :-1], batch["y"])
-        return (predictions.float() - trajectory[:, 1:]).square().flatten(1).mean(1)
+        return {"loss": (predictions.float() - trajectory[:, 1:]).square().flatten(1).mean(1)}
 
     def train_step(batch: dict) -> dict:
-        loss = trainer.backward(network, losses, batch)
-        return {"loss": loss, "grad_norm": network.step()}
+        return trainer.backward(network, losses, batch) | {"grad_norm": network.step()}
 
-    @torch.no_grad()
     def preview(path) -> None:
-        z = noise(0, "preview", range(64), student.latent_shape).to(ranks.device)
-        y = labels(0, range(64), student.num_classes).to(ranks.device)
-        with autocast(args.precision, ranks.device):
-            predictions = network.ema.sample(z, y)
-        save_grid(path, to_uint8(vae.decode(predictions[:, -1].float())))
+        save_grid(path, preview_images(network.ema, vae, range(64), args.precision))
 
     trainer.run(batches, train_step, preview)
     distributed.finish(ranks)

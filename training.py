@@ -151,23 +151,24 @@ class Trainer:
                 (folder / "latest.pt").unlink(missing_ok=True)
         self.ranks.barrier()
 
-    def backward(self, network: Network, losses: Callable[[dict], torch.Tensor], batch: dict) -> torch.Tensor:
+    def backward(self, network: Network, losses: Callable[[dict], dict], batch: dict) -> dict[str, torch.Tensor]:
         """Gradient of the mean loss over the global batch, through ``--accumulation`` micro-batches.
 
-        ``losses`` maps a micro-batch to one number per sample, (b,). Shares of unequal size are weighted right. Returns
-        this rank's part of the mean, times the number of ranks (so that the mean over ranks is the mean loss).
+        ``losses`` maps a micro-batch to numbers per sample, (b,) each, of which "loss" is minimised. Shares of unequal
+        size are weighted right. Returns this rank's part of each number's mean, times the number of ranks (so that the
+        mean over ranks is the mean over the global batch).
         """
         weight = self.ranks.world / self.args.global_batch_size  # DDP divides by the number of ranks
         parts = list(zip(*(value.tensor_split(self.args.accumulation) for value in batch.values())))
-        total = torch.zeros((), device=self.ranks.device)
+        totals = {}
         for i, part in enumerate(parts):
             waits = self.ranks.world > 1 and i < len(parts) - 1
             with network.model.no_sync() if waits else nullcontext():
                 with autocast(self.args.precision, self.ranks.device):
-                    loss = losses(dict(zip(batch, part))).float().sum() * weight
-                loss.backward()
-            total += loss.detach()
-        return total
+                    sums = {name: x.float().sum() * weight for name, x in losses(dict(zip(batch, part))).items()}
+                sums["loss"].backward()
+            totals = {name: totals.get(name, 0) + value.detach() for name, value in sums.items()}
+        return totals
 
     def run(self, batches: Dataset, train_step: Callable[[dict], dict], preview: Callable | None = None) -> None:
         """Train until ``--iterations``: ``train_step`` maps the batch of a step to scalars to log."""
