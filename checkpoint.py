@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from cli import UserError, existing_file
-from models import DiT
-from provenance import weights_hash
+from cli import UserError, existing_file, not_negative, positive
+from models import DiT, DiT_models
+from models_ard import ARD, MASKS
+from provenance import require_same, weights_hash
 
 
 def save(path: str | Path, content: dict) -> None:
@@ -90,10 +91,29 @@ def load_teacher(path: str | Path, option: str = "--teacher", weights: str = "em
     return model, {**config, "provenance": provenance}
 
 
-def load_student(path: str | Path, option: str = "--ckpt-path", weights: str = "ema"):
+def load_student(path: str | Path, option: str = "--ckpt-path", weights: str = "ema") -> tuple[ARD, dict]:
     """A student, rebuilt without being told its steps, mask or depth of history, and its config."""
-    from models_ard import ARD  # models_ard builds on models; only this loader needs it
-
     model, config = _rebuild(path, option, "student", weights, lambda shape: ARD(**shape))
     details = {"student": config["model"], "training": config["training"]}
     return model, {**config, "provenance": config["provenance"] | details}
+
+
+def add_student_options(group) -> None:
+    """``--ckpt-path``, and what the authors' commands say of the student in it besides: only checked against it."""
+    group.add_argument(
+        "--ckpt-path", "--ckpt_path", required=True, help="checkpoint of train_ARD.py or train_ARD_gan.py"
+    )
+    group.add_argument("--model", choices=DiT_models, metavar="NAME", help="its size, checked if given")
+    group.add_argument("--steps", type=positive, help="its steps S, checked if given")
+    group.add_argument("--mask", choices=MASKS, help="its mask, checked if given")
+    group.add_argument("--stack", type=not_negative, help="its depth of history N, checked if given")
+
+
+def load_named_student(args, weights: str) -> tuple[ARD, dict]:
+    """The student of ``--ckpt-path`` and its config; ``UserError`` when another of the options above contradicts it."""
+    student, config = load_student(args.ckpt_path, weights=weights)
+    given = {"steps": args.steps, "mask": args.mask, "history_layers": args.stack}
+    given |= DiT_models[args.model].keywords if args.model else {}
+    given = {name: value for name, value in given.items() if value is not None}
+    require_same(f"--ckpt-path {args.ckpt_path}: the options contradict this student", student.config, given)
+    return student, config

@@ -12,32 +12,19 @@ from pathlib import Path
 import checkpoint
 import cli
 import distributed
-from models import DiT_models
-from models_ard import MASKS
-from provenance import require_same
 from samples import add_sampling_options, sample_to_file
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description="Sample a student to .npz.")
     group = parser.add_argument_group("student")
-    group.add_argument(
-        "--ckpt-path", "--ckpt_path", required=True, help="checkpoint of train_ARD.py or train_ARD_gan.py"
-    )
-    group.add_argument("--model", choices=DiT_models, metavar="NAME", help="its size, checked if given")
-    group.add_argument("--steps", type=cli.positive, help="its steps S, checked if given")
-    group.add_argument("--mask", choices=MASKS, help="its mask, checked if given")
-    group.add_argument("--stack", type=cli.not_negative, help="its depth of history N, checked if given")
+    checkpoint.add_student_options(group)
     add_sampling_options(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    student, config = checkpoint.load_student(args.ckpt_path, weights=args.weights)
-    given = {"steps": args.steps, "mask": args.mask, "history_layers": args.stack}
-    given |= DiT_models[args.model].keywords if args.model else {}
-    given = {name: value for name, value in given.items() if value is not None}
-    require_same(f"--ckpt-path {args.ckpt_path}: the options contradict this student", student.config, given)
+    student, config = checkpoint.load_named_student(args, args.weights)
     ranks = distributed.setup(args.device)
 
     def draw(z, y):
