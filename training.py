@@ -222,7 +222,7 @@ class Trainer:
         means["steps/s"] = steps / seconds
         skipped = sum(int(network.skipped) for network in self.networks.values())
         extra = f" skipped {skipped}" if skipped else ""
-        self.log(f"step {self.step:07d} " + " ".join(f"{name} {value:.4g}" for name, value in means.items()) + extra)
+        self.log(f"step {self.step:07d} " + " ".join(f"{name} {value:.6g}" for name, value in means.items()) + extra)
         if writer:
             for name, value in (means | {"skipped": skipped}).items():
                 writer.add_scalar(name, value, self.step)
