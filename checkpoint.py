@@ -4,14 +4,18 @@
      "model": weights, "ema": weights, "opt": optimiser state}          + what a trainer adds, e.g. its discriminator
 
 ``config`` rebuilds the model and says where it comes from. A file may lack "model" and "opt" (a shipped, slim one).
+Weights of other people's making (weights.py) are loaded here too, by the same strict rules.
 """
 
+import argparse
 import os
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+from safetensors.torch import load_file
 
+import weights as foreign
 from cli import UserError, existing_file, not_negative, positive
 from models import DiT, DiT_models
 from models_ard import ARD, MASKS
@@ -31,10 +35,13 @@ def save(path: str | Path, content: dict) -> None:
 
 
 def load(path: str | Path, option: str) -> dict:
-    """Read a checkpoint onto the CPU. ``UserError`` naming ``option`` when it is missing or not a torch file."""
+    """Read a torch or safetensors file onto the CPU. ``UserError`` naming ``option`` when it is missing or neither."""
     path = existing_file(option, path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's training script saves its options so
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for truncated, foreign and pickled files
         raise UserError(f"{option} {path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict):
@@ -63,57 +70,108 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], what: str) ->
     model.load_state_dict(state)
 
 
-def _rebuild(path, option: str, kind: str, weights: str, build) -> tuple[nn.Module, dict]:
-    """A model built by ``build(config["model"])`` with its weights, and the config; other kinds are refused."""
-    content = load(path, option)
-    config = content.get("config")
-    if not isinstance(config, dict) or config.get("kind") != kind:
-        found = f"a {config['kind']}" if isinstance(config, dict) and "kind" in config else "no model of this project"
-        raise UserError(f"{option} {path}: holds {found}, give a checkpoint of a {kind}")
+FREE = ("mask", "history_layers")  # what the authors' files leave open
+
+
+def _own(content: dict, kind: str, weights: str, what: str) -> tuple[dict, dict]:
+    """Config and weights of a checkpoint of this project; other kinds are refused."""
+    config = content["config"]
+    if config.get("kind") != kind:
+        raise UserError(f"{what}: holds a {config.get('kind')}, give a checkpoint of a {kind}")
     key = {"ema": "ema", "raw": "model"}[weights]
     if key not in content:
-        raise UserError(f"{option} {path}: has no {weights} weights")
-    model = build(config["model"])
-    load_weights(model, content[key], f"{option} {path}")
-    origin = {"step": content["step"], "weights_hash": weights_hash(content[key])}
-    return model.eval(), {**config, "provenance": config["provenance"] | origin}
+        raise UserError(f"{what}: has no {weights} weights")
+    return config | {"provenance": config["provenance"] | {"step": content["step"]}}, content[key]
 
 
-def load_teacher(path: str | Path, option: str = "--teacher", weights: str = "ema") -> tuple[DiT, dict]:
-    """A teacher and its config, with ``provenance`` {"teacher", "teacher_hash", "teacher_weights", "vae"} filled in."""
-    model, config = _rebuild(path, option, "teacher", weights, lambda shape: DiT(**shape))
+def _foreign_config(kind: str, shape: dict) -> dict:
+    """What is known of weights that came without a config of ours."""
+    return {"kind": kind, "model": shape, "vae": foreign.latent_space(shape), "provenance": {}, "training": {}}
+
+
+def _build(kind: type[nn.Module], shape: dict, what: str):
+    """The model of that shape; ``UserError`` where foreign sizes, or options for them, are impossible."""
+    try:
+        return kind(**shape)
+    except ValueError as error:
+        raise UserError(f"{what}: {error}") from None
+
+
+def load_teacher(source: str | Path, option: str = "--teacher", weights: str = "ema") -> tuple[DiT, dict]:
+    """A teacher and its config, with ``provenance`` {"teacher", "teacher_hash", "teacher_weights", "vae"} filled in.
+
+    ``source`` is a checkpoint of ours, an official or diffusers' DiT (file, folder, official name or hub id). Weights
+    that came alone are "ema", as the official ones are. ``UserError`` names what is missing or does not fit.
+    """
+    path, what = foreign.find(source, option), f"{option} {source}"
+    if path.is_dir():
+        config_path, weights_path = foreign.diffusers_files(path, option)
+        shape = foreign.diffusers_config(config_path, option)
+        config = _foreign_config("teacher", shape)
+        state = foreign.from_diffusers(load(weights_path, option), shape, what)
+        state = foreign.official_state(state, weights, what)
+    else:
+        content = load(path, option)
+        if isinstance(content.get("config"), dict):
+            config, state = _own(content, "teacher", weights, what)
+        else:
+            state = foreign.official_state(content, weights, what)
+            config = _foreign_config("teacher", foreign.dit_config(state, what))
+    model = _build(DiT, config["model"], what)
+    load_weights(model, state, what)
     provenance = {
-        "teacher": str(path),
-        "teacher_hash": config["provenance"]["weights_hash"],
+        "teacher": str(source),
+        "teacher_hash": weights_hash(state),
         "teacher_weights": weights,
         "vae": config["vae"],
     }
-    return model, {**config, "provenance": provenance}
+    return model.eval(), {**config, "provenance": provenance}
 
 
-def load_student(path: str | Path, option: str = "--ckpt-path", weights: str = "ema") -> tuple[ARD, dict]:
-    """A student, rebuilt without being told its steps, mask or depth of history, and its config."""
-    model, config = _rebuild(path, option, "student", weights, lambda shape: ARD(**shape))
-    details = {"student": config["model"], "training": config["training"]}
-    return model, {**config, "provenance": config["provenance"] | details}
+def check_guidance(teacher: DiT, cfg_scale: float) -> None:
+    """``UserError`` when a teacher without classes, or without a label for none of them, is to be guided."""
+    if cfg_scale != 1 and not (teacher.num_classes and teacher.config["class_dropout_prob"]):
+        raise UserError(f"--cfg-scale {cfg_scale}: this teacher has no null label, give --cfg-scale 1")
+
+
+def load_student(
+    path: str | Path, option: str = "--ckpt-path", weights: str = "ema", given: dict | None = None
+) -> tuple[ARD, dict]:
+    """A student and its config.
+
+    Ours is rebuilt without being told its steps, mask or depth of history; one of the authors' re-implementation says
+    its steps only. ``given`` are the user's options, of {"steps", "mask", "history_layers"} and DiT's arguments: they
+    fill in what the authors' file does not say (ARD's defaults otherwise), and a contradiction is refused.
+    """
+    content, what, given = load(path, option), f"{option} {path}", given or {}
+    if isinstance(content.get("config"), dict):
+        config, state = _own(content, "student", weights, what)
+    else:
+        shape, state = foreign.authors_student(foreign.official_state(content, weights, what), what)
+        config = _foreign_config("student", {name: given[name] for name in FREE if name in given} | shape)
+        config["provenance"] = {"student_file": str(path)}
+    model = _build(ARD, config["model"], what)
+    require_same(f"{what}: the options contradict this student", model.config, given)
+    load_weights(model, state, what)
+    details = {"weights_hash": weights_hash(state), "student": model.config, "training": config["training"]}
+    return model.eval(), {**config, "model": model.config, "provenance": config["provenance"] | details}
 
 
 def add_student_options(group) -> None:
-    """``--ckpt-path``, and what the authors' commands say of the student in it besides: only checked against it."""
+    """``--ckpt-path``, and what the authors' commands say of the student in it besides."""
+    checked = "checked if given"
     group.add_argument(
         "--ckpt-path", "--ckpt_path", required=True, help="checkpoint of train_ARD.py or train_ARD_gan.py"
     )
-    group.add_argument("--model", choices=DiT_models, metavar="NAME", help="its size, checked if given")
-    group.add_argument("--steps", type=positive, help="its steps S, checked if given")
-    group.add_argument("--mask", choices=MASKS, help="its mask, checked if given")
-    group.add_argument("--stack", type=not_negative, help="its depth of history N, checked if given")
+    group.add_argument("--model", choices=DiT_models, metavar="NAME", help=f"its size, {checked}")
+    group.add_argument("--steps", type=positive, help=f"its steps S, {checked}")
+    group.add_argument("--mask", choices=MASKS, help=f"its mask, {checked} (M4 where a file of the authors says none)")
+    group.add_argument("--stack", type=not_negative, help=f"its depth of history N, {checked} (6 where it says none)")
 
 
 def load_named_student(args, weights: str) -> tuple[ARD, dict]:
     """The student of ``--ckpt-path`` and its config; ``UserError`` when another of the options above contradicts it."""
-    student, config = load_student(args.ckpt_path, weights=weights)
     given = {"steps": args.steps, "mask": args.mask, "history_layers": args.stack}
     given |= DiT_models[args.model].keywords if args.model else {}
     given = {name: value for name, value in given.items() if value is not None}
-    require_same(f"--ckpt-path {args.ckpt_path}: the options contradict this student", student.config, given)
-    return student, config
+    return load_student(args.ckpt_path, weights=weights, given=given)

@@ -34,7 +34,8 @@ def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[s
     try:
         run(args)
     except (UserError, RunError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        text = str(error).splitlines()[-1].removeprefix("cli.UserError: ")  # a data worker's comes with its traceback
+        print(f"{parser.prog}: error: {text}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
 
 

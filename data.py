@@ -14,6 +14,7 @@ A source, whichever it is, has
 so that trainers say ``real_latents(batch, vae)`` and need not know which it is.
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ class ImageFolder:
         from torchvision.datasets.folder import IMG_EXTENSIONS
 
         self.option, self.size = option, size
-        root = existing_folder(option, folder)
+        self.root = root = existing_folder(option, folder)
         if unconditional:
             self.paths = sorted(str(path) for path in root.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
             self.classes, labels = [], [0] * len(self.paths)
@@ -95,6 +96,11 @@ class ImageFolder:
         """See above; ``UserError`` names a file that is no image."""
         images = torch.stack([self._image(self.paths[row]) for row in rows])
         return {"images": mirrored(images, flips), "y": self.labels[rows]}
+
+    def listing(self) -> str:
+        """16 hex digits that name the images: a hash of their paths inside the folder, in order."""
+        inside = "\n".join(str(Path(path).relative_to(self.root)) for path in self.paths)
+        return hashlib.sha256(inside.encode()).hexdigest()[:16]
 
     def _image(self, path: str) -> torch.Tensor:
         try:

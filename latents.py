@@ -6,6 +6,8 @@
         label     (n,) int64
 
 The posterior is stored, not a draw from it, so that training draws anew each time it meets an image.
+
+    python latents.py verify DIR
 """
 
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import cli
 from cli import UserError
 from shards import ShardStore
 
@@ -37,9 +40,8 @@ class LatentStore(ShardStore):
             raise UserError(f"{option} {folder}: this store holds no latents; encode_latents.py makes one that does")
         self.vae, self.size, self.channels = origin["vae"], origin["image_size"], origin["channels"]
         self.count, self.num_classes = len(self), len(origin["classes"])
-        self.identity = {
-            name: origin[name] for name in ("data", "images", "image_size", "listing", "dtype", "precision")
-        }
+        self.identity = {name: origin[name] for name in ("data", "image_size", "listing", "dtype", "vae_precision")}
+        self.identity["images"] = self.count
         self.labels = torch.cat([tensors["label"] for tensors in self.tensors])
 
     @property
@@ -55,3 +57,26 @@ class LatentStore(ShardStore):
             for name, value in out.items():
                 value[here] = tensors[name][local, side[here]].float()
         return out | {"y": self.labels[rows]}
+
+
+def verify(args) -> None:
+    """Check a whole store and print a one-line summary."""
+    store = LatentStore(args.folder, "DIR")
+    size = store.verify("DIR")
+    print(
+        f"{args.folder}: ok, {store.count} images of {store.provenance['data']} at {store.size} pixels as "
+        f"{store.latent_shape} latents of {store.vae}, {store.num_classes} classes, {size / 1e6:.1f} MB"
+    )
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(description="Look after a latent store.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=cli.Parser)
+    command = commands.add_parser("verify", help="check counts, checksums and finiteness")
+    command.add_argument("folder", metavar="DIR", help="the store")
+    command.set_defaults(run=verify)
+    return parser
+
+
+if __name__ == "__main__":
+    cli.main(build_parser(), lambda args: args.run(args))

@@ -26,6 +26,7 @@ def build_parser() -> cli.Parser:
 
 def run(args: argparse.Namespace) -> None:
     teacher, config = checkpoint.load_teacher(args.teacher, weights=args.weights)
+    checkpoint.check_guidance(teacher, args.cfg_scale)
     ranks = distributed.setup(args.device)
     diffusion = create_diffusion(str(args.solver_steps))
     config["provenance"] |= {

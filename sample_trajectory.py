@@ -75,8 +75,7 @@ def dump_shard(teacher: DiT, args, rows: range, points: list[int], ranks: Ranks,
 
 def run(args: argparse.Namespace) -> None:
     teacher, config = checkpoint.load_teacher(args.teacher, weights=args.teacher_weights)
-    if args.cfg_scale != 1 and not (teacher.num_classes and teacher.config["class_dropout_prob"]):
-        raise UserError(f"--cfg-scale {args.cfg_scale}: this teacher has no null label, give --cfg-scale 1")
+    checkpoint.check_guidance(teacher, args.cfg_scale)
     try:
         points = grid_steps(args.steps, args.grid, args.solver_steps)
     except ValueError as error:

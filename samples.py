@@ -24,7 +24,8 @@ from models import DiT
 from provenance import require_same
 from randomness import LABEL_POLICIES, labels, noise
 from training import PRECISIONS, autocast
-from vae import load_vae
+from vae import PRECISIONS as VAE_PRECISIONS
+from vae import full_name, load_vae
 
 
 def add_sampling_options(parser) -> None:
@@ -37,6 +38,7 @@ def add_sampling_options(parser) -> None:
     group.add_argument("--class-labels", type=int, nargs="+", metavar="LABEL", help="these in turn instead")
     group.add_argument("--weights", choices=("ema", "raw"), default="ema", help="which weights of the checkpoint")
     group.add_argument("--vae", help="decoder: ema, mse, folder or hub id; the default is the model's own")
+    group.add_argument("--vae-precision", choices=VAE_PRECISIONS, default="fp32", help="of the decoder")
     group.add_argument("--save-latents", action="store_true", help="keep the samples before decoding, as float32")
     group = parser.add_argument_group("run")
     group.add_argument("--per-proc-batch-size", type=cli.positive, default=64, help="samples of a rank at once")
@@ -63,12 +65,15 @@ def sample_to_file(
         raise UserError(f"--class-labels {classes}: this model has labels 0..{model.num_classes - 1}")
     if args.vae and config["vae"] is None and args.vae != "none":
         raise UserError(f"--vae {args.vae}: this model works on pixels, leave the option out")
+    if args.vae == "none" and config["vae"] is not None:
+        raise UserError(f"--vae none: this model works on latents of {config['vae']}, leave the option out")
     provenance = config["provenance"] | {
         "sample_seed": args.seed,
         "sample_labels": classes or args.label_policy,
         "sample_precision": args.precision,
         "weights": args.weights,
-        "decoder": args.vae or config["vae"],
+        "decoder": full_name(args.vae or config["vae"]),
+        "decoder_precision": args.vae_precision,
     }
     out = Path(args.out or f"{source.with_suffix('')}-{args.weights}-seed{args.seed}-{args.num_samples}.npz")
     if out.suffix != ".npz":
@@ -76,7 +81,7 @@ def sample_to_file(
     if args.dry_run:
         cli.show_plan(provenance | {"out": str(out), "count": args.num_samples})
         return
-    vae = load_vae(args.vae or config["vae"], ranks.device)
+    vae = load_vae(args.vae or config["vae"], ranks.device, args.vae_precision)
     model.to(ranks.device)
 
     @torch.no_grad()

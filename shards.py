@@ -133,3 +133,26 @@ class ShardStore:
         for owner in np.unique(owners):
             here = np.flatnonzero(owners == owner)
             yield self.tensors[owner], torch.from_numpy(here), torch.from_numpy(rows[here] - self._first_row[owner])
+
+    def verify(self, option: str) -> int:
+        """Check checksums, counts, finiteness and labels of the whole store; its size in bytes. ``UserError`` if not.
+
+        Provenance is that of ``fill_store`` and has "num_classes" as well.
+        """
+        classes = self.provenance["num_classes"]
+        for shard, tensors in tqdm(list(zip(self.shards, self.tensors)), unit="shard", disable=None):
+            path = self.folder / shard["file"]
+            if file_sha256(path) != shard["sha256"]:
+                raise UserError(f"{option} {path}: checksum differs from the manifest's; delete it and make it again")
+            if shard_provenance(path) != self.provenance:
+                raise UserError(f"{option} {path}: belongs to another {self.kind} than the manifest; make it again")
+            for name, value in tensors.items():
+                if len(value) != shard["rows"]:
+                    raise UserError(f"{option} {path}: {name} has {len(value)} rows, the manifest says {shard['rows']}")
+                if name != "label" and not value.isfinite().all():
+                    raise UserError(f"{option} {path}: {name} holds NaN or infinite values; make it with --dtype fp32")
+            if not ((tensors["label"] >= 0) & (tensors["label"] < max(classes, 1))).all():
+                raise UserError(f"{option} {path}: labels out of range 0..{classes - 1}")
+        if len(self) != self.provenance["count"]:
+            raise UserError(f"{option} {self.folder}: {len(self)} rows, the manifest says {self.provenance['count']}")
+        return sum(shard["bytes"] for shard in self.shards)

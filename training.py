@@ -170,8 +170,18 @@ class Trainer:
             totals = {name: totals.get(name, 0) + value.detach() for name, value in sums.items()}
         return totals
 
-    def run(self, batches: Dataset, train_step: Callable[[dict], dict], preview: Callable | None = None) -> None:
-        """Train until ``--iterations``: ``train_step`` maps the batch of a step to scalars to log."""
+    def run(
+        self,
+        batches: Dataset,
+        train_step: Callable[[dict], dict],
+        preview: Callable[[Path], None] | None = None,
+        evaluate: Callable[[Path], dict] | None = None,
+    ) -> None:
+        """Train until ``--iterations``: ``train_step`` maps the batch of a step to scalars to log.
+
+        ``preview`` writes a picture, in the main rank; ``evaluate`` returns scalars, in all ranks every
+        ``--eval-every`` steps, and may use a folder meanwhile.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         args, ranks = self.args, self.ranks
@@ -210,6 +220,8 @@ class Trainer:
                 self.save()
             elif self.step % args.snapshot_every == 0:
                 self.save(snapshot=True)
+            if evaluate is not None and (self.step % args.eval_every == 0 or last):
+                self._write_scalars("eval", evaluate(self.folder / "eval"), writer)
         bar.close()
         if writer:
             writer.close()
@@ -221,17 +233,20 @@ class Trainer:
         means = dict(zip(sums, (self.ranks.all_reduce(stacked) / self.ranks.world).tolist()))
         means["steps/s"] = steps / seconds
         skipped = sum(int(network.skipped) for network in self.networks.values())
-        extra = f" skipped {skipped}" if skipped else ""
-        self.log(f"step {self.step:07d} " + " ".join(f"{name} {value:.6g}" for name, value in means.items()) + extra)
-        if writer:
-            for name, value in (means | {"skipped": skipped}).items():
-                writer.add_scalar(name, value, self.step)
+        self._write_scalars("step", means | ({"skipped": skipped} if skipped else {}), writer)
         in_a_row = max(int(network.skipped_in_a_row) for network in self.networks.values())
         if in_a_row >= self.args.max_bad_steps:
             raise RunError(
                 f"the last {in_a_row} steps had non-finite gradients (step {self.step}); the weights are as before "
                 f"them and {self.folder}/checkpoints holds the last good state; lower --lr or --clip, or use fp32"
             )
+
+    def _write_scalars(self, kind: str, scalars: dict, writer) -> None:
+        """One log line of that kind, and the curves."""
+        self.log(f"{kind} {self.step:07d} " + " ".join(f"{name} {value:.6g}" for name, value in scalars.items()))
+        if writer:
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, self.step)
 
 
 def autocast(precision: str, device: torch.device):

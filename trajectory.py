@@ -18,16 +18,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 import checkpoint
 import cli
 from cli import UserError
 from distributed import Ranks, add_device_option, finish, setup
 from models import DiT
-from provenance import file_sha256, require_same
+from provenance import require_same
 from randomness import Shuffle
-from shards import ShardStore, shard_provenance
+from shards import ShardStore
 from vae import load_vae
 
 TARGETS = ("x0", "xt")
@@ -130,26 +129,10 @@ class TrajectoryBatches(Dataset):
 def verify(args) -> None:
     """Check a whole store: sizes, checksums, counts, finiteness, labels; print a one-line summary."""
     store = TrajectoryStore(args.folder, "DIR")
-    classes = store.provenance["num_classes"]
-    for shard, tensors in tqdm(list(zip(store.shards, store.tensors)), unit="shard", disable=None):
-        path = store.folder / shard["file"]
-        if file_sha256(path) != shard["sha256"]:
-            raise UserError(f"DIR {path}: checksum differs from the manifest's; delete the shard and dump again")
-        if shard_provenance(path) != store.provenance:
-            raise UserError(f"DIR {path}: belongs to another dump than the manifest; dump again")
-        for name, value in tensors.items():
-            if len(value) != shard["rows"]:
-                raise UserError(f"DIR {path}: {name} has {len(value)} rows, the manifest says {shard['rows']}")
-            if name != "label" and not value.isfinite().all():
-                raise UserError(f"DIR {path}: {name} holds NaN or infinite values; dump again with --dtype fp32")
-        if not ((tensors["label"] >= 0) & (tensors["label"] < max(classes, 1))).all():
-            raise UserError(f"DIR {path}: labels out of range 0..{classes - 1}")
-    if len(store) != store.provenance["count"]:
-        raise UserError(f"DIR {args.folder}: {len(store)} trajectories, the manifest says {store.provenance['count']}")
-    p, size = store.provenance, sum(shard["bytes"] for shard in store.shards)
+    size, p = store.verify("DIR"), store.provenance
     print(
         f"{args.folder}: ok, {len(store)} trajectories of {store.latent_shape}, points after steps {p['points']} of "
-        f"{p['solver_steps']}, {classes} classes, guidance {p['cfg_scale']}, teacher {p['teacher_hash']}, "
+        f"{p['solver_steps']}, {p['num_classes']} classes, guidance {p['cfg_scale']}, teacher {p['teacher_hash']}, "
         f"{size / 1e6:.1f} MB"
     )
 

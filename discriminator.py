@@ -1,0 +1,158 @@
+"""The adversary of ARD (R+D): a frozen teacher's features, judged by one light head after each of its blocks.
+
+Paper, section 3.3 and appendix B.1. The heads and the hinge loss are those that StyleGAN-T describes (Sauer et al.
+2023), the adaptive weight is VQGAN's (Esser et al. 2021, Eq. 7).
+
+    B batch   T tokens   D the teacher's width   W a head's width   L blocks, as many heads   C, H, W the latent
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import cached
+
+from diffusion import create_diffusion
+from models import DiT
+
+Seen = tuple[list[torch.Tensor], torch.Tensor]  # features, L times (B, T, D), and the class embedding (B, D)
+
+#################################################################################
+#                              What the heads look at                           #
+#################################################################################
+
+
+class FrozenFeatures:
+    """The teacher as a feature extractor: its tokens after every block, and its embedding of the class.
+
+    Gradients flow through it to the image and never into its weights, which ask for none.
+    """
+
+    def __init__(self, teacher: DiT, time: int = 0):
+        """``time`` 0..999 is when the teacher looks: 0 at the clean latent itself, later at the diffused one."""
+        self.teacher, self.time = teacher.eval().requires_grad_(False), time
+        self.kept = float(create_diffusion().alphas_cumprod[time]) if time else 1.0
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, noise: torch.Tensor | None = None) -> Seen:
+        """x: (B, C, H, W) clean, y: (B,) labels, noise: as x, for times above 0 -> features and class embedding.
+
+        The embedding is normalised to unit variance, since DiT's own starts with a deviation of 0.02.
+        """
+        if self.time:
+            x = math.sqrt(self.kept) * x + math.sqrt(1 - self.kept) * noise
+        label = self.teacher.y_embedder(y)
+        features = self.teacher.features(x, torch.full_like(y, self.time), y)
+        return features, F.layer_norm(label, label.shape[1:])
+
+
+#################################################################################
+#                                     Heads                                     #
+#################################################################################
+
+
+class BatchNormLocal(nn.Module):
+    """Batch norm over groups of ``group`` consecutive samples, each channel by itself; no running statistics.
+
+    The last group is smaller where ``group`` does not divide the batch. A batch that is split at the borders of groups
+    (over ranks, say) gives the same numbers as the whole.
+    """
+
+    def __init__(self, channels: int, group: int, eps: float = 1e-5):
+        super().__init__()
+        self.group, self.eps = group, eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, W, T) -> (B, W, T) float32."""
+        x = x.float()
+        whole = len(x) - len(x) % self.group
+        parts = [self._normalised(x[:whole].unflatten(0, (-1, self.group)))] if whole else []
+        parts += [self._normalised(x[None, whole:])] if whole < len(x) else []
+        return torch.cat(parts) * self.weight[:, None] + self.bias[:, None]
+
+    def _normalised(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (groups, size, W, T) -> (groups * size, W, T) of zero mean and unit (biased) variance in each group."""
+        var, mean = torch.var_mean(x, dim=(1, 3), correction=0, keepdim=True)
+        return ((x - mean) * torch.rsqrt(var + self.eps)).flatten(0, 1)
+
+
+class ConvBlock(nn.Module):
+    """Spectral-norm convolution along the tokens, which form a ring; local batch norm; leaky ReLU."""
+
+    def __init__(self, in_width: int, width: int, kernel: int, group: int):
+        super().__init__()
+        self.kernel = kernel
+        self.conv = spectral_norm(nn.Conv1d(in_width, width, kernel))
+        self.norm = BatchNormLocal(width, group)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, in_width, T) -> (B, width, T)."""
+        if self.kernel > 1:  # by index, since F.pad's circular mode refuses rings that are shorter than the padding
+            reach, T = self.kernel // 2, x.shape[2]
+            x = x.index_select(2, torch.arange(-reach, T + reach, device=x.device) % T)
+        return F.leaky_relu(self.norm(self.conv(x)), 0.2)
+
+
+class DiscriminatorHead(nn.Module):
+    """One logit for each token: is it real, and of this class?"""
+
+    def __init__(self, in_width: int, width: int, group: int, class_width: int = 64):
+        super().__init__()
+        self.enter = ConvBlock(in_width, width, 1, group)
+        self.residual = ConvBlock(width, width, 9, group)
+        self.leave = spectral_norm(nn.Conv1d(width, class_width, 1))
+        self.classes = nn.Linear(in_width, class_width)
+
+    def forward(self, tokens: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """tokens: (B, T, D), label: (B, D) class embedding -> (B, T) logits, the projection on the class."""
+        x = self.enter(tokens.transpose(1, 2))
+        x = (x + self.residual(x)) / math.sqrt(2)
+        return (self.leave(x).float() * self.classes(label).float()[..., None]).mean(1) * math.sqrt(self.class_width)
+
+    @property
+    def class_width(self) -> int:
+        """Width of the space in which tokens and class meet."""
+        return self.classes.out_features
+
+
+class Discriminator(nn.Module):
+    """The trained part of the discriminator: a head for each of the teacher's blocks.
+
+    In training mode every call advances the spectral norms' power iteration once, however many batches it is given.
+    """
+
+    def __init__(self, depth: int, in_width: int, width: int | None = None, group: int = 6):
+        """For a teacher of that depth and width; heads of ``width`` channels (None: the teacher's)."""
+        super().__init__()
+        self.heads = nn.ModuleList(DiscriminatorHead(in_width, width or in_width, group) for _ in range(depth))
+
+    def forward(self, *batches: Seen) -> list[torch.Tensor]:
+        """What ``FrozenFeatures`` made of each batch -> its logits, (B, L, T), without mixing batches."""
+        with cached():
+            return [
+                torch.stack([head(tokens, label) for head, tokens in zip(self.heads, features)], dim=1)
+                for features, label in batches
+            ]
+
+
+#################################################################################
+#                                     Losses                                    #
+#################################################################################
+
+
+def hinge_losses(fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """The discriminator's loss for each pair of samples, logits (B, L, T) each -> (B,)."""
+    return F.relu(1 + fake).flatten(1).mean(1) + F.relu(1 - real).flatten(1).mean(1)
+
+
+def generator_losses(fake: torch.Tensor) -> torch.Tensor:
+    """The student's side of it for each sample, logits (B, L, T) -> (B,)."""
+    return -fake.flatten(1).mean(1)
+
+
+def adaptive_weight(regression: torch.Tensor, adversarial: torch.Tensor) -> torch.Tensor:
+    """Weight of the adversarial loss from the norms of both losses' gradients at the last layer, 0..10000."""
+    return (regression / (adversarial + 1e-4)).clamp(0, 1e4)

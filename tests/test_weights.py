@@ -1,0 +1,301 @@
+"""Teachers and students of other people's making: the same weights in every layout are the same model."""
+
+import argparse
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import call, save_teacher
+from diffusers import DiTTransformer2DModel
+from diffusers.models.embeddings import Timesteps
+
+import checkpoint
+import weights
+from cli import UserError
+from models import DiT_models
+from models_ard import ARD
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = dict(num_attention_heads=2, attention_head_dim=16, num_layers=3, in_channels=4, out_channels=8, sample_size=6)
+
+
+@pytest.fixture(scope="module")
+def theirs() -> DiTTransformer2DModel:
+    """A random DiT-Nano/2 of diffusers whose blocks share their embedders, as in all converted weights."""
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(**SHAPE, num_embeds_ada_norm=10, norm_eps=1e-6).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    first = model.transformer_blocks[0].norm1.emb.state_dict()
+    for block in model.transformer_blocks:
+        block.norm1.emb.load_state_dict(first)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(theirs, tmp_path_factory):
+    """The same as a folder of diffusers."""
+    path = tmp_path_factory.mktemp("diffusers")
+    theirs.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def state(folder):
+    """The same by DiT's own names."""
+    return checkpoint.load_teacher(folder)[0].state_dict()
+
+
+def saved(path, content):
+    torch.save(content, path)
+    return path
+
+
+def inputs():
+    torch.manual_seed(1)
+    return torch.randn(4, 4, 6, 6), torch.tensor([0, 7, 500, 999]), torch.tensor([0, 3, 9, 10])
+
+
+@torch.no_grad()
+def test_diffusers_folder_equals_diffusers_model(theirs, folder):
+    """Up to diffusers' own deviation from DiT in the frequencies of the time, which this test undoes."""
+    model, config = checkpoint.load_teacher(folder)
+    assert config["model"] == model.config | DiT_models["DiT-Nano/2"].keywords
+    assert config["vae"] == "stabilityai/sd-vae-ft-ema" and model.num_classes == 10
+    x, t, y = inputs()
+    official = copy.deepcopy(theirs)
+    for block in official.transformer_blocks:
+        block.norm1.emb.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+    torch.testing.assert_close(model(x, t, y), official(x, t, y).sample, rtol=0, atol=1e-5)
+    zero = torch.zeros_like(t)  # where their frequencies do not matter
+    torch.testing.assert_close(model(x, zero, y), theirs(x, zero, y).sample, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_every_layout_gives_the_same_model(theirs, folder, state, tmp_path):
+    options = argparse.Namespace(model="DiT-Nano/2", global_batch_size=256)
+    pipeline, binary = tmp_path / "pipeline", tmp_path / "binary"
+    theirs.save_pretrained(pipeline / "transformer")
+    binary.mkdir()
+    (binary / "config.json").write_bytes((folder / "config.json").read_bytes())
+    torch.save(theirs.state_dict(), binary / "diffusion_pytorch_model.bin")
+    wrapped = {"model": {k: v + 1 for k, v in state.items()}, "ema": state, "opt": {"state": {}}, "args": options}
+    sources = {
+        "official": saved(tmp_path / "DiT-Nano-2-6x6.pt", state),
+        "training script": saved(tmp_path / "0400000.pt", wrapped),
+        "ours": save_teacher(tmp_path / "ours.pt", checkpoint.load_teacher(folder)[0]),
+        "pipeline": pipeline,
+        "binary": binary,
+    }
+    x, t, y = inputs()
+    first, config = checkpoint.load_teacher(folder)
+    for source in sources.values():
+        model, other = checkpoint.load_teacher(source)
+        assert model.config == first.config and not model.training
+        torch.testing.assert_close(model(x, t, y), first(x, t, y), rtol=0, atol=1e-5)
+        assert other["provenance"]["teacher_hash"] == config["provenance"]["teacher_hash"]
+        assert other["provenance"]["teacher"] == str(source)
+    raw, _ = checkpoint.load_teacher(sources["training script"], weights="raw")
+    assert torch.equal(raw.state_dict()["final_layer.linear.bias"], state["final_layer.linear.bias"] + 1)
+    with pytest.raises(UserError, match="has no raw weights"):
+        checkpoint.load_teacher(sources["official"], weights="raw")
+
+
+def test_half_precision_files_become_float32(state, tmp_path):
+    model, _ = checkpoint.load_teacher(saved(tmp_path / "half.pt", {k: v.half() for k, v in state.items()}))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("size, patch, side", [("XL", 2, 32), ("XL", 2, 64), ("S", 8, 32), ("Micro", 4, 20)])
+@pytest.mark.parametrize("classes, channels, learn_sigma", [(1000, 4, True), (0, 3, False)])
+def test_config_from_shapes(size, patch, side, classes, channels, learn_sigma):
+    shape = dict(input_size=side, in_channels=channels, num_classes=classes, learn_sigma=learn_sigma)
+    with torch.device("meta"):
+        model = DiT_models[f"DiT-{size}/{patch}"](**shape)
+    assert weights.dit_config(model.state_dict(), "file") == model.config
+
+
+def test_official_name_is_found_in_the_cache(state, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    saved(tmp_path / "hub" / "checkpoints" / "DiT-XL-2-256x256.pt", state)  # the name says where, the shapes what
+    assert checkpoint.load_teacher("DiT-XL-2-256x256.pt")[1]["provenance"]["teacher"] == "DiT-XL-2-256x256.pt"
+
+
+def test_hub_id_is_found_in_the_cache(folder, tmp_path, monkeypatch):
+    repository, revision = tmp_path / "hub" / "models--facebook--DiT-XL-2-256", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    (repository / "snapshots" / revision).mkdir(parents=True)
+    (repository / "snapshots" / revision / "transformer").symlink_to(folder)
+    code = "import checkpoint; print(checkpoint.load_teacher('facebook/DiT-XL-2-256')[1]['provenance'])"
+    done = offline("-c", code, HF_HOME=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.load_teacher(folder)[1]["provenance"]["teacher_hash"] in done.stdout
+
+
+def offline(*command, **environment):
+    """Run python from the root without a network, with these caches."""
+    nowhere = {"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    environment = {**os.environ, **nowhere, **{name: str(value) for name, value in environment.items()}}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    "teacher, tells",
+    [
+        ("DiT-XL-2-256x256.pt", ("https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt", "CACHE/hub/checkp")),
+        ("facebook/DiT-XL-2-256", ("hf download facebook/DiT-XL-2-256", "--local-dir")),
+    ],
+)
+def test_offline_is_one_sentence_with_what_to_fetch(teacher, tells, tmp_path):
+    store = tmp_path / "store"
+    done = offline("sample_trajectory.py", "--teacher", teacher, "--out", store, "--num-trajectories", 1,
+                   TORCH_HOME=tmp_path, HF_HOME=tmp_path)  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert f"--teacher {teacher}: " in done.stderr and not store.exists()
+    for text in tells:
+        assert text.replace("CACHE", str(tmp_path)) in done.stderr
+
+
+def test_missing_file_is_one_sentence_with_what_would_be_right():
+    with pytest.raises(UserError, match=r"^--teacher missing.pt: no such file; .*DiT-XL-2-512x512.pt$"):
+        checkpoint.load_teacher("missing.pt")
+
+
+def without(state, name):
+    return {key: value for key, value in state.items() if key != name}
+
+
+BROKEN = {
+    "missing": (lambda s: without(s, "blocks.1.attn.proj.bias"), "missing: blocks.1.attn.proj.bias"),
+    "unexpected": (lambda s: s | {"blocks.1.extra": torch.zeros(1)}, "unexpected: blocks.1.extra"),
+    "misshapen": (
+        lambda s: s | {"blocks.1.attn.proj.bias": torch.zeros(7)},
+        r"misshapen: blocks.1.attn.proj.bias \(7,\) instead of \(32,\)",
+    ),
+    "NaN": (lambda s: s | {"t_embedder.mlp.0.bias": torch.full((32,), np.nan)}, "NaN .*t_embedder.mlp.0.bias"),
+    "another size": (lambda s: without(s, "") | {"blocks.3.x": torch.zeros(1)}, "depth 4, width 32 and patch 2"),
+    "no DiT": (lambda s: {"weight": torch.zeros(3)}, "nor a DiT"),
+    "half a DiT": (lambda s: without(s, "pos_embed"), "pos_embed"),
+    "positions": (lambda s: s | {"pos_embed": torch.zeros(1, 10, 32)}, "10 positions"),
+    "a tensor": (lambda s: torch.zeros(3), "holds a Tensor"),
+    "a student": (lambda s: {"config": {"kind": "student"}, "ema": s}, "holds a student, give a checkpoint of a teach"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_files_are_named(case, state, tmp_path):
+    damage, message = BROKEN[case]
+    path = saved(tmp_path / "broken.pt", damage(state))
+    with pytest.raises(UserError, match=message) as error:
+        checkpoint.load_teacher(path)
+    assert str(error.value).startswith(f"--teacher {path}: ") and "\n" not in str(error.value)
+
+
+def test_unreadable_files_are_refused(state, folder, tmp_path):
+    path = saved(tmp_path / "cut.pt", state)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        checkpoint.load_teacher(path)
+    with pytest.raises(UserError, match="not a readable checkpoint"):  # a pickle that would run code
+        checkpoint.load_teacher(saved(tmp_path / "code.pt", {"x": os.system}))
+    cut = tmp_path / "cut"
+    shutil.copytree(folder, cut)
+    file = cut / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        checkpoint.load_teacher(cut)
+    file.unlink()
+    with pytest.raises(UserError, match="no DiT in diffusers' layout"):
+        checkpoint.load_teacher(cut)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"norm_type": "ada_norm_single"}, "norm_type is 'ada_norm_single'"),
+        ({"sample_size": 7}, "input size 7 is not divisible by patch size 2"),
+        ({"num_layers": None}, "not the config of a DiTTransformer2DModel"),
+        ({"num_layers": 4}, "missing: blocks.3"),
+    ],
+)
+def test_other_models_of_diffusers_are_refused(change, message, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        checkpoint.load_teacher(tmp_path / "model")
+
+
+def test_blocks_with_embedders_of_their_own_are_refused(theirs, tmp_path):
+    model = copy.deepcopy(theirs)
+    model.transformer_blocks[1].norm1.emb.timestep_embedder.linear_1.bias.data += 1
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"transformer_blocks.1.norm1.emb.* is not that of the other blocks"):
+        checkpoint.load_teacher(tmp_path)
+
+
+#################################################################################
+#                             The authors' students                             #
+#################################################################################
+
+
+@pytest.fixture(scope="module")
+def student(folder):
+    """A student of four steps with heads that differ."""
+    student = ARD.from_teacher(checkpoint.load_teacher(folder)[0], steps=4, mask="M4", history_layers=2).eval()
+    for head in student.heads:
+        torch.nn.init.normal_(head.linear.weight, std=0.1)
+    return student
+
+
+@pytest.fixture(scope="module")
+def authors_state(student):
+    """Its weights by the authors' names."""
+    names = {f"heads.{k}.": f"final_layer{k + 1 if k else ''}." for k in range(4)}
+    return {names.get(name[:8], name[:8]) + name[8:]: value for name, value in student.state_dict().items()}
+
+
+@torch.no_grad()
+def test_authors_student(student, authors_state, tmp_path):
+    options = argparse.Namespace(model="DiT-Nano/2")
+    path = saved(tmp_path / "0300000.pt", {"model": authors_state, "ema": authors_state, "opt": {}, "args": options})
+    loaded, config = checkpoint.load_student(path, given={"history_layers": 2})
+    assert config["model"] == student.config and config["vae"] == "stabilityai/sd-vae-ft-ema"
+    x, _, y = inputs()
+    torch.testing.assert_close(loaded.sample(x, y), student.sample(x, y), rtol=0, atol=1e-6)
+    other, _ = checkpoint.load_student(path, given={"history_layers": 1, "mask": "M2", "steps": 4})
+    assert (other.mask, other.history_layers) == ("M2", 1)
+    for given, message in (
+        ({"steps": 2, "history_layers": 2}, "steps is 4 there and 2 here"),
+        ({}, "history layers 6 must be between 0 and the model's depth 3"),  # the paper's six, in a model of three
+    ):
+        with pytest.raises(UserError, match=message):
+            checkpoint.load_student(path, given=given)
+    with pytest.raises(UserError, match="unexpected: level_embed"):
+        checkpoint.load_student(
+            saved(path, authors_state | {"level_embed": torch.zeros(4)}), given={"history_layers": 2}
+        )
+    with pytest.raises(UserError, match="missing: heads.2.linear.bias"):
+        broken = without(authors_state, "final_layer3.linear.bias")
+        checkpoint.load_student(saved(path, broken), given={"history_layers": 2})
+    with pytest.raises(UserError, match="unexpected: final_layer2"):  # a student is no teacher
+        checkpoint.load_teacher(saved(path, authors_state))
+
+
+def test_sampling_from_the_authors_student(authors_state, tmp_path, capsys):
+    state = dict(authors_state)
+    path = saved(tmp_path / "0300000.pt", state)
+    call("sample_ARD.py", f"--ckpt_path={path}", "--stack=2", "--mask=M3", "--num-samples=3", "--dry-run")
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["student"]["mask"] == "M3" and plan["student"]["steps"] == 4 and plan["count"] == 3

@@ -1,0 +1,259 @@
+"""Weights of other people's making: where they are found, and their names and shapes in terms of ours.
+
+    official        a state dict with DiT's own names: DiT-XL-2-256x256.pt, or a checkpoint of DiT's training script
+    diffusers       a folder with DiTTransformer2DModel's config.json and weights: facebook/DiT-XL-2-256
+    the authors'    a state dict of their ARD re-implementation: DiT's names and the heads final_layer .. final_layer4
+
+Everything here maps names and shapes; ``checkpoint.py`` reads the files and loads the result strictly. No layout names
+its autoencoder: models of 4 channels are taken to work on Stable Diffusion's latents, others on pixels.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from cli import UserError
+from models import DiT_models, sincos_positions
+from vae import NAMES
+
+State = dict[str, torch.Tensor]
+
+URL = "https://dl.fbaipublicfiles.com/DiT/models/"
+OFFICIAL = ("DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt")
+
+#################################################################################
+#                             Where they are found                              #
+#################################################################################
+
+
+def find(source: str | Path, option: str) -> Path:
+    """The file or folder that an option names: a path, one of ``OFFICIAL``, or a hub id such as facebook/DiT-XL-2-256.
+
+    Names are looked up in the caches of torch.hub (TORCH_HOME) and Hugging Face (HF_HOME) and downloaded into them.
+    ``UserError`` says what to fetch, and where to put it, when that fails.
+    """
+    path = Path(source)
+    if path.exists():
+        return path
+    if str(source) in OFFICIAL:
+        return _download(str(source), option)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in (".pt", ".pth", ".safetensors"):
+        return _snapshot(str(source), option)
+    raise UserError(
+        f"{option} {source}: no such file; give a checkpoint, a folder in diffusers' layout, a hub id such as "
+        f"facebook/DiT-XL-2-256, or {' or '.join(OFFICIAL)}"
+    )
+
+
+def _download(name: str, option: str) -> Path:
+    """Meta's file, once per machine. No checksum of theirs is published: what stands in for one is the strict load
+    (every name, shape and finite value) and the hash of the weights, which all artefacts record as teacher_hash."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if path.is_file():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):  # of many ranks one downloads
+            if not path.is_file():
+                torch.hub.download_url_to_file(URL + name, str(path))  # renamed into place when whole
+    except OSError as error:  # urllib's errors are among these
+        raise UserError(f"{option} {name}: cannot download it ({error}); fetch {URL}{name} to {path}") from None
+    return path
+
+
+def _snapshot(repository: str, option: str) -> Path:
+    """The transformer of a Hugging Face repository, safetensors where it has them."""
+    from huggingface_hub import snapshot_download
+
+    folders = ("", "transformer/")
+    try:
+        for kind in ("safetensors", "bin"):
+            wanted = [f"{folder}{name}" for folder in folders for name in ("config.json", f"{STEM}.{kind}")]
+            folder = Path(snapshot_download(repository, allow_patterns=wanted))
+            if any(folder.rglob(f"{STEM}.{kind}")):
+                break
+    except Exception as error:  # huggingface_hub raises many kinds for no network, no repository, no permission
+        raise UserError(
+            f"{option} {repository}: no such folder, and not to be had from the Hugging Face hub; fetch it where there "
+            f"is a network, hf download {repository} --include 'transformer/*' --local-dir FOLDER, and give FOLDER "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+    return folder
+
+
+#################################################################################
+#                             DiT's own state dicts                             #
+#################################################################################
+
+
+def official_state(content: dict, weights: str, what: str) -> State:
+    """The weights in a file without our config: bare (they count as "ema", as Meta's do), or of DiT's training script.
+
+    ``UserError`` when the file holds no DiT at all, or not these weights.
+    """
+    sets = {
+        name: content[key] for name, key in (("ema", "ema"), ("raw", "model")) if isinstance(content.get(key), dict)
+    }
+    state = (sets or {"ema": content}).get(weights)
+    if state is None:
+        raise UserError(f"{what}: has no {weights} weights")
+    if "x_embedder.proj.weight" not in state:
+        raise UserError(f"{what}: holds no model of this project, nor a DiT (no x_embedder.proj.weight)")
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def dit_config(state: State, what: str) -> dict:
+    """The arguments of ``DiT`` for a state dict with its names, read off the shapes.
+
+    The number of attention heads leaves no trace in them: it is that of the size in ``DiT_models`` with this depth,
+    width and patch. ``UserError`` when there is none, or when shapes contradict each other.
+    """
+    try:
+        width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+        tokens = state["pos_embed"].shape[1]
+        hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+        rows = state["y_embedder.embedding_table.weight"].shape[0]
+        outputs = state["final_layer.linear.bias"].shape[0]
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{what}: not the weights of a DiT (missing or misshapen: {error})") from None
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    shape = dict(depth=depth, hidden_size=width, patch_size=patch)
+    sizes = [build.keywords for build in DiT_models.values() if shape.items() <= build.keywords.items()]
+    if not sizes:
+        raise UserError(
+            f"{what}: depth {depth}, width {width} and patch {patch} are none of the sizes that this project knows "
+            f"({', '.join(DiT_models)}), and the file does not say its number of attention heads"
+        )
+    side = round(tokens**0.5)
+    ratio = outputs / (patch * patch * channels)
+    if side * side != tokens or ratio not in (1, 2):
+        raise UserError(
+            f"{what}: {tokens} positions or {outputs} outputs do not fit a square DiT of {channels} channels"
+        )
+    return sizes[0] | dict(
+        input_size=side * patch,
+        in_channels=channels,
+        mlp_ratio=hidden / width,
+        class_dropout_prob=0.1,  # of the rows of the label table one is the null label's
+        num_classes=rows - 1,
+        learn_sigma=ratio == 2,
+    )
+
+
+def latent_space(config: dict) -> str | None:
+    """The autoencoder of a model whose file does not name one."""
+    return NAMES["ema"] if config["in_channels"] == 4 else None
+
+
+#################################################################################
+#                                  diffusers                                    #
+#################################################################################
+
+STEM = "diffusion_pytorch_model"  # diffusers' file name, before .safetensors or .bin
+
+RENAMED_CONFIG = dict(
+    input_size="sample_size",
+    patch_size="patch_size",
+    in_channels="in_channels",
+    depth="num_layers",
+    num_heads="num_attention_heads",
+    num_classes="num_embeds_ada_norm",
+)
+# Ours on the right. Each block of theirs holds a copy of the time's and the label's embedder.
+RENAMED = {
+    "pos_embed.proj": "x_embedder.proj",
+    "proj_out_1": "final_layer.adaLN_modulation.1",
+    "proj_out_2": "final_layer.linear",
+}
+RENAMED_EMBEDDER = {
+    "timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "class_embedder.embedding_table": "y_embedder.embedding_table",
+}
+RENAMED_BLOCK = {
+    "norm1.linear": "adaLN_modulation.1",
+    "attn1.to_out.0": "attn.proj",
+    "ff.net.0.proj": "mlp.fc1",
+    "ff.net.2": "mlp.fc2",
+}
+
+
+def diffusers_files(folder: Path, option: str) -> tuple[Path, Path]:
+    """Config and weights of the transformer in a folder, which may be that of a whole pipeline."""
+    inner = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    weights = [inner / f"{STEM}.{kind}" for kind in ("safetensors", "bin") if (inner / f"{STEM}.{kind}").is_file()]
+    if not weights or not (inner / "config.json").is_file():
+        raise UserError(
+            f"{option} {folder}: no DiT in diffusers' layout (config.json and {STEM}.safetensors or .bin, in the "
+            f"folder or its sub-folder transformer)"
+        )
+    return inner / "config.json", weights[0]
+
+
+def diffusers_config(path: Path, option: str) -> dict:
+    """The arguments of ``DiT`` from the config.json of a DiTTransformer2DModel. ``UserError`` for any other model."""
+    try:
+        config = json.loads(path.read_text())
+        shape = {ours: int(config[theirs]) for ours, theirs in RENAMED_CONFIG.items()}
+        width = shape["num_heads"] * int(config["attention_head_dim"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{option} {path}: not the config of a DiTTransformer2DModel ({error!r})") from None
+    fixed = dict(norm_type="ada_norm_zero", activation_fn="gelu-approximate", attention_bias=True)
+    for name, value in fixed.items():
+        if config.get(name, value) != value:
+            raise UserError(f"{option} {path}: {name} is {config[name]!r}, a DiT has {value!r}")
+    learn_sigma = config.get("out_channels") == 2 * shape["in_channels"]
+    return shape | dict(hidden_size=width, mlp_ratio=4.0, class_dropout_prob=0.1, learn_sigma=learn_sigma)
+
+
+def from_diffusers(theirs: State, config: dict, what: str) -> State:
+    """diffusers' names -> ours; what has no counterpart keeps its name, for the strict load to complain about.
+
+    Positions are computed where the file lacks them, as current versions of diffusers do. Their DiTTransformer2DModel
+    itself deviates from the official model with the same weights: its sinusoids of the time have 127 instead of 128
+    intervals between frequencies, and its second norm an epsilon of 1e-5. The weights were trained with the official
+    ones, and those are what our model has. ``UserError`` when the blocks' copies of an embedder differ.
+    """
+    side = config["input_size"] // config["patch_size"]
+    ours, qkv = {"pos_embed": sincos_positions(config["hidden_size"], side)[None]}, {}
+    for name, value in theirs.items():
+        layer, kind = name.rsplit(".", 1)
+        match = re.fullmatch(r"transformer_blocks\.(\d+)\.(norm1\.emb\.)?(.+)", layer)
+        if name == "pos_embed.pos_embed":
+            ours["pos_embed"] = value
+        elif not match:
+            ours[f"{RENAMED.get(layer, layer)}.{kind}"] = value
+        elif match[2]:
+            key = f"{RENAMED_EMBEDDER.get(match[3], name)}.{kind}"
+            if key in ours and not torch.equal(ours[key], value):
+                raise UserError(f"{what}: {name} is not that of the other blocks; a DiT has one embedder for them all")
+            ours[key] = value
+        elif match[3] in ("attn1.to_q", "attn1.to_k", "attn1.to_v"):
+            qkv.setdefault(f"blocks.{match[1]}.attn.qkv.{kind}", {})[match[3][-1]] = value
+        else:
+            ours[f"blocks.{match[1]}.{RENAMED_BLOCK.get(match[3], match[3])}.{kind}"] = value
+    whole = {name: torch.cat([parts[k] for k in "qkv"]) for name, parts in qkv.items() if len(parts) == 3}
+    return ours | whole
+
+
+#################################################################################
+#                             The authors' student                              #
+#################################################################################
+
+
+def authors_student(state: State, what: str) -> tuple[dict, State]:
+    """A student of the authors' re-implementation -> the arguments of ``DiT`` plus "steps", and weights by our names.
+
+    Its heads are final_layer, final_layer2, final_layer3, ...: we read them as those of the first (noisiest) to the
+    last step. Other entries that we have no name for keep theirs, for the strict load to complain about.
+    """
+    config = dit_config(state, what)
+    ours = {}
+    for name, value in state.items():
+        head = re.fullmatch(r"final_layer(\d*)\.(.+)", name)
+        ours[f"heads.{int(head[1] or 1) - 1}.{head[2]}" if head else name] = value
+    found = {int(name.split(".")[1]) for name in ours if name.startswith("heads.")}
+    return config | {"steps": 1 + max(found)}, ours
