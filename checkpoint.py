@@ -128,12 +128,6 @@ def load_teacher(source: str | Path, option: str = "--teacher", weights: str = "
     return model.eval(), {**config, "provenance": provenance}
 
 
-def check_guidance(teacher: DiT, cfg_scale: float) -> None:
-    """``UserError`` when a teacher without classes, or without a label for none of them, is to be guided."""
-    if cfg_scale != 1 and not (teacher.num_classes and teacher.config["class_dropout_prob"]):
-        raise UserError(f"--cfg-scale {cfg_scale}: this teacher has no null label, give --cfg-scale 1")
-
-
 def load_student(
     path: str | Path, option: str = "--ckpt-path", weights: str = "ema", given: dict | None = None
 ) -> tuple[ARD, dict]:

@@ -148,10 +148,10 @@ def run(args: argparse.Namespace) -> None:
         row |= {"precision": result["precision"], "recall": result["recall"], "ms_per_sample": speed[name]}
         rows.append(row)
     notes = [
-        f"FID of {args.num_samples} samples against 1797 real digits, in the features of a digit classifier (not ADM's). "
+        f"FID of {args.num_samples} samples against 1797 real digits, in features of a digit classifier (not ADM's). "
         f"Floor, real digits against a bootstrap of themselves: {metrics['teacher']['floor']:.3g}. "
-        f"{args.iterations} training steps of batch 64 on {args.num_trajectories} trajectories, seed {args.seed}, fp32, "
-        f"CPU with {os.cpu_count()} cores, timed at batch 64."
+        f"{args.iterations} training steps of batch 64 on {args.num_trajectories} trajectories, seed {args.seed}, "
+        f"fp32, CPU with {os.cpu_count()} cores, timed at batch 64."
     ]
     for target in args.targets:
         step, ard = (row["degradation"] for row in rows if row["target"] == target)

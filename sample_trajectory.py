@@ -16,11 +16,10 @@ import checkpoint
 import cli
 import distributed
 from cli import UserError
-from diffusion import create_diffusion
 from distributed import Ranks
-from models import DiT
 from randomness import LABEL_POLICIES, labels, noise
 from shards import fill_store
+from teacher_ode import TeacherODE, add_ode_options
 from training import PRECISIONS, autocast
 from trajectory import GRIDS, grid_steps, pick_points
 
@@ -32,9 +31,7 @@ def build_parser() -> cli.Parser:
     group = parser.add_argument_group("teacher and its ODE")
     group.add_argument("--teacher", required=True, help="checkpoint of the teacher")
     group.add_argument("--teacher-weights", choices=("ema", "raw"), default="ema", help="which of its weights")
-    group.add_argument("--solver-steps", type=cli.positive, default=25, help="DDIM steps of the teacher")
-    group.add_argument("--cfg-scale", type=float, default=1.5, help="classifier-free guidance, 1: none")
-    group.add_argument("--cfg-channels", type=cli.positive, default=3, help="guided channels (DiT's samples: 3 of 4)")
+    add_ode_options(group)
     group = parser.add_argument_group("store")
     group.add_argument("--out", required=True, help="folder of the store")
     group.add_argument("--num-trajectories", type=cli.positive, required=True, help="how many, exactly")
@@ -53,18 +50,16 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def dump_shard(teacher: DiT, args, rows: range, points: list[int], ranks: Ranks, bar: tqdm) -> dict[str, torch.Tensor]:
+def dump_shard(ode: TeacherODE, args, rows: range, points: list[int], ranks: Ranks, bar: tqdm) -> dict:
     """The trajectories ``rows`` as the tensors of one shard, on the CPU in the stored dtype."""
-    diffusion = create_diffusion(str(args.solver_steps))
+    shape, classes = ode.teacher.latent_shape, ode.teacher.num_classes
     parts = []
     for start in range(rows.start, rows.stop, args.per_proc_batch_size):
         indices = range(start, min(start + args.per_proc_batch_size, rows.stop))
-        z = noise(args.seed, "trajectory", indices, teacher.latent_shape)
-        y = labels(args.seed, indices, teacher.num_classes, args.label_policy)
+        z = noise(args.seed, "trajectory", indices, shape)
+        y = labels(args.seed, indices, classes, args.label_policy)
         with autocast(args.precision, ranks.device):
-            x, x0 = diffusion.ddim_trajectory(
-                teacher, z.to(ranks.device), y.to(ranks.device), args.cfg_scale, args.cfg_channels
-            )
+            x, x0 = ode(z.to(ranks.device), y.to(ranks.device))
         stored = {"noise": z} | pick_points(x, x0, points)
         if args.store != "both":
             del stored["x0" if args.store == "xt" else "xt"]
@@ -75,37 +70,36 @@ def dump_shard(teacher: DiT, args, rows: range, points: list[int], ranks: Ranks,
 
 def run(args: argparse.Namespace) -> None:
     teacher, config = checkpoint.load_teacher(args.teacher, weights=args.teacher_weights)
-    checkpoint.check_guidance(teacher, args.cfg_scale)
+    ode = TeacherODE(teacher, args)
     try:
         points = grid_steps(args.steps, args.grid, args.solver_steps)
     except ValueError as error:
         raise UserError(
             f"--steps {args.steps} --grid {args.grid} --solver-steps {args.solver_steps}: {error}"
         ) from None
-    provenance = config["provenance"] | {
-        "num_classes": teacher.num_classes,
-        "solver": "ddim",
-        "solver_steps": args.solver_steps,
-        "cfg_scale": args.cfg_scale,
-        "cfg_channels": min(args.cfg_channels, teacher.in_channels),
-        "points": points,
-        "store": args.store,
-        "dtype": args.dtype,
-        "precision": args.precision,
-        "seed": args.seed,
-        "label_policy": args.label_policy,
-        "count": args.num_trajectories,
-        "rows_per_shard": args.rows_per_shard,
-    }
+    provenance = (
+        config["provenance"]
+        | ode.provenance
+        | {
+            "points": points,
+            "store": args.store,
+            "dtype": args.dtype,
+            "precision": args.precision,
+            "seed": args.seed,
+            "label_policy": args.label_policy,
+            "count": args.num_trajectories,
+            "rows_per_shard": args.rows_per_shard,
+        }
+    )
     if args.dry_run:
         cli.show_plan(provenance)
         return
     ranks = distributed.setup(args.device)
     folder, count = Path(args.out), args.num_trajectories
-    teacher = teacher.to(ranks.device)
+    teacher.to(ranks.device)
 
     def make(rows: range, bar: tqdm) -> dict[str, torch.Tensor]:
-        return dump_shard(teacher, args, rows, points, ranks, bar)
+        return dump_shard(ode, args, rows, points, ranks, bar)
 
     written = fill_store(folder, provenance, ranks, make, unit="trajectory")
     if ranks.main:
