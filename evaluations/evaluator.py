@@ -80,7 +80,7 @@ def read_cache(path: Path, key: str) -> dict[str, np.ndarray] | None:
 class Evaluation:
     """Two files and a network, opened and checked: everything that can be refused is refused here."""
 
-    def __init__(self, reference: str, samples: str, network: Extractor, allow_few: bool = False):
+    def __init__(self, reference: str | Path, samples: str | Path, network: Extractor, allow_few: bool = False):
         self.reference, self.samples, self.network = Images("REFERENCE", reference), Images("SAMPLES", samples), network
         ours, theirs = ((i.width, i.height) for i in (self.samples, self.reference))
         if ours != theirs:
@@ -172,8 +172,8 @@ class Evaluation:
 
 
 def evaluate(
-    reference: str | Path,
-    samples: str | Path,
+    reference_path: str | Path,
+    samples_path: str | Path,
     features: str = "digits",
     *,
     inception_weights: str | Path | None = None,
@@ -190,7 +190,7 @@ def evaluate(
     """
     ranks = ranks or Ranks(0, 1, torch.device("cpu"))
     network = extractor(features, ranks.device, inception_weights)
-    return Evaluation(reference, samples, network, allow_few).run(batch_size, ranks, cache, floor)
+    return Evaluation(reference_path, samples_path, network, allow_few).run(batch_size, ranks, cache, floor)
 
 
 def show(result: dict) -> None:

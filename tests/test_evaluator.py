@@ -128,6 +128,7 @@ def test_inception_does_not_depend_on_the_batch_size(inception):
         np.testing.assert_allclose(alone, array[some], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_inception_figures_use_the_reference_statistics_and_print_adms_lines(weights, inception, tmp_path, capsys):
     images = pictures(10, size=16)
     stored = {}
