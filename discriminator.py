@@ -85,7 +85,7 @@ class ConvBlock(nn.Module):
     def __init__(self, in_width: int, width: int, kernel: int, group: int):
         super().__init__()
         self.kernel = kernel
-        self.conv = spectral_norm(nn.Conv1d(in_width, width, kernel))
+        self.conv = spectral_norm(nn.Conv1d(in_width, width, kernel, bias=False))  # the norm has the bias
         self.norm = BatchNormLocal(width, group)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Between pixels and latents: Stable Diffusion's autoencoder through diffusers, or nothing for pixel-space models."""
 
+import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -7,6 +9,7 @@ import torch
 from cli import UserError
 
 NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+HUB_ID = r"[\w.-]+/[\w.-]+"  # of a Hugging Face repository, as opposed to a path
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 IMAGES_AT_ONCE = 16  # of a decoder or encoder: 16 of 512 pixels take about 10 GB in fp32, whatever the batch
 
@@ -29,17 +32,32 @@ class VAE:
     """diffusers' AutoencoderKL with latents scaled to unit variance by the factor in its own config."""
 
     def __init__(self, name: str, device: torch.device, precision: str = "fp32"):
+        path, fetch = full_name(name), ""
+        if re.fullmatch(HUB_ID, path):
+            fetch = f", or fetch it where there is a network: hf download {path} --local-dir FOLDER"
+        elif not Path(path).is_dir():
+            raise UserError(f"--vae {name}: no such folder; give ema, mse, none, a hub id or a folder")
         from diffusers import AutoencoderKL  # seconds to import, not needed for pixels
+        from diffusers.utils import logging
 
-        path = full_name(name)
+        logging.set_verbosity(logging.CRITICAL)  # what it has to say of a failure is in our sentence
         within = "vae" if (Path(path) / "vae" / "config.json").is_file() else None  # a whole pipeline's folder
         try:
-            self.model = AutoencoderKL.from_pretrained(path, subfolder=within, torch_dtype=PRECISIONS[precision])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of deprecated arguments between diffusers and the hub
+                self.model, found = AutoencoderKL.from_pretrained(
+                    path,
+                    subfolder=within,
+                    torch_dtype=PRECISIONS[precision],
+                    low_cpu_mem_usage=False,  # True, the default, only warns that it needs the package accelerate
+                    output_loading_info=True,
+                )
+            if absent := sorted(found["missing_keys"]):  # diffusers would leave these random
+                raise ValueError(f"its weights lack {', '.join(absent[:3])}{' ...' * (len(absent) > 3)}")
         except Exception as error:  # diffusers raises many kinds for a missing file, a bad config, no network
             raise UserError(
-                f"--vae {name}: cannot load the autoencoder {path}; give ema, mse, none or a folder in diffusers' "
-                f"layout (config.json and diffusion_pytorch_model.safetensors), or fetch it where there is a network: "
-                f"hf download {path} --local-dir FOLDER ({str(error).splitlines()[0]})"
+                f"--vae {name}: cannot load the autoencoder; give ema, mse, none or a folder in diffusers' layout "
+                f"(config.json and diffusion_pytorch_model.safetensors){fetch} ({str(error).splitlines()[0]})"
             ) from None
         self.model = self.model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.name, self.dtype = path, PRECISIONS[precision]

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from cli import UserError
 from models import DiT_models, sincos_positions
-from vae import NAMES
+from vae import HUB_ID, NAMES
 
 State = dict[str, torch.Tensor]
 
@@ -40,7 +40,7 @@ def find(source: str | Path, option: str) -> Path:
         return path
     if str(source) in OFFICIAL:
         return _download(str(source), option)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in (".pt", ".pth", ".safetensors"):
+    if re.fullmatch(HUB_ID, str(source)) and path.suffix not in (".pt", ".pth", ".safetensors"):
         return _snapshot(str(source), option)
     raise UserError(
         f"{option} {source}: no such file; give a checkpoint, a folder in diffusers' layout, a hub id such as "

@@ -80,7 +80,7 @@ def read_cache(path: Path, key: str) -> dict[str, np.ndarray] | None:
 class Evaluation:
     """Two files and a network, opened and checked: everything that can be refused is refused here."""
 
-    def __init__(self, reference: str, samples: str, network: Extractor, allow_few: bool = False):
+    def __init__(self, reference: str | Path, samples: str | Path, network: Extractor, allow_few: bool = False):
         self.reference, self.samples, self.network = Images("REFERENCE", reference), Images("SAMPLES", samples), network
         ours, theirs = ((i.width, i.height) for i in (self.samples, self.reference))
         if ours != theirs:
@@ -92,8 +92,14 @@ class Evaluation:
         if network.name == "inception":
             for mu, sigma, of in (("mu", "sigma", "pool"), ("mu_s", "sigma_s", "spatial")):
                 pair = self.reference.member(mu), self.reference.member(sigma)
-                if pair[0] is not None and pair[1] is not None:
-                    self.stored[of] = pair
+                if pair[0] is None or pair[1] is None:
+                    continue
+                width, shapes = network.widths[of], (pair[0].shape, pair[1].shape)
+                if shapes != ((width,), (width, width)):
+                    raise UserError(
+                        f"{self.reference.what}: its {mu} {shapes[0]} and {sigma} {shapes[1]} are not of D={width}"
+                    )
+                self.stored[of] = pair
         for images in (self.samples, self.reference):
             # With fewer images than features the covariance is singular, and FID says more of N than of the images.
             fewest = network.widths["pool"] if images is self.samples or "pool" not in self.stored else K + 1
@@ -135,9 +141,9 @@ class Evaluation:
 
     def run(self, batch_size: int, ranks: Ranks, cache: bool, floor: bool) -> dict:
         """All figures and their provenance, the same on every rank."""
-        pairs = (("reference_file", self.reference), ("samples_file", self.samples))
+        pairs = (("samples_file", self.samples), ("reference_file", self.reference))
         digests = ranks.from_main({role: sha256(images.path) for role, images in pairs} if ranks.main else None)
-        ref, sam = (features(i, digests[role], self.network, batch_size, ranks, cache) for role, i in pairs)
+        sam, ref = (features(i, digests[role], self.network, batch_size, ranks, cache) for role, i in pairs)
         result = None
         if ranks.main:
             try:
@@ -166,8 +172,8 @@ class Evaluation:
 
 
 def evaluate(
-    reference: str | Path,
-    samples: str | Path,
+    reference_path: str | Path,
+    samples_path: str | Path,
     features: str = "digits",
     *,
     inception_weights: str | Path | None = None,
@@ -184,7 +190,7 @@ def evaluate(
     """
     ranks = ranks or Ranks(0, 1, torch.device("cpu"))
     network = extractor(features, ranks.device, inception_weights)
-    return Evaluation(reference, samples, network, allow_few).run(batch_size, ranks, cache, floor)
+    return Evaluation(reference_path, samples_path, network, allow_few).run(batch_size, ranks, cache, floor)
 
 
 def show(result: dict) -> None:
