@@ -5,6 +5,7 @@ Parameter names, shapes and arithmetic are those of the official checkpoints.
     B batch   T tokens   D width   C channels of x   H = W size of x   p patch size   h attention heads
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -34,7 +35,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """t: (B,) times in 0..999, fractions allowed -> (B, D)."""
         half = self.frequency_embedding_size // 2
-        frequencies = torch.exp(-np.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+        frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
         angles = t[:, None].float() * frequencies  # (B, 128)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
 
@@ -159,14 +160,15 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        positions = sincos_positions(hidden_size, input_size // patch_size)
-        self.pos_embed = nn.Parameter(positions[None], requires_grad=False)  # fixed, in the state dict as officially
+        tokens = (input_size // patch_size) ** 2
+        self.pos_embed = nn.Parameter(torch.empty(1, tokens, hidden_size), requires_grad=False)  # fixed, yet in the file
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
         """DiT's recipe: Xavier for linear maps, N(0, 0.02) for embeddings, zero for all adaLN and the output."""
+        self.pos_embed.data.copy_(sincos_positions(self.pos_embed.shape[2], self.input_size // self.patch_size))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

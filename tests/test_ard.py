@@ -177,3 +177,14 @@ def test_teacher_is_left_alone():
             parameter.add_(1)
     assert all(torch.equal(a, b) for a, b in zip(teacher.state_dict().values(), TEACHER.state_dict().values()))
     assert isinstance(teacher, models.DiT)
+
+
+@pytest.mark.slow
+def test_gflops_are_those_of_table_1():
+    from evaluations.flops import count_table
+
+    rows = count_table("DiT-XL/2")
+    assert len(rows) == 13
+    for row in rows:
+        bound = 0.005 if row["mask"] is None else 0.002
+        assert abs(row["gflops"] / row["paper_gflops"] - 1) < bound, row
