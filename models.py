@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import Mlp, PatchEmbed
+from torch.utils.checkpoint import checkpoint
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -79,12 +80,14 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, attend: Attend = F.scaled_dot_product_attention) -> torch.Tensor:
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, T, D/h) each
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, h, T, D/h) each
         return self.proj(attend(q, k, v).transpose(1, 2).reshape(B, T, D))
 
 
 class DiTBlock(nn.Module):
     """A transformer block with adaLN-Zero conditioning."""
+
+    recompute = False  # keep no activations for the backward pass but compute them again there
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
@@ -93,6 +96,11 @@ class DiTBlock(nn.Module):
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def __call__(self, *args):
+        if self.recompute:  # nothing in here is random
+            return checkpoint(super().__call__, *args, use_reentrant=False, preserve_rng_state=False)
+        return super().__call__(*args)
 
     def forward(
         self, x: torch.Tensor, c: torch.Tensor, attend: Attend = F.scaled_dot_product_attention
@@ -161,7 +169,7 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         tokens = (input_size // patch_size) ** 2
-        self.pos_embed = nn.Parameter(torch.empty(1, tokens, hidden_size), requires_grad=False)  # fixed, yet in the file
+        self.pos_embed = nn.Parameter(torch.empty(1, tokens, hidden_size), requires_grad=False)  # fixed; in the file
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()

@@ -48,10 +48,10 @@ class TeacherForced:
         steps = len(self.visible)
         q, k, v = (x.unflatten(0, (-1, steps)).transpose(1, 2) for x in (q, k, v))  # (B, h, S, T, d) views
         out = [
-            F.scaled_dot_product_attention(q[:, :, i], points(k, seen), points(v, seen))
+            F.scaled_dot_product_attention(q[:, :, i], points(k, seen), points(v, seen)).transpose(1, 2)
             for i, seen in enumerate(self.visible)
         ]
-        return torch.stack(out, dim=1).flatten(0, 1)
+        return torch.stack(out, dim=1).flatten(0, 1).transpose(1, 2)  # lies as (B * S, T, h, d): what follows is free
 
 
 def points(x: torch.Tensor, steps: list[int]) -> torch.Tensor:

@@ -20,7 +20,7 @@ from distributed import Ranks
 from randomness import LABEL_POLICIES, labels, noise
 from shards import fill_store
 from teacher_ode import TeacherODE, add_ode_options
-from training import PRECISIONS, autocast
+from training import PRECISIONS, add_compile_option, autocast, compile_blocks
 from trajectory import GRIDS, grid_steps, pick_points
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -45,6 +45,7 @@ def build_parser() -> cli.Parser:
     group.add_argument("--label-policy", choices=LABEL_POLICIES, default="balanced", help="how labels are chosen")
     group.add_argument("--per-proc-batch-size", type=cli.positive, default=256, help="trajectories of a rank at once")
     group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the teacher; the solver is fp32")
+    add_compile_option(group)
     group.add_argument("--dry-run", action="store_true", help="check everything, print the plan as JSON, do nothing")
     distributed.add_device_option(group)
     return parser
@@ -97,6 +98,8 @@ def run(args: argparse.Namespace) -> None:
     ranks = distributed.setup(args.device)
     folder, count = Path(args.out), args.num_trajectories
     teacher.to(ranks.device)
+    if args.compile:
+        compile_blocks(teacher)
 
     def make(rows: range, bar: tqdm) -> dict[str, torch.Tensor]:
         return dump_shard(ode, args, rows, points, ranks, bar)

@@ -21,9 +21,10 @@ from cli import UserError
 from data import to_uint8
 from distributed import Ranks, add_device_option
 from models import DiT
+from overlap import write_behind
 from provenance import require_same
 from randomness import LABEL_POLICIES, labels, noise
-from training import PRECISIONS, autocast
+from training import PRECISIONS, add_compile_option, autocast, compile_blocks
 from vae import PRECISIONS as VAE_PRECISIONS
 from vae import full_name, load_vae
 
@@ -43,6 +44,7 @@ def add_sampling_options(parser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--per-proc-batch-size", type=cli.positive, default=64, help="samples of a rank at once")
     group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of matrix products")
+    add_compile_option(group)
     group.add_argument("--dry-run", action="store_true", help="check everything, print the plan as JSON, do nothing")
     add_device_option(group)
 
@@ -83,6 +85,8 @@ def sample_to_file(
         return
     vae = load_vae(args.vae or config["vae"], ranks.device, args.vae_precision)
     model.to(ranks.device)
+    if args.compile:
+        compile_blocks(model)
 
     @torch.no_grad()
     def draw_indices(indices):
@@ -91,8 +95,11 @@ def sample_to_file(
             y = torch.tensor([classes[i % len(classes)] for i in indices])
         else:
             y = labels(args.seed, indices, model.num_classes, args.label_policy)
+        # Compiled code is made for one batch size, so a smaller batch is filled up with zeros.
+        missing = args.per_proc_batch_size - len(y) if args.compile else 0
+        inputs = torch.cat([z, z.new_zeros(missing, *z.shape[1:])]), torch.cat([y, y.new_zeros(missing)])
         with autocast(args.precision, ranks.device):
-            latents = draw(z.to(ranks.device), y.to(ranks.device)).float()
+            latents = draw(*(x.to(ranks.device) for x in inputs))[: len(y)].float()
         return latents, vae.decode(latents), y
 
     written = write_samples(
@@ -160,9 +167,12 @@ def write_samples(
     ranks.barrier()  # everybody has read "done" before anybody changes it
     batches = [todo[i : i + batch_size].tolist() for i in range(0, len(todo), batch_size)]
     with tqdm(total=len(todo), unit="sample", disable=None if ranks.main else True) as bar:
-        for indices in batches:
-            _store(arrays, indices, *draw(indices))
+
+        def write(indices, drawn) -> None:
+            _store(arrays, indices, *drawn)
             bar.update(len(indices))
+
+        write_behind(batches, draw, write)
     ranks.barrier()
     if ranks.main:
         _pack(folder, path, wanted)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 import cli
 from cli import UserError
 from distributed import Ranks
+from overlap import write_behind
 from provenance import file_sha256, require_same
 
 
@@ -87,8 +88,11 @@ def fill_store(
     mine = [number for number in range(len(shards)) if shard_name(number) not in present][ranks.rank :: ranks.world]
     total = sum(len(shards[number]) for number in mine)
     with tqdm(total=total, unit=unit, disable=None if ranks.main else True) as bar:
-        for number in mine:
-            write_shard(folder, number, make(shards[number], bar), provenance)
+        write_behind(
+            mine,
+            lambda number: make(shards[number], bar),
+            lambda number, tensors: write_shard(folder, number, tensors, provenance),
+        )
     ranks.barrier()
     if ranks.main:
         write_manifest(folder, provenance)

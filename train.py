@@ -19,7 +19,7 @@ from diffusion import create_diffusion
 from models import DiT_models
 from randomness import Shuffle, generator, labels, noise
 from samples import save_grid
-from training import Network, Trainer, add_training_options, autocast, training_config
+from training import Network, Trainer, add_training_options, autocast, prepare_blocks, training_config
 from vae import load_vae
 
 
@@ -96,6 +96,7 @@ def run(args: argparse.Namespace) -> None:
             config | {"iterations": args.iterations, "parameters": sum(p.numel() for p in model.parameters())}
         )
         return
+    prepare_blocks(model, args)
     network = Network(model, ranks, args.lr, args.clip, args.ema_decay)
     trainer = Trainer(args, ranks, config, {"": network})
     diffusion, sampler = create_diffusion(), create_diffusion("25")

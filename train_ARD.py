@@ -15,7 +15,7 @@ from models import DiT_models
 from models_ard import ARD, MASKS
 from provenance import require_same
 from samples import preview_images, save_grid
-from training import Network, Trainer, add_training_options, training_config
+from training import Network, Trainer, add_training_options, prepare_blocks, training_config
 from trajectory import GRIDS, TARGETS, TrajectoryBatches, TrajectoryStore, grid_steps
 from vae import load_vae
 
@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> None:
             config | {"iterations": args.iterations, "epochs": args.iterations * args.global_batch_size / len(store)}
         )
         return
+    prepare_blocks(student, args)
     network = Network(student, ranks, args.lr, args.clip, args.ema_decay)
     trainer = Trainer(args, ranks, config, {"": network})
 

@@ -30,7 +30,7 @@ from provenance import require_same
 from quality import Quality, add_quality_options
 from randomness import Shuffle, generator, noise
 from samples import preview_images, save_grid
-from training import Network, Trainer, add_training_options, autocast, training_config
+from training import Network, Trainer, add_training_options, autocast, prepare_blocks, training_config
 from trajectory import TrajectoryBatches, TrajectoryStore
 from vae import load_vae
 
@@ -253,6 +253,7 @@ def run(args: argparse.Namespace) -> None:
         cli.show_plan(config | {"iterations": args.iterations} | count_flops(student.config, teacher.config, args))
         return
     torch.manual_seed(args.seed)
+    prepare_blocks(student, args)
     network = Network(student, ranks, args.lr, args.clip, args.ema_decay)
     critic = Network(build_heads(teacher, args), ranks, args.d_lr, args.clip)
     trainer = Trainer(args, ranks, config, {"": network, "_d": critic})

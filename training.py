@@ -4,6 +4,7 @@ The batch of step n is a function of (seed, n) alone and the models use no rando
 the random state there is: a resumed run equals an uninterrupted one bit for bit on the CPU.
 """
 
+import argparse
 import copy
 import json
 import time
@@ -20,7 +21,7 @@ from tqdm import tqdm
 import checkpoint
 from cli import RunError, UserError, not_negative, positive
 from distributed import Ranks, add_device_option
-from models import model_name
+from models import DiT, model_name
 from provenance import differences
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
@@ -37,6 +38,13 @@ def add_training_options(parser, *, lr: float, batch: int, iterations: int) -> N
     group.add_argument("--ema-decay", type=float, default=0.9999, help="decay of the weights' moving average a step")
     group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of matrix products; weights stay fp32")
     group.add_argument("--seed", type=not_negative, default=0, help="of initial weights and data order")
+    add_compile_option(group)
+    group.add_argument(
+        "--checkpoint-activations",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compute each block's inside again in the backward pass: a third more time, far less memory",
+    )
     group = parser.add_argument_group("run")
     group.add_argument("--results-dir", default="results", help="runs are numbered folders in here")
     group.add_argument("--run-dir", help="this very folder instead of a numbered one")
@@ -50,6 +58,32 @@ def add_training_options(parser, *, lr: float, batch: int, iterations: int) -> N
     )
     group.add_argument("--dry-run", action="store_true", help="check everything, print the plan as JSON, do nothing")
     add_device_option(group)
+
+
+def add_compile_option(group) -> None:
+    """The ``--compile`` option, the same in every script."""
+    group.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the model's blocks first"
+    )
+
+
+def compile_blocks(model: DiT) -> None:
+    """Compile a model's blocks in place; names in its state dict stay, and copies of it are not compiled.
+
+    Block by block: all blocks share the code that is compiled once for each shape and each kind of attention, gradients
+    leave each block as soon as they are known (DDP sends them meanwhile), and a block is where all of the time goes.
+    """
+    torch._dynamo.config.recompile_limit = 64  # for students of many steps: sampling compiles each of them
+    for block in model.blocks:
+        block.compile(fullgraph=True, dynamic=False)
+
+
+def prepare_blocks(model: DiT, args) -> None:
+    """What ``--checkpoint-activations`` and ``--compile`` say, in place."""
+    for block in model.blocks:
+        block.recompute = args.checkpoint_activations
+    if args.compile:
+        compile_blocks(model)
 
 
 def training_config(args) -> dict:

@@ -1,0 +1,126 @@
+"""What is there for speed changes no result: compiled blocks, recomputed activations, writing in a thread."""
+
+import copy
+import threading
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, call, losses, random_teacher
+
+import checkpoint
+from models_ard import ARD
+from overlap import write_behind
+from training import compile_blocks
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """torch.compile with all but code generation, which takes a minute on a CPU."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+
+def student(**options) -> ARD:
+    return ARD.from_teacher(random_teacher(), **(dict(history_layers=2) | options))
+
+
+def gradients(model: ARD, batch: int = 3) -> list[torch.Tensor]:
+    """Predictions and all gradients of a fixed loss."""
+    torch.manual_seed(0)
+    model.zero_grad()
+    predictions = model(torch.randn(batch, model.steps, 1, 8, 8), torch.arange(batch))
+    predictions.square().mean().backward()
+    return [predictions.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    plain = student()
+    saving = copy.deepcopy(plain)
+    for block in saving.blocks:
+        block.recompute = True
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        wanted, few = gradients(plain), len(kept)
+        found = gradients(saving)
+    assert len(kept) - few < few / 2
+    assert len(wanted) == len(found) and all(torch.equal(a, b) for a, b in zip(wanted, found))
+
+
+def test_compiled_blocks_give_the_same_gradients_without_recompiling(quick_compiler):
+    plain = student()
+    compiled = copy.deepcopy(plain)
+    compile_blocks(compiled)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    assert copy.deepcopy(compiled).blocks[0]._compiled_call_impl is None  # as the EMA is made
+    wanted = gradients(plain)
+    gradients(compiled)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for a, b in zip(wanted, gradients(compiled)):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mask", ["M2", "M4"])
+def test_compiled_sampling_is_the_same(mask, quick_compiler):
+    plain = student(mask=mask)
+    compiled = copy.deepcopy(plain)
+    compile_blocks(compiled)
+    noise, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 4])
+    compiled.sample(noise, y)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(compiled.sample(noise, y), plain.sample(noise, y), rtol=0, atol=1e-6)
+
+
+def test_trainers_take_both_options(store, tmp_path, quick_compiler):
+    fast = ("--compile", "--checkpoint-activations")
+    for name, options in {"plain": (), "fast": fast}.items():
+        call("train_ARD.py", "--data-path", store, *SMALL, "--iterations", 3, "--run-dir", tmp_path / name, *options)
+    np.testing.assert_allclose(losses(tmp_path / "fast"), losses(tmp_path / "plain"), rtol=1e-5)
+    plain, fast = (checkpoint.load(tmp_path / run / "checkpoints/0000003.pt", "") for run in ("plain", "fast"))
+    assert list(plain["ema"]) == list(fast["ema"]) and plain["config"] == fast["config"]
+
+
+def test_compiled_sampler_fills_up_its_last_batch(student_file, tmp_path, quick_compiler, monkeypatch):
+    seen = set()
+    monkeypatch.setattr(ARD, "sample", lambda self, z, y, sample=ARD.sample: seen.add(len(z)) or sample(self, z, y))
+    for name, options in {"plain": (), "fast": ("--compile",)}.items():
+        seen.clear()
+        call("sample_ARD.py", "--ckpt-path", student_file, "--num-samples", 11, "--per-proc-batch-size", 4,
+             "--save-latents", "--out", tmp_path / f"{name}.npz", *options)  # fmt: skip
+    assert seen == {4}
+    with np.load(tmp_path / "plain.npz") as plain, np.load(tmp_path / "fast.npz") as fast:
+        np.testing.assert_allclose(plain["latents"], fast["latents"], atol=1e-5)
+        assert (plain["arr_1"] == fast["arr_1"]).all() and len(fast["arr_0"]) == 11
+
+
+def test_writing_keeps_the_order_and_runs_beside_the_making():
+    written, threads = [], set()
+
+    def write(item, made):
+        threads.add(threading.get_ident())
+        written.append((item, made))
+
+    write_behind(range(20), lambda item: item**2, write)
+    assert written == [(i, i**2) for i in range(20)]
+    assert len(threads) == 1 and threading.get_ident() not in threads
+
+
+@pytest.mark.parametrize("culprit", ["make", "write"])
+def test_errors_of_both_sides_surface_and_nothing_is_written_after_them(culprit):
+    written = []
+
+    def make(item):
+        if culprit == "make" and item == 3:
+            raise RuntimeError("cannot make 3")
+        return item
+
+    def write(item, made):
+        if culprit == "write" and item == 3:
+            raise OSError("cannot write 3")
+        written.append(item)
+
+    with pytest.raises((RuntimeError, OSError), match=f"cannot {culprit} 3"):
+        write_behind(range(10), make, write)
+    assert written == [0, 1, 2]
