@@ -46,7 +46,7 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(description="Distil the digits teacher with and without history, and compare.")
     parser.add_argument("--seed", type=cli.not_negative, default=0, help="of trajectories, training and samples")
     parser.add_argument("--out", help="folder of the results; the default is results/demo, results/demo-seed1, ...")
-    parser.add_argument("--iterations", type=cli.positive, default=700, help="training steps of each student")
+    parser.add_argument("--iterations", type=cli.positive, default=600, help="training steps of each student")
     parser.add_argument("--targets", nargs="+", choices=("x0", "xt"), default=["x0"], help="one pair of students each")
     parser.add_argument("--num-trajectories", type=cli.positive, default=10_000, help="teacher trajectories")
     parser.add_argument("--num-samples", type=cli.positive, default=10_000, help="samples of each student for FID")
@@ -59,6 +59,8 @@ def call(*commands: list, threads: int | None = None) -> None:
     ``threads`` is for each of them, all cores divided among them by default.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads or max(1, CORES // len(commands)))}
+    # glibc gives every large block back to the system at once; keeping them saves a tenth to a fifth of the time.
+    environment |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31)}
     running = []
     for command in commands:
         words = [str(word) for word in command]
