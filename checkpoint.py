@@ -4,7 +4,10 @@
      "model": weights, "ema": weights, "opt": optimiser state}          + what a trainer adds, e.g. its discriminator
 
 ``config`` rebuilds the model and says where it comes from. A file may lack "model" and "opt" (a shipped, slim one).
+
 Weights of other people's making (weights.py) are loaded here too, by the same strict rules.
+
+    python checkpoint.py slim results/000-DiT-Micro-2/checkpoints/0012000.pt teacher.pt
 """
 
 import argparse
@@ -15,6 +18,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file
 
+import cli
 import weights as foreign
 from cli import UserError, existing_file, not_negative, positive
 from models import DiT, DiT_models
@@ -169,3 +173,32 @@ def load_named_student(args, weights: str) -> tuple[ARD, dict]:
     given |= DiT_models[args.model].keywords if args.model else {}
     given = {name: value for name, value in given.items() if value is not None}
     return load_student(args.ckpt_path, weights=weights, given=given)
+
+
+def slim(args) -> None:
+    """Keep what a user of the model needs: its config and EMA weights, a fifth of the file."""
+    content = load(args.source, "SOURCE")
+    if "ema" not in content or "config" not in content:
+        raise UserError(f"SOURCE {args.source}: no checkpoint of this project's trainers")
+    if Path(args.out).exists():
+        raise UserError(f"OUT {args.out}: the file is there already")
+    save(args.out, {key: content[key] for key in ("config", "step", "ema")})
+    print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB")
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(description="Look after checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=cli.Parser)
+    command = commands.add_parser("slim", help="leave out raw weights and optimiser states, to ship a model")
+    command.add_argument("source", metavar="SOURCE", help="a trainer's checkpoint")
+    command.add_argument("out", metavar="OUT", help="the smaller file")
+    command.set_defaults(run=slim)
+    return parser
+
+
+def run(args) -> None:
+    args.run(args)
+
+
+if __name__ == "__main__":
+    cli.main(build_parser(), run)

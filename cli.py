@@ -23,6 +23,22 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        self.presets: dict[str, dict] = {}
+
+    def add_presets(self, presets: dict[str, dict]) -> None:
+        """Add ``--preset``: a name for values of this parser's options, which the command line may still override."""
+        self.presets = presets
+        self.add_argument("--preset", choices=presets, metavar="NAME", help=f"a row of Table 1: {', '.join(presets)}")
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """As argparse's, after the named preset has replaced the defaults."""
+        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        early.add_argument("--preset")
+        chosen = self.presets.get(early.parse_known_args(args)[0].preset, {})
+        for action in self._actions:
+            if action.dest in chosen:
+                action.default, action.required = chosen[action.dest], False
+        return super().parse_args(args, namespace)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")

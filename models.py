@@ -169,7 +169,7 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         tokens = (input_size // patch_size) ** 2
-        self.pos_embed = nn.Parameter(torch.empty(1, tokens, hidden_size), requires_grad=False)  # fixed; in the file
+        self.pos_embed = nn.Parameter(torch.empty(1, tokens, hidden_size), requires_grad=False)  # fixed
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()

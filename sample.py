@@ -9,12 +9,14 @@ from pathlib import Path
 import checkpoint
 import cli
 import distributed
+from presets import preset
 from samples import add_sampling_options, sample_to_file
 from teacher_ode import TeacherODE, add_ode_options
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description="Sample the teacher to .npz.")
+    parser.add_presets(preset("sample.py"))
     group = parser.add_argument_group("teacher and its ODE")
     group.add_argument("--teacher", required=True, help="checkpoint of the teacher")
     add_ode_options(group)

@@ -12,11 +12,13 @@ from pathlib import Path
 import checkpoint
 import cli
 import distributed
+from presets import preset
 from samples import add_sampling_options, sample_to_file
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description="Sample a student to .npz.")
+    parser.add_presets(preset("sample_ARD.py"))
     group = parser.add_argument_group("student")
     checkpoint.add_student_options(group)
     add_sampling_options(parser)

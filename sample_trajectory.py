@@ -17,6 +17,7 @@ import cli
 import distributed
 from cli import UserError
 from distributed import Ranks
+from presets import preset
 from randomness import LABEL_POLICIES, labels, noise
 from shards import fill_store
 from teacher_ode import TeacherODE, add_ode_options
@@ -28,6 +29,7 @@ DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description="Dump the teacher's ODE trajectories.")
+    parser.add_presets(preset("sample_trajectory.py"))
     group = parser.add_argument_group("teacher and its ODE")
     group.add_argument("--teacher", required=True, help="checkpoint of the teacher")
     group.add_argument("--teacher-weights", choices=("ema", "raw"), default="ema", help="which of its weights")

@@ -8,23 +8,30 @@
 
 import argparse
 
+import checkpoint
 import cli
 import distributed
 from cli import UserError
-from models import DiT_models
+from models import DiT, DiT_models
 from models_ard import ARD, MASKS
+from presets import preset
 from provenance import require_same
 from samples import preview_images, save_grid
-from training import Network, Trainer, add_training_options, prepare_blocks, training_config
-from trajectory import GRIDS, TARGETS, TrajectoryBatches, TrajectoryStore, grid_steps
+from teacher_ode import TeacherODE, add_ode_options
+from training import Network, Trainer, add_training_options, prepare_blocks, rank_sizes, training_config
+from trajectory import GRIDS, TARGETS, OnlineBatches, TrajectoryBatches, TrajectoryStore, grid_steps
 from vae import load_vae
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description="Distil a teacher into a few-step student by regression.")
-    group = parser.add_argument_group("teacher and student")
-    group.add_argument("--data-path", required=True, help="trajectory store of sample_trajectory.py")
+    parser.add_presets(preset("train_ARD.py"))
+    group = parser.add_argument_group("teacher")
+    group.add_argument("--data-path", help="trajectory store of sample_trajectory.py")
     group.add_argument("--teacher", help="its checkpoint; the default is the one that the store names")
+    group.add_argument("--online", action="store_true", help="make trajectories in each step instead of reading them")
+    add_ode_options(parser.add_argument_group("the teacher's ODE, with --online"))
+    group = parser.add_argument_group("student")
     group.add_argument("--model", choices=DiT_models, metavar="NAME", help="the teacher's size, checked if given")
     group.add_argument("--steps", type=cli.positive, default=4, help="S, the student's steps")
     group.add_argument("--mask", choices=MASKS, default="M4", help="what a step may see: M1 itself .. M4 all before")
@@ -41,34 +48,50 @@ def build_parser() -> cli.Parser:
     return parser
 
 
+def open_teacher(args) -> tuple[DiT, dict, dict, TrajectoryStore | TeacherODE]:
+    """The teacher, its config, the provenance of its trajectories, and where they come from: a store or the ODE."""
+    if args.online == bool(args.data_path):
+        raise UserError("--data-path: give the folder of a trajectory store, or else --online and --teacher")
+    if not args.online:
+        store = TrajectoryStore(args.data_path)
+        return *store.load_teacher(args.teacher), store.provenance, store
+    if not args.teacher:
+        raise UserError("--online: needs --teacher, the checkpoint whose trajectories to make")
+    teacher, config = checkpoint.load_teacher(args.teacher)
+    ode = TeacherODE(teacher, args)
+    made = {"seed": args.seed, "label_policy": "balanced", "online": True}
+    return teacher, config, config["provenance"] | ode.provenance | made, ode
+
+
 def run(args: argparse.Namespace) -> None:
-    store = TrajectoryStore(args.data_path)
-    teacher, teacher_config = store.load_teacher(args.teacher)
+    teacher, teacher_config, provenance, trajectories = open_teacher(args)
     if args.model:
         size = DiT_models[args.model].keywords
         require_same(f"--model {args.model}: the teacher is another model", teacher.config, size)
     try:
-        points = grid_steps(args.steps, args.grid, store.provenance["solver_steps"])
+        points = grid_steps(args.steps, args.grid, provenance["solver_steps"])
         student = ARD.from_teacher(teacher, args.steps, args.mask, args.stack, args.level_embedding)
     except ValueError as error:
         raise UserError(f"--steps {args.steps} --stack {args.stack} --grid {args.grid}: {error}") from None
     ranks = distributed.setup(args.device)
-    batches = TrajectoryBatches(store, points, args.target, args, ranks)
+    make_batches = OnlineBatches if args.online else TrajectoryBatches
+    batches = make_batches(trajectories, points, args.target, args, ranks)
     vae = load_vae(teacher_config["vae"] if args.sample_every else None, ranks.device)
 
     config = {
         "kind": "student",
         "model": student.config,
         "vae": teacher_config["vae"],
-        "provenance": store.provenance | {"grid": args.grid, "points": points, "target": args.target},
+        "provenance": provenance | {"grid": args.grid, "points": points, "target": args.target},
         "training": training_config(args) | {"loss": "R"},
     }
     if args.dry_run:
-        cli.show_plan(
-            config | {"iterations": args.iterations, "epochs": args.iterations * args.global_batch_size / len(store)}
-        )
+        cli.show_plan(config | {"iterations": args.iterations, "ranks": rank_sizes(args, ranks)})
         return
     prepare_blocks(student, args)
+    if args.online:
+        teacher.to(ranks.device)
+        prepare_blocks(teacher, args)
     network = Network(student, ranks, args.lr, args.clip, args.ema_decay)
     trainer = Trainer(args, ranks, config, {"": network})
 
@@ -78,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
         return {"loss": (predictions.float() - trajectory[:, 1:]).square().flatten(1).mean(1)}
 
     def train_step(batch: dict) -> dict:
-        return trainer.backward(network, losses, batch) | {"grad_norm": network.step()}
+        return trainer.backward(network, losses, batches.complete(batch)) | {"grad_norm": network.step()}
 
     def preview(path) -> None:
         save_grid(path, preview_images(network.ema, vae, range(64), args.precision))

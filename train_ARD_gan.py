@@ -26,6 +26,7 @@ from discriminator import Discriminator, FrozenFeatures, adaptive_weight, genera
 from latents import is_store
 from models import DiT
 from models_ard import ARD
+from presets import preset
 from provenance import require_same
 from quality import Quality, add_quality_options
 from randomness import Shuffle, generator, noise
@@ -40,6 +41,7 @@ SAME_TEACHER = ("teacher_hash", "vae", "solver", "solver_steps", "cfg_scale", "c
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description="Fine-tune a student by regression and an adversarial loss.")
+    parser.add_presets(preset("train_ARD_gan.py"))
     group = parser.add_argument_group("student and teacher")
     checkpoint.add_student_options(group)
     group.add_argument("--init-weights", choices=("ema", "raw"), default="ema", help="which of its weights to start at")

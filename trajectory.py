@@ -25,8 +25,10 @@ from cli import UserError
 from distributed import Ranks, add_device_option, finish, setup
 from models import DiT
 from provenance import require_same
-from randomness import Shuffle
+from randomness import Shuffle, labels, noise
 from shards import ShardStore
+from teacher_ode import TeacherODE
+from training import autocast
 from vae import load_vae
 
 TARGETS = ("x0", "xt")
@@ -101,12 +103,12 @@ class TrajectoryStore(ShardStore):
         Point 0 is the noise; the next ones are the stored ``columns`` of "x0" or "xt".
         """
         out = torch.empty(len(rows), 1 + len(columns), *self.latent_shape)
-        labels = torch.empty(len(rows), dtype=torch.int64)
+        y = torch.empty(len(rows), dtype=torch.int64)
         for tensors, here, local in self.pieces(rows):
             out[here, 0] = tensors["noise"][local].float()
             out[here, 1:] = tensors[target][local[:, None], torch.tensor(columns)].float()
-            labels[here] = tensors["label"][local]
-        return out, labels
+            y[here] = tensors["label"][local]
+        return out, y
 
 
 class TrajectoryBatches(Dataset):
@@ -124,6 +126,33 @@ class TrajectoryBatches(Dataset):
         rows = self.shuffle.rows(first + share.start, first + share.stop)
         trajectory, y = self.store.read(rows, self.target, self.columns)
         return {"trajectory": trajectory, "y": y}
+
+    def complete(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Nothing to add: the trajectories were stored."""
+        return batch
+
+
+class OnlineBatches(Dataset):
+    """The same without a store: item n has noise and labels only, and ``complete`` solves the teacher's ODE for them.
+
+    Every step has trajectories that were never seen before: those that a dump with this seed would go on to write.
+    """
+
+    def __init__(self, ode: TeacherODE, points: list[int], target: str, args, ranks: Ranks):
+        self.ode, self.points, self.target, self.args, self.ranks = ode, points, target, args, ranks
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        first = step * self.args.global_batch_size
+        share = self.ranks.share(self.args.global_batch_size)
+        indices, teacher = range(first + share.start, first + share.stop), self.ode.teacher
+        z = noise(self.args.seed, "trajectory", indices, teacher.latent_shape)
+        return {"noise": z, "y": labels(self.args.seed, indices, teacher.num_classes)}
+
+    def complete(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Noise (b, C, H, W) and labels (b,) -> trajectories (b, S+1, C, H, W), noisiest first, and the labels."""
+        with autocast(self.args.precision, self.ranks.device):
+            points = pick_points(*self.ode(batch["noise"], batch["y"]), self.points)[self.target]
+        return {"trajectory": torch.cat([batch["noise"][:, None], points], dim=1), "y": batch["y"]}
 
 
 def verify(args) -> None:

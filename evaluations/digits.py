@@ -144,5 +144,9 @@ def build_parser() -> cli.Parser:
     return parser
 
 
+def run(args: argparse.Namespace) -> None:
+    args.run(args)
+
+
 if __name__ == "__main__":
-    cli.main(build_parser(), lambda args: args.run(args))
+    cli.main(build_parser(), run)

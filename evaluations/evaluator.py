@@ -25,8 +25,9 @@ import distributed
 from cli import UserError
 from distributed import Ranks
 from evaluations.features import NAMES, Extractor, extractor
-from evaluations.files import Images, sha256, write_whole
+from evaluations.files import Images, write_whole
 from evaluations.metrics import frechet_distance, full_precision, inception_score, precision_recall, statistics
+from provenance import file_sha256
 
 K = 3  # neighbours, ADM's choice
 PUBLISHED_COUNT = 50_000  # FID falls with the number of samples; published values use this many
@@ -142,7 +143,7 @@ class Evaluation:
     def run(self, batch_size: int, ranks: Ranks, cache: bool, floor: bool) -> dict:
         """All figures and their provenance, the same on every rank."""
         pairs = (("samples_file", self.samples), ("reference_file", self.reference))
-        digests = ranks.from_main({role: sha256(images.path) for role, images in pairs} if ranks.main else None)
+        digests = ranks.from_main({role: file_sha256(images.path) for role, images in pairs} if ranks.main else None)
         sam, ref = (features(i, digests[role], self.network, batch_size, ranks, cache) for role, i in pairs)
         result = None
         if ranks.main:
@@ -226,7 +227,7 @@ def run(args: argparse.Namespace) -> None:
     evaluation = Evaluation(args.reference, args.samples, network, args.allow_few)
     if args.dry_run:
         if ranks.main:
-            files = dict(reference_file=sha256(args.reference), samples_file=sha256(args.samples))
+            files = dict(reference_file=file_sha256(args.reference), samples_file=file_sha256(args.samples))
             cli.show_plan(evaluation.provenance(files) | dict(device=str(ranks.device), ranks=ranks.world))
     else:
         result = evaluation.run(args.batch_size, ranks, args.cache, args.floor)

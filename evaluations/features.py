@@ -11,7 +11,7 @@ import torch
 from cli import UserError, existing_file
 from data import to_unit
 from evaluations import digits
-from evaluations.files import sha256
+from provenance import file_sha256
 
 NAMES = ("inception", "digits")
 
@@ -42,7 +42,7 @@ class Digits(Extractor):
     name = "digits"
 
     def __init__(self, device: torch.device | str = "cpu"):
-        self.weights_sha256 = sha256(existing_file("digits classifier", digits.WEIGHTS))
+        self.weights_sha256 = file_sha256(existing_file("digits classifier", digits.WEIGHTS))
         self.model, self.device = digits.load().to(device), device
         self.widths = dict(pool=self.model.head.in_features, probs=self.model.head.out_features)
 
@@ -82,7 +82,7 @@ class Inception(Extractor):
         except (RuntimeError, TypeError, AttributeError):
             raise UserError(wrong + " (names or shapes differ)") from None
         self.device = device
-        self.weights_sha256 = sha256(weights)
+        self.weights_sha256 = file_sha256(weights)
         self.adm = self.weights_sha256.startswith(self.PUBLISHED)
         self.model.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
 

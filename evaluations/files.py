@@ -1,6 +1,5 @@
 """Files of images in ADM's format: an .npz with arr_0 (N, H, W, 3) uint8, read piece by piece."""
 
-import hashlib
 import os
 import zipfile
 import zlib
@@ -10,15 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from cli import UserError, existing_file
-
-
-def sha256(path: str | Path) -> str:
-    """Hash of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def write_whole(option: str, path: str | Path, write: Callable) -> None:

@@ -17,23 +17,7 @@ import cli
 from diffusion import create_diffusion
 from models import DiT, DiT_models
 from models_ard import ARD
-
-# Table 1: name, loss, S, mask, N, GFLOPs. The teacher evaluates twice a step, with and without its label.
-TABLE_1 = [
-    ("DiT-XL/2, 250 steps", "-", 250, None, None, 59300),
-    ("DiT-XL/2, 25 steps (teacher)", "-", 25, None, None, 5930),
-    ("KD", "R", 1, "M1", 0, 118.6),
-    ("Step distillation", "R", 2, "M1", 0, 237.2),
-    ("ARD", "R", 2, "M4", 6, 238.1),
-    ("ARD", "R", 2, "M4", 28, 241.5),
-    ("Step distillation", "R", 4, "M1", 0, 474.4),
-    ("ARD", "R", 4, "M2", 6, 477.1),
-    ("ARD", "R", 4, "M3", 6, 477.1),
-    ("ARD", "R", 4, "M4", 6, 479.9),
-    ("ARD", "R", 4, "M4", 28, 500.2),
-    ("Step distillation", "R+D", 4, "M1", 0, 474.4),
-    ("ARD", "R+D", 4, "M4", 6, 479.9),
-]
+from presets import TABLE_1
 
 
 def count_flops(work) -> int:
@@ -59,16 +43,16 @@ def count_table(model: str) -> list[dict]:
     rows, counted = [], {}
     with torch.device("meta"):
         teacher = DiT_models[model]()
-    for name, loss, steps, mask, layers, paper in TABLE_1:
-        if layers is not None:
-            layers = min(layers, len(teacher.blocks))
-        if (steps, mask, layers) not in counted:
+    for name, row in TABLE_1.items():
+        layers = None if row.mask is None else min(row.history_layers, len(teacher.blocks))
+        case = row.steps, row.mask, layers
+        if case not in counted:
             with torch.device("meta"):
-                student = ARD(steps, mask, layers, **teacher.config) if mask else None
-            counted[steps, mask, layers] = sampling_gflops(student or teacher, steps)
-        row = {"row": name, "loss": loss, "steps": steps, "mask": mask, "history_layers": layers}
-        row |= {"gflops": counted[steps, mask, layers], "paper_gflops": paper if model == "DiT-XL/2" else None}
-        rows.append(row)
+                student = ARD(*case, **teacher.config) if row.mask else None
+            counted[case] = sampling_gflops(student or teacher, row.steps)
+        paper = row.gflops if model == "DiT-XL/2" else None
+        about = {"row": name, "loss": row.loss, "steps": row.steps, "mask": row.mask, "history_layers": layers}
+        rows.append(about | {"gflops": counted[case], "paper_gflops": paper})
     return rows
 
 
@@ -81,12 +65,12 @@ def build_parser() -> cli.Parser:
 
 def run(args: argparse.Namespace) -> None:
     rows = count_table(args.model)
-    print(f"{'row':<30}{'loss':>5}{'S':>5}{'mask':>6}{'N':>4}{'GFLOPs':>10}{'paper':>9}{'off by':>9}")
+    print(f"{'row':<18}{'loss':>5}{'S':>5}{'mask':>6}{'N':>4}{'GFLOPs':>10}{'paper':>9}{'off by':>9}")
     for row in rows:
         mask, layers, paper = row["mask"] or "-", row["history_layers"], row["paper_gflops"]
         off = f"{100 * (row['gflops'] / paper - 1):+.2f}%" if paper else "-"
         layers = "-" if layers is None else layers
-        line = f"{row['row']:<30}{row['loss']:>5}{row['steps']:>5}{mask:>6}{layers:>4}"
+        line = f"{row['row']:<18}{row['loss']:>5}{row['steps']:>5}{mask:>6}{layers:>4}"
         print(f"{line}{row['gflops']:>10.1f}{paper or '-':>9}{off:>9}")
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")

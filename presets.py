@@ -1,0 +1,79 @@
+"""The rows of the paper's Table 1: its published numbers, and the options that reproduce each with these scripts.
+
+DiT-XL/2 on ImageNet 256, 50k samples, ADM's protocol. ``preset(script)`` is what ``--preset`` offers; --dry-run shows
+what a preset sets. Table 6 and section 4.1 of the paper have the settings.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of Table 1. The teacher's lines have no mask and no history."""
+
+    model: str
+    loss: str
+    mask: str | None
+    history_layers: int | None
+    steps: int
+    gflops: float
+    latency_ms: float
+    fid: float
+    inception_score: float
+    precision: float
+    recall: float
+
+
+TABLE_1 = {
+    "teacher-250": Row("DiT-XL/2", "-", None, None, 250, 59300, 4935, 2.27, 278.24, 0.830, 0.570),
+    "teacher-25": Row("DiT-XL/2 (teacher)", "-", None, None, 25, 5930, 493.5, 2.89, 230.22, 0.797, 0.572),
+    "kd": Row("KD", "R", "M1", 0, 1, 118.6, 17.01, 11.88, 148.61, 0.665, 0.565),
+    "step-s2": Row("Step distillation", "R", "M1", 0, 2, 237.2, 33.05, 10.92, 167.08, 0.681, 0.518),
+    "ard-n6-m4-s2": Row("ARD", "R", "M4", 6, 2, 238.1, 34.05, 6.29, 188.05, 0.737, 0.564),
+    "ard-n28-m4-s2": Row("ARD", "R", "M4", 28, 2, 241.5, 34.90, 6.54, 186.18, 0.734, 0.569),
+    "step-s4": Row("Step distillation", "R", "M1", 0, 4, 474.4, 64.80, 10.25, 181.58, 0.704, 0.474),
+    "ard-n6-m2-s4": Row("ARD", "R", "M2", 6, 4, 477.1, 65.57, 4.75, 203.58, 0.768, 0.572),
+    "ard-n6-m3-s4": Row("ARD", "R", "M3", 6, 4, 477.1, 65.57, 4.45, 206.93, 0.773, 0.572),
+    "ard-n6-m4-s4": Row("ARD", "R", "M4", 6, 4, 479.9, 66.34, 4.32, 209.03, 0.770, 0.574),
+    "ard-n28-m4-s4": Row("ARD", "R", "M4", 28, 4, 500.2, 67.85, 4.80, 201.15, 0.761, 0.566),
+    "step-s4-gan": Row("Step distillation", "R+D", "M1", 0, 4, 474.4, 64.80, 3.84, 221.16, 0.785, 0.557),
+    "ard-n6-m4-s4-gan": Row("ARD", "R+D", "M4", 6, 4, 479.9, 66.34, 1.84, 235.84, 0.797, 0.615),
+}
+
+TEACHER = "DiT-XL-2-256x256.pt"
+ODE = {"teacher": TEACHER, "solver_steps": 25, "cfg_scale": 1.5, "cfg_channels": 3}
+DUMP = ODE | {"num_trajectories": 2_560_000, "steps": 4, "grid": "even", "label_policy": "balanced"}
+TRAIN = {"model": "DiT-XL/2", "target": "x0", "grid": "even", "lr": 1e-4, "clip": 1.0, "ema_decay": 0.9999}
+BATCH = {1: 256, 2: 128, 4: 64}  # by student steps
+GAN = {"model": "DiT-XL/2", "lr": 1e-4, "d_lr": 1e-3, "clip": 1.0, "ema_decay": 0.9999, "global_batch_size": 48}
+SAMPLE = {"num_samples": 50_000, "label_policy": "balanced", "weights": "ema"}
+
+
+def _student(row: Row) -> dict:
+    return {"steps": row.steps, "mask": row.mask, "stack": row.history_layers}
+
+
+def preset(script: str) -> dict[str, dict]:
+    """Option values by preset's name, of those rows that need the script."""
+    students = {name: row for name, row in TABLE_1.items() if row.mask}
+    regression = {name: row for name, row in students.items() if row.loss == "R"}
+    if script == "sample.py":
+        return {
+            name: ODE | SAMPLE | {"solver_steps": row.steps} for name, row in TABLE_1.items() if name not in students
+        }
+    if script == "sample_trajectory.py":
+        return dict.fromkeys(students, DUMP)
+    if script == "train_ARD.py":
+        more = {"iterations": 300_000}
+        rows = {
+            name: TRAIN | _student(row) | more | {"global_batch_size": BATCH[row.steps]}
+            for name, row in regression.items()
+        }
+        # R+D starts from the regression-trained student of the same shape.
+        return rows | {f"{name}-gan": rows[name] for name in rows if f"{name}-gan" in students}
+    if script == "train_ARD_gan.py":
+        more = {"gan_weight": 10.0, "gan_warmup": 3000, "iterations": 40_000}
+        return {name: GAN | _student(row) | more for name, row in students.items() if row.loss == "R+D"}
+    if script == "sample_ARD.py":
+        return {name: SAMPLE | _student(row) | {"model": "DiT-XL/2"} for name, row in students.items()}
+    raise ValueError(f"no presets for {script}")
