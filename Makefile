@@ -3,10 +3,14 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: demo test
+.PHONY: demo demo-gan test
 
 demo: .venv/ready
 	$(BIN)/python demo.py --seed $(SEED)
+
+# The demo and then, from its students, R+D.
+demo-gan: .venv/ready
+	$(BIN)/python demo.py --seed $(SEED) --gan
 
 test: .venv/ready
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -29,8 +30,10 @@ from randomness import labels, noise
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 TEACHER = "assets/digits_teacher.pt"
 METHODS = {"step distillation": ["--mask", "M1", "--stack", "0"], "ARD": ["--mask", "M4", "--stack", "2"]}
+GAN = ["--gan-warmup", "50", "--gan-weight", "1", "--lr", "5e-4", "--ema-decay", "0.98"]
 COLUMNS = {
     "model": "model",
+    "loss": "loss",
     "target": "target",
     "steps": "steps",
     "nfe": "model evaluations",
@@ -38,6 +41,7 @@ COLUMNS = {
     "degradation": "FID - teacher's",
     "precision": "precision",
     "recall": "recall",
+    "distance": "distance",
     "ms_per_sample": "ms per sample",
 }
 
@@ -48,6 +52,8 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--out", help="folder of the results; the default is results/demo, results/demo-seed1, ...")
     parser.add_argument("--iterations", type=cli.positive, default=600, help="training steps of each student")
     parser.add_argument("--targets", nargs="+", choices=("x0", "xt"), default=["x0"], help="one pair of students each")
+    parser.add_argument("--gan", action="store_true", help="fine-tune the students with a discriminator as well")
+    parser.add_argument("--gan-iterations", type=cli.positive, default=500, help="steps of that fine-tuning")
     parser.add_argument("--num-trajectories", type=cli.positive, default=10_000, help="teacher trajectories")
     parser.add_argument("--num-samples", type=cli.positive, default=10_000, help="samples of each student for FID")
     return parser
@@ -123,39 +129,79 @@ def write_table(folder: Path, rows: list[dict], notes: list[str]) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class Student:
+    """One of the demo's students and where its files lie."""
+
+    folder: Path
+    method: str
+    target: str
+    loss: str
+    iterations: int
+
+    @property
+    def run_dir(self) -> Path:
+        """Its training run; its samples lie beside it."""
+        return self.folder / f"{self.method.split()[0].lower()}-{self.target}{'-gan' * (self.loss == 'R+D')}"
+
+    @property
+    def weights(self) -> Path:
+        """Its last checkpoint."""
+        return self.run_dir / "checkpoints" / f"{self.iterations:07d}.pt"
+
+    @property
+    def samples(self) -> Path:
+        """Its samples."""
+        return self.run_dir.with_suffix(".npz")
+
+    def __str__(self) -> str:
+        return f"{self.method} ({self.loss}), target {self.target}"
+
+
 def make_reference_and_teacher(folder: Path, args) -> None:
-    """Real digits, the store of the teacher's trajectories, its samples, and 100 from the students' noise."""
+    """Real digits, the store of the teacher's trajectories, its samples, and some from the students' noise."""
     store, seed = folder / "trajectories", ["--seed", args.seed]
     call(["python", "-m", "evaluations.digits", "reference", "--out", folder / "digits.npz"])
     dump = ["sample_trajectory.py", "--teacher", TEACHER, "--out", store, "--num-trajectories", args.num_trajectories]
     call(["torchrun", f"--nproc_per_node={CORES}", *dump, "--rows-per-shard", 500, *seed], threads=1)
-    same_noise = ["--num-samples", 100, *seed, "--out", folder / "teacher-100.npz"]
+    same_noise = ["--num-samples", min(200, args.num_samples), *seed, "--out", folder / "teacher-same-noise.npz"]
     call(
         ["python", "trajectory.py", "export", store, "--out", folder / "teacher.npz"],  # the teacher's come free
         ["python", "sample.py", "--teacher", TEACHER, *same_noise],
     )
 
 
-def make_students(folder: Path, target: str, args) -> dict[str, Path]:
-    """Both methods with one target, trained at the same budget and sampled: the checkpoint of each."""
-    seed, names = ["--seed", args.seed], {method: f"{method.split()[0].lower()}-{target}" for method in METHODS}
-    budget = ["--iterations", args.iterations, "--lr", "2e-3", "--ema-decay", 0.99, "--sample-every", 0, *seed]
-    data = ["--data-path", folder / "trajectories", "--target", target]
+def make_students(folder: Path, target: str, args) -> list[Student]:
+    """Both methods with one target, at the same budget: regression, and with --gan the fine-tuning after it."""
+    data, common = ["--data-path", folder / "trajectories"], ["--sample-every", 0, "--seed", args.seed]
+    students = [Student(folder, method, target, "R", args.iterations) for method in METHODS]
+    budget = ["--iterations", args.iterations, "--lr", "2e-3", "--ema-decay", "0.99", *common]
     call(
         *(
-            ["python", "train_ARD.py", *data, *options, *budget, "--run-dir", folder / names[method]]
-            for method, options in METHODS.items()
+            ["python", "train_ARD.py", *data, "--target", target, *METHODS[s.method], *budget, "--run-dir", s.run_dir]
+            for s in students
         )
     )
-    weights = {method: folder / name / "checkpoints" / f"{args.iterations:07d}.pt" for method, name in names.items()}
-    draw = ["--num-samples", args.num_samples, "--per-proc-batch-size", 256, *seed]
-    call(
-        *(
-            ["python", "sample_ARD.py", "--ckpt-path", weights[method], *draw, "--out", folder / f"{name}.npz"]
-            for method, name in names.items()
+    if args.gan:
+        tuned = [replace(s, loss="R+D", iterations=args.gan_iterations) for s in students]
+        budget = ["--real-data-path", "digits", "--iterations", args.gan_iterations, *GAN, *common]
+        call(
+            *(
+                ["python", "train_ARD_gan.py", *data, "--ckpt-path", s.weights, *budget, "--run-dir", t.run_dir]
+                for s, t in zip(students, tuned)
+            )
         )
-    )
-    return {f"{method}, target {target}": path for method, path in weights.items()}
+        students += tuned
+    draw = ["--num-samples", args.num_samples, "--per-proc-batch-size", 256, "--seed", args.seed]
+    call(*(["python", "sample_ARD.py", "--ckpt-path", s.weights, *draw, "--out", s.samples] for s in students))
+    return students
+
+
+def distance(samples: Path, teacher: Path) -> float:
+    """Mean squared difference, pixels in [-1, 1], to what the teacher makes of the same noise."""
+    with np.load(samples) as ours, np.load(teacher) as theirs:
+        theirs = theirs["arr_0"].astype(np.float64)
+        return float(np.mean(((ours["arr_0"][: len(theirs)] - theirs) / 127.5) ** 2))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -163,37 +209,41 @@ def run(args: argparse.Namespace) -> None:
     folder = Path(args.out or ("results/demo" if args.seed == 0 else f"results/demo-seed{args.seed}"))
     folder.mkdir(parents=True, exist_ok=True)
     make_reference_and_teacher(folder, args)
-    students = {}
-    for target in args.targets:
-        students |= make_students(folder, target, args)
+    students = [student for target in args.targets for student in make_students(folder, target, args)]
 
-    files = {"teacher": folder / "teacher.npz"}
-    files |= {name: folder / f"{weights.parent.parent.name}.npz" for name, weights in students.items()}
-    for file in files.values():
-        call(evaluator(folder / "digits.npz", file, *(["--floor"] if file.name == "teacher.npz" else [])))
-    metrics = {name: json.loads(file.with_suffix(".json").read_text()) for name, file in files.items()}
+    reference, same_noise = folder / "digits.npz", folder / "teacher-same-noise.npz"
+    call(evaluator(reference, folder / "teacher.npz", "--floor"))
+    for student in students:
+        call(evaluator(reference, student.samples))
+    teacher = json.loads((folder / "teacher.json").read_text())
     models = {"teacher": checkpoint.load_teacher(TEACHER)[0]}
-    models |= {name: checkpoint.load_student(weights)[0] for name, weights in students.items()}
+    models |= {str(student): checkpoint.load_student(student.weights)[0] for student in students}
     speed = time_per_sample(models)
 
-    rows = []
-    for name, result in metrics.items():
-        method, _, target = name.partition(", target ")
-        row = {"model": method, "target": target or "-", "steps": 4 if target else 25, "nfe": 4 if target else 50}
-        row |= {"fid": result["fid"], "degradation": result["fid"] - metrics["teacher"]["fid"]}
-        row |= {"precision": result["precision"], "recall": result["recall"], "ms_per_sample": speed[name]}
+    figures = ("fid", "precision", "recall")
+    rows = [
+        {"model": "teacher", "loss": "-", "target": "-", "steps": 25, "nfe": 50, "degradation": 0.0, "distance": 0.0}
+    ]
+    rows[0] |= {name: teacher[name] for name in figures} | {"ms_per_sample": speed["teacher"]}
+    for student in students:
+        found = json.loads(student.samples.with_suffix(".json").read_text())
+        row = {"model": student.method, "loss": student.loss, "target": student.target, "steps": 4, "nfe": 4}
+        row |= {name: found[name] for name in figures} | {"degradation": found["fid"] - teacher["fid"]}
+        row |= {"distance": distance(student.samples, same_noise), "ms_per_sample": speed[str(student)]}
         rows.append(row)
     notes = [
         f"FID of {args.num_samples} samples against 1797 real digits, in features of a digit classifier (not ADM's). "
-        f"Floor, real digits against a bootstrap of themselves: {metrics['teacher']['floor']:.3g}. "
-        f"{args.iterations} training steps of batch 64 on {args.num_trajectories} trajectories, seed {args.seed}, "
-        f"fp32, CPU with {CORES} cores, timed at batch 64."
+        f"Floor, real digits against a bootstrap of themselves: {teacher['floor']:.3g}. Distance: mean squared "
+        f"difference to the teacher's samples of the same noise. {args.iterations} training steps of batch 64 on "
+        f"{args.num_trajectories} trajectories, seed {args.seed}, fp32, CPU with {CORES} cores, timed at batch 64."
     ]
     for target in args.targets:
-        step, ard = (row["degradation"] for row in rows if row["target"] == target)
+        step, ard = (row["degradation"] for row in rows if (row["target"], row["loss"]) == (target, "R"))
         notes.append(f"Target {target}: step distillation loses {step / ard:.2f} times the FID that ARD loses.")
-    pictures = {"teacher, 25 steps with guidance": folder / "teacher-100.npz"}
-    draw_picture(folder / "samples.png", pictures | {f"{k}, 4 steps": v for k, v in files.items() if k != "teacher"})
+    if args.gan:
+        notes.append(f"R+D: {args.gan_iterations} more steps of batch 48 with the discriminator.")
+    pictures = {"teacher, 25 steps with guidance": same_noise}
+    draw_picture(folder / "samples.png", pictures | {f"{s}, 4 steps": s.samples for s in students})
     print("\n" + write_table(folder, rows, notes))
     print(f"{folder}/samples.png, table.md, table.json; {time.perf_counter() - started:.0f} s")
 
