@@ -315,8 +315,8 @@ def test_the_authors_command_on_two_ranks_agrees_with_one_and_makes_a_student(st
     for mine, theirs in zip(*map(scalars, runs), strict=True):
         for name in ("regression", "d_loss", "logit_fake", "logit_real"):
             assert mine[name] == pytest.approx(theirs[name], rel=0, abs=1e-4), name
-        for name in mine.keys() - {"steps/s"}:  # where one activation that rounds across a kink may be seen
-            assert mine[name] == pytest.approx(theirs[name], rel=1e-2, abs=1e-3), name
+        for name in mine.keys() & {"g_loss", "gan_weight"}:  # slopes show an activation that rounds across a kink
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-2, abs=1e-4), name
 
     made = runs[1] / "checkpoints" / "0000020.pt"
     assert (runs[1] / "samples" / "0000020.png").is_file()
