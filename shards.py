@@ -135,7 +135,7 @@ class ShardStore:
     def locate(self, rows: np.ndarray) -> Iterator[tuple[int, int]]:
         """The shard that holds each of ``rows`` (B,), and the row in it.
 
-        Copying rows one by one out of ``arrays`` is many times faster than torch's indexing, above all over many shards.
+        Copying rows one by one out of ``arrays`` is many times faster than torch's indexing, most of all over shards.
         """
         owners = np.searchsorted(self._first_row, rows, side="right") - 1
         return zip(owners.tolist(), (rows - self._first_row[owners]).tolist())

@@ -105,9 +105,9 @@ class TrajectoryStore(ShardStore):
         out = np.empty((len(rows), 1 + len(columns), *self.latent_shape), self.arrays[0]["noise"].dtype)
         y = np.empty(len(rows), np.int64)
         whole = columns == list(range(len(self.points)))
-        for i, (noise, points, (shard, row)) in enumerate(zip(out[:, 0], out[:, 1:], self.locate(rows))):
+        for i, (start, points, (shard, row)) in enumerate(zip(out[:, 0], out[:, 1:], self.locate(rows))):
             arrays = self.arrays[shard]
-            noise[...] = arrays["noise"][row]
+            start[...] = arrays["noise"][row]
             points[...] = arrays[target][row] if whole else arrays[target][row, columns]
             y[i] = arrays["label"][row]
         return torch.from_numpy(out).float(), torch.from_numpy(y)
