@@ -75,8 +75,8 @@ class BatchNormLocal(nn.Module):
 
     def _normalised(self, x: torch.Tensor) -> torch.Tensor:
         """x: (groups, size, W, T) -> (groups * size, W, T) of zero mean and unit (biased) variance in each group."""
-        var, mean = torch.var_mean(x, dim=(1, 3), correction=0, keepdim=True)
-        return ((x - mean) * torch.rsqrt(var + self.eps)).flatten(0, 1)
+        x = x - x.mean(dim=(1, 3), keepdim=True)
+        return (x * torch.rsqrt(x.square().mean(dim=(1, 3), keepdim=True) + self.eps)).flatten(0, 1)
 
 
 class ConvBlock(nn.Module):

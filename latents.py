@@ -51,12 +51,12 @@ class LatentStore(ShardStore):
 
     def read(self, rows: np.ndarray, flips: np.ndarray) -> dict[str, torch.Tensor]:
         """rows (B,), flips (B,) bool -> {"mean", "std": (B, C, h, w) float32, "y": (B,) labels}."""
-        out = {name: torch.empty(len(rows), *self.latent_shape) for name in ("mean", "std")}
-        side = torch.from_numpy(flips.astype(np.int64))
-        for tensors, here, local in self.pieces(rows):
+        shape, dtype = (len(rows), *self.latent_shape), self.arrays[0]["mean"].dtype
+        out = {name: np.empty(shape, dtype) for name in ("mean", "std")}
+        for i, (side, (shard, row)) in enumerate(zip(flips.astype(int).tolist(), self.locate(rows))):
             for name, value in out.items():
-                value[here] = tensors[name][local, side[here]].float()
-        return out | {"y": self.labels[rows]}
+                value[i] = self.arrays[shard][name][row, side]
+        return {name: torch.from_numpy(value).float() for name, value in out.items()} | {"y": self.labels[rows]}
 
 
 def verify(args) -> None:

@@ -8,7 +8,7 @@ ranks writes the same files, and a run that broke off is continued. The manifest
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -126,17 +126,19 @@ class ShardStore:
                 raise UserError(f"{option} {path}: {found}, the manifest says {shard['bytes']} bytes; make it again")
             with safe_open(path, "pt") as file:  # the tensors are views of the mapped file; nothing is read yet
                 self.tensors.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        self.arrays = [{name: value.numpy() for name, value in tensors.items()} for tensors in self.tensors]
         self._first_row = np.cumsum([0] + [shard["rows"] for shard in self.shards])
 
     def __len__(self) -> int:
         return int(self._first_row[-1])
 
-    def pieces(self, rows: np.ndarray):
-        """For each shard that holds some of ``rows`` (B,): its tensors, where in B they go, and their rows in it."""
+    def locate(self, rows: np.ndarray) -> Iterator[tuple[int, int]]:
+        """The shard that holds each of ``rows`` (B,), and the row in it.
+
+        Copying rows one by one out of ``arrays`` is many times faster than torch's indexing, most of all over shards.
+        """
         owners = np.searchsorted(self._first_row, rows, side="right") - 1
-        for owner in np.unique(owners):
-            here = np.flatnonzero(owners == owner)
-            yield self.tensors[owner], torch.from_numpy(here), torch.from_numpy(rows[here] - self._first_row[owner])
+        return zip(owners.tolist(), (rows - self._first_row[owners]).tolist())
 
     def verify(self, option: str) -> int:
         """Check checksums, counts, finiteness and labels of the whole store; its size in bytes. ``UserError`` if not.

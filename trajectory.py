@@ -102,13 +102,15 @@ class TrajectoryStore(ShardStore):
 
         Point 0 is the noise; the next ones are the stored ``columns`` of "x0" or "xt".
         """
-        out = torch.empty(len(rows), 1 + len(columns), *self.latent_shape)
-        y = torch.empty(len(rows), dtype=torch.int64)
-        for tensors, here, local in self.pieces(rows):
-            out[here, 0] = tensors["noise"][local].float()
-            out[here, 1:] = tensors[target][local[:, None], torch.tensor(columns)].float()
-            y[here] = tensors["label"][local]
-        return out, y
+        out = np.empty((len(rows), 1 + len(columns), *self.latent_shape), self.arrays[0]["noise"].dtype)
+        y = np.empty(len(rows), np.int64)
+        whole = columns == list(range(len(self.points)))
+        for i, (start, points, (shard, row)) in enumerate(zip(out[:, 0], out[:, 1:], self.locate(rows))):
+            arrays = self.arrays[shard]
+            start[...] = arrays["noise"][row]
+            points[...] = arrays[target][row] if whole else arrays[target][row, columns]
+            y[i] = arrays["label"][row]
+        return torch.from_numpy(out).float(), torch.from_numpy(y)
 
 
 class TrajectoryBatches(Dataset):

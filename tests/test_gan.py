@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call, random_teacher, spawn
+from conftest import SMALL, call, random_teacher, save_teacher, spawn
+from diffusers import AutoencoderKL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -25,7 +26,7 @@ from discriminator import (
     generator_losses,
     hinge_losses,
 )
-from models import DiT
+from models import DiT, DiT_models
 from models_ard import ARD
 from randomness import Shuffle, noise
 from train_ARD_gan import Game, own_history
@@ -304,6 +305,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(store, student_fi
     assert "gan_weight" not in scalars(whole)[1] and scalars(whole)[2]["gan_weight"] > 0
 
 
+@pytest.mark.slow
 def test_the_authors_command_on_two_ranks_agrees_with_one_and_makes_a_student(store, student_file, tmp_path):
     command = ["--model", "DiT-Nano/2", "--global-batch-size=48", "--stack=2", f"--ckpt_path={student_file}",
                "--data-path", store, "--real-data-path", "digits", "--device", "cpu",
@@ -326,6 +328,31 @@ def test_the_authors_command_on_two_ranks_agrees_with_one_and_makes_a_student(st
     with np.load(tmp_path / "samples.npz") as file:
         assert file["arr_0"].shape == (5, 8, 8, 3)
         assert json.loads(str(file["provenance"]))["training"]["gan_weight"] == 10.0
+
+
+def test_an_image_folder_and_its_latents_are_the_same_real_data(tmp_path):
+    torch.manual_seed(0)
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    AutoencoderKL(**blocks, block_out_channels=(8, 16), norm_num_groups=4).save_pretrained(tmp_path / "vae")
+    teacher = DiT_models["DiT-Nano/2"](input_size=4, in_channels=4, num_classes=2)
+    config = {"kind": "teacher", "model": teacher.config, "vae": str(tmp_path / "vae"), "training": {}}
+    content = {"config": config | {"provenance": {}}, "step": 0, "ema": teacher.state_dict()}
+    checkpoint.save(tmp_path / "teacher.pt", content)
+    pixels = np.random.default_rng(0).integers(256, size=(6, 8, 8, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        (tmp_path / f"images/{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / f"images/{i % 2}/{i}.png")
+    call("encode_latents.py", "--data-path", tmp_path / "images", "--image-size", 8, "--vae", tmp_path / "vae",
+         "--out", tmp_path / "latents", "--num-workers", 0, "--dtype", "fp32")  # fmt: skip
+    call("sample_trajectory.py", "--teacher", tmp_path / "teacher.pt", "--out", tmp_path / "store",
+         "--num-trajectories", 8)  # fmt: skip
+    call("train_ARD.py", "--data-path", tmp_path / "store", *SMALL, "--iterations", 1, "--run-dir", tmp_path / "R")
+    student = tmp_path / "R/checkpoints/0000001.pt"
+    for name in ("images", "latents"):
+        call("train_ARD_gan.py", *options(tmp_path / "store", student, real_data_path=tmp_path / name, iterations=3,
+             run_dir=tmp_path / f"D-{name}"))  # fmt: skip
+    for a, b in zip(scalars(tmp_path / "D-images"), scalars(tmp_path / "D-latents"), strict=True):
+        assert a["logit_real"] == pytest.approx(b["logit_real"], rel=0, abs=1e-4)
 
 
 def test_quality_is_logged_and_leaves_nothing_behind(store, student_file, tmp_path):
@@ -374,8 +401,6 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(store, student_file, t
 
 
 def test_another_teachers_trajectories_are_refused(student_file, tmp_path, capsys):
-    from conftest import save_teacher
-
     other = save_teacher(tmp_path / "other.pt", random_teacher(seed=1))
     call("sample_trajectory.py", "--teacher", other, "--out", tmp_path / "store", "--num-trajectories", 4)
     with pytest.raises(SystemExit) as stop:
