@@ -5,6 +5,7 @@ Nothing in here knows about diffusion; a script is ``cli.main(build_parser(), ru
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,10 +35,14 @@ class Parser(argparse.ArgumentParser):
         """As argparse's, after the named preset has replaced the defaults."""
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         early.add_argument("--preset")
-        chosen = self.presets.get(early.parse_known_args(args)[0].preset, {})
+        early.add_argument("--dry-run", action="store_true")
+        given = early.parse_known_args(args)[0]
+        chosen = self.presets.get(given.preset, {})
         for action in self._actions:
-            if action.dest in chosen:
-                action.default, action.required = chosen[action.dest], False
+            action.default = chosen.get(action.dest, action.default)
+            if chosen and given.dry_run and action.required:  # to be looked at before one has the weights and the data
+                action.default = action.default or f"({action.option_strings[0]} is not given)"
+            action.required = action.required and action.default is None
         return super().parse_args(args, namespace)
 
     def error(self, message: str):
@@ -50,6 +55,9 @@ def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[s
     try:
         run(args)
     except (UserError, RunError) as error:
+        if getattr(args, "preset", None) and args.dry_run:
+            show_plan({"not_checked": str(error)}, args)
+            return
         text = str(error).splitlines()[-1].removeprefix("cli.UserError: ")  # a data worker's comes with its traceback
         print(f"{parser.prog}: error: {text}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
@@ -89,6 +97,8 @@ def existing_folder(option: str, path: str | Path) -> Path:
     return path
 
 
-def show_plan(plan: dict) -> None:
-    """Print what a run would do as JSON: the whole of ``--dry-run``."""
-    print(json.dumps(plan, indent=2))
+def show_plan(plan: dict, args: argparse.Namespace | None = None) -> None:
+    """Print what a run would do, and all options, as JSON: the whole of ``--dry-run``."""
+    if os.environ.get("RANK", "0") == "0":
+        options = {"options": vars(args)} if args else {}
+        print(json.dumps(plan | options, indent=2, default=str))

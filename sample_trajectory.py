@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         }
     )
     if args.dry_run:
-        cli.show_plan(provenance)
+        cli.show_plan(provenance, args)
         return
     ranks = distributed.setup(args.device)
     folder, count = Path(args.out), args.num_trajectories

@@ -81,7 +81,7 @@ def sample_to_file(
     if out.suffix != ".npz":
         raise UserError(f"--out {out}: the file's name must end in .npz")
     if args.dry_run:
-        cli.show_plan(provenance | {"out": str(out), "count": args.num_samples})
+        cli.show_plan(provenance | {"out": str(out), "count": args.num_samples}, args)
         return
     vae = load_vae(args.vae or config["vae"], ranks.device, args.vae_precision)
     model.to(ranks.device)

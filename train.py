@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     }
     if args.dry_run:
         cli.show_plan(
-            config | {"iterations": args.iterations, "parameters": sum(p.numel() for p in model.parameters())}
+            config | {"iterations": args.iterations, "parameters": sum(p.numel() for p in model.parameters())}, args
         )
         return
     prepare_blocks(model, args)

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
         "training": training_config(args) | {"loss": "R"},
     }
     if args.dry_run:
-        cli.show_plan(config | {"iterations": args.iterations, "ranks": rank_sizes(args, ranks)})
+        cli.show_plan(config | {"iterations": args.iterations, "ranks": rank_sizes(args, ranks)}, args)
         return
     prepare_blocks(student, args)
     if args.online:

@@ -252,7 +252,9 @@ def run(args: argparse.Namespace) -> None:
         | {name: getattr(args, name) for name in options},
     }
     if args.dry_run:
-        cli.show_plan(config | {"iterations": args.iterations} | count_flops(student.config, teacher.config, args))
+        cli.show_plan(
+            config | {"iterations": args.iterations} | count_flops(student.config, teacher.config, args), args
+        )
         return
     torch.manual_seed(args.seed)
     prepare_blocks(student, args)

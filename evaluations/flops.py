@@ -59,12 +59,15 @@ def count_table(model: str) -> list[dict]:
 def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="evaluations.flops", description="Count the GFLOPs column of the paper's Table 1.")
     parser.add_argument("--model", choices=DiT_models, default="DiT-XL/2", metavar="NAME", help="size of the model")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there too")
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="the rows as JSON, in FILE or printed")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     rows = count_table(args.model)
+    if args.json == "-":
+        print(json.dumps(rows, indent=2))
+        return
     print(f"{'row':<18}{'loss':>5}{'S':>5}{'mask':>6}{'N':>4}{'GFLOPs':>10}{'paper':>9}{'off by':>9}")
     for row in rows:
         mask, layers, paper = row["mask"] or "-", row["history_layers"], row["paper_gflops"]

@@ -39,10 +39,18 @@ def test_a_preset_is_the_default_and_options_override_it(store, tmp_path, capsys
     call(*command, "--run-dir", tmp_path / "run", "--dry-run")
     plan = json.loads(capsys.readouterr().out)
     assert plan["model"]["mask"] == "M2" and plan["model"]["history_layers"] == 2
-    assert plan["iterations"] == 300_000 and plan["training"]["ema_decay"] == 0.9999
+    assert plan["options"]["iterations"] == 300_000 and plan["training"]["ema_decay"] == 0.9999
     with pytest.raises(SystemExit) as stop:
         call(*command[:4], "ard-n7", "--dry-run")
     assert stop.value.code == 2 and "ard-n7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_preset_can_be_looked_at_without_weights_and_data(script, capsys):
+    for name, values in preset(script).items():
+        call(script, "--preset", name, "--dry-run")
+        plan = json.loads(capsys.readouterr().out)
+        assert values.items() <= plan["options"].items() and plan["not_checked"]
 
 
 def test_online_trajectories_are_those_of_a_dump(store, teacher_file):
