@@ -68,6 +68,7 @@ def build_parser() -> cli.Parser:
             command.add_argument("--input-size", type=cli.positive, default=32, help="side of the latent")
             command.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of matrix products")
             add_compile_option(command)
+            command.add_argument("--vs", metavar="OPTIONS", help="time this variant too, in turns: what differs in it")
         if name in ("train", "sample"):
             command.add_argument("--steps", type=cli.positive, default=4, help="S, the student's steps")
             command.add_argument("--mask", choices=MASKS, default="M4", help="what a step may see")
@@ -85,7 +86,6 @@ def build_parser() -> cli.Parser:
         if name == "store":
             command.add_argument("--rows", type=cli.positive, default=2048, help="trajectories in the store")
         command.add_argument("--repeats", type=cli.positive, default=10, help="timed runs, after two that are not")
-        command.add_argument("--vs", metavar="OPTIONS", help="time this variant too, in turns: the options that differ")
         distributed.add_device_option(command)
     return parser
 
