@@ -61,7 +61,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     cli.main(digits.build_parser(), lambda args: args.run(args), ["reference", "--out", str(folder / "reference.npz")])
     write(
-        folder / "samples.npz", draw(400, noise=30), arr_1=np.zeros(400, np.int64), provenance=np.array('{"seed": 7}')
+        folder / "samples.npz", draw(400, noise=60), arr_1=np.zeros(400, np.int64), provenance=np.array('{"seed": 7}')
     )
     return folder
 
