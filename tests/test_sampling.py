@@ -42,6 +42,7 @@ def test_samples_are_those_of_the_model(student_file, tmp_path):
 def test_batch_size_and_ranks_do_not_matter(script, option, student_file, teacher_file, tmp_path):
     model = {"--ckpt-path": student_file, "--teacher": teacher_file}[option]
     common = (option, model, "--num-samples", 70, "--save-latents", "--seed", 3)
+    common += ("--solver-steps", 5) if script == "sample.py" else ()
     for size in (7, 64):
         call(script, *common, "--per-proc-batch-size", size, "--out", tmp_path / f"{size}.npz")
     done = spawn(script, *common, "--per-proc-batch-size", 16, "--out", tmp_path / "ranks.npz", ranks=2)
@@ -55,7 +56,8 @@ def test_batch_size_and_ranks_do_not_matter(script, option, student_file, teache
 
 @pytest.mark.slow
 def test_killed_sampling_continues_and_loses_nothing(teacher_file, tmp_path):
-    common = ["--teacher", str(teacher_file), "--num-samples", "600", "--per-proc-batch-size", "20", "--out"]
+    common = ["--teacher", str(teacher_file), "--num-samples", "600", "--per-proc-batch-size", "20"]
+    common += ["--solver-steps", "10", "--out"]
     command = [sys.executable, str(ROOT / "sample.py"), *common, str(tmp_path / "killed.npz")]
     process = subprocess.Popen(command, cwd=ROOT)
     done, deadline = tmp_path / "killed.partial/done.npy", time.monotonic() + 120
