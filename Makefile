@@ -18,9 +18,9 @@ test: .venv/ready
 	$(BIN)/python -m pytest -q -n auto -m "not slow"
 	$(BIN)/python -m pytest -q -n auto -m slow
 
-# uv installs the same packages as pip, several times faster.
+# uv installs the same packages as pip, several times faster. Compiled to bytecode once, so that no process has to.
 .venv/ready: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.txt -c constraints.txt
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.txt -c constraints.txt
 	touch $@

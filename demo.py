@@ -162,11 +162,11 @@ class Student:
 def make_reference_and_teacher(folder: Path, args) -> None:
     """Real digits, the store of the teacher's trajectories, its samples, and some from the students' noise."""
     store, seed = folder / "trajectories", ["--seed", args.seed]
-    call(["python", "-m", "evaluations.digits", "reference", "--out", folder / "digits.npz"])
     dump = ["sample_trajectory.py", "--teacher", TEACHER, "--out", store, "--num-trajectories", args.num_trajectories]
     call(["torchrun", f"--nproc_per_node={CORES}", *dump, "--rows-per-shard", 500, *seed], threads=1)
     same_noise = ["--num-samples", min(200, args.num_samples), *seed, "--out", folder / "teacher-same-noise.npz"]
     call(
+        ["python", "-m", "evaluations.digits", "reference", "--out", folder / "digits.npz"],
         ["python", "trajectory.py", "export", store, "--out", folder / "teacher.npz"],  # the teacher's come free
         ["python", "sample.py", "--teacher", TEACHER, *same_noise],
     )
@@ -214,8 +214,7 @@ def run(args: argparse.Namespace) -> None:
 
     reference, same_noise = folder / "digits.npz", folder / "teacher-same-noise.npz"
     call(evaluator(reference, folder / "teacher.npz", "--floor"))
-    for student in students:
-        call(evaluator(reference, student.samples))
+    call(*(evaluator(reference, student.samples) for student in students))
     teacher = json.loads((folder / "teacher.json").read_text())
     models = {"teacher": checkpoint.load_teacher(TEACHER)[0]}
     models |= {str(student): checkpoint.load_student(student.weights)[0] for student in students}
