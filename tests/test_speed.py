@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shlex
 import threading
 from functools import partial
@@ -9,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, call, losses, random_teacher
+from conftest import ROOT, SMALL, call, losses, random_teacher, spawn
 
 import checkpoint
 from models_ard import ARD
@@ -81,6 +82,23 @@ def test_trainers_take_both_options(store, tmp_path, quick_compiler):
     np.testing.assert_allclose(losses(tmp_path / "fast"), losses(tmp_path / "plain"), rtol=1e-5)
     plain, fast = (checkpoint.load(tmp_path / run / "checkpoints/0000003.pt", "") for run in ("plain", "fast"))
     assert list(plain["ema"]) == list(fast["ema"]) and plain["config"] == fast["config"]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_on_two_ranks_as_plain_ones_on_one(store, tmp_path):
+    script = tmp_path / "quickly_compiled.py"
+    script.write_text(
+        "import functools, torch, cli, train_ARD\n"
+        "torch.compile = functools.partial(torch.compile, backend='aot_eager')\n"
+        "cli.main(train_ARD.build_parser(), train_ARD.run)\n"
+        "assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 2  # blocks with history and without\n"
+    )
+    options = ("--data-path", store, *SMALL, "--iterations", 3)
+    call("train_ARD.py", *options, "--run-dir", tmp_path / "plain")
+    done = spawn(script, *options, "--compile", "--device", "cpu", "--run-dir", tmp_path / "fast", ranks=2,
+                 env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(losses(tmp_path / "fast"), losses(tmp_path / "plain"), rtol=1e-5)
 
 
 def test_compiled_sampler_fills_up_its_last_batch(student_file, tmp_path, quick_compiler, monkeypatch):
