@@ -31,7 +31,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 TEACHER = "assets/digits_teacher.pt"
 METHODS = {"step distillation": ["--mask", "M1", "--stack", "0"], "ARD": ["--mask", "M4", "--stack", "2"]}
 GAN = ["--gan-warmup", "150", "--gan-weight", "0.5", "--d-time", "100", "--d-lr", "2e-3"]
-GAN += ["--lr", "1e-3", "--clip", "0.06", "--ema-decay", "0.98"]
+GAN += ["--lr", "1e-3", "--clip", "0.06", "--ema-decay", "0.99"]
 COLUMNS = {
     "model": "model",
     "loss": "loss",
@@ -54,7 +54,7 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--iterations", type=cli.positive, default=600, help="training steps of each student")
     parser.add_argument("--targets", nargs="+", choices=("x0", "xt"), default=["x0"], help="one pair of students each")
     parser.add_argument("--gan", action="store_true", help="fine-tune the students with a discriminator as well")
-    parser.add_argument("--gan-iterations", type=cli.positive, default=500, help="steps of that fine-tuning")
+    parser.add_argument("--gan-iterations", type=cli.positive, default=1000, help="steps of that fine-tuning")
     parser.add_argument("--num-trajectories", type=cli.positive, default=10_000, help="teacher trajectories")
     parser.add_argument("--num-samples", type=cli.positive, default=10_000, help="samples of each student for FID")
     return parser

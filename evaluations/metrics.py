@@ -7,6 +7,7 @@ import contextlib
 
 import numpy as np
 import torch
+from scipy.linalg import lapack
 from tqdm import tqdm
 
 # How far, relative to the largest variance, a covariance may be from symmetric and positive semi-definite: room for one
@@ -48,19 +49,26 @@ def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
     """Squared Frechet distance of two Gaussians, |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)).
 
-    mu: (D,), sigma: (D, D). Heusel et al. 2017 (FID), in float64. The product sigma1 sigma2 has the eigenvalues of the
-    symmetric matrix A sigma2 A, A = sigma1^(1/2), so the trace of its root is a sum of real square roots: no complex
+    mu: (D,), sigma: (D, D). Heusel et al. 2017 (FID), in float64. With sigma1 = A A^T, the product sigma1 sigma2 has
+    the eigenvalues of the symmetric matrix A^T sigma2 A, so the trace of its root is a sum of real square roots: no complex
     numbers, and covariances that are singular (fewer images than D) need no special case. Raises ``ValueError`` if
     shapes differ, a value is not finite, or a sigma is not symmetric and positive semi-definite up to rounding.
     """
     (mu1, sigma1), (mu2, sigma2) = _gaussian("1", mu1, sigma1), _gaussian("2", mu2, sigma2)
     if mu1.shape != mu2.shape:
         raise ValueError(f"mu1 has {len(mu1)} dimensions and mu2 {len(mu2)}")
-    values, vectors = np.linalg.eigh(sigma1)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    trace = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(min=0)).sum()
+    root = _square_root(sigma1)
+    trace = np.sqrt(np.linalg.eigvalsh(root.T @ sigma2 @ root).clip(min=0)).sum()
     distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace
     return max(float(distance), 0.0)  # a distance: below zero by rounding only
+
+
+def _square_root(sigma: np.ndarray) -> np.ndarray:
+    """A (D, rank) with A A^T = sigma: a Cholesky factor with pivoting, which ends where only rounding is left."""
+    factor, pivots, rank, _ = lapack.dpstrf(sigma, lower=1)
+    root = np.empty((len(sigma), rank))
+    root[pivots - 1] = np.tril(factor)[:, :rank]
+    return root
 
 
 def _gaussian(which: str, mu: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,17 +14,18 @@ TEACHER = ROOT / "assets/digits_teacher.pt"
 
 @pytest.mark.slow
 def test_demo_at_its_smallest(tmp_path):
-    small = ("--iterations", 2, "--num-trajectories", 70, "--num-samples", 70)
-    done = spawn("demo.py", *small, "--out", tmp_path / "demo")
+    small = ("--iterations", 2, "--gan-iterations", 2, "--num-trajectories", 70, "--num-samples", 70)
+    done = spawn("demo.py", *small, "--gan", "--out", tmp_path / "demo")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "demo/table.json").read_text())
-    assert [row["model"] for row in rows] == ["teacher", "step distillation", "ARD"]
+    assert [row["model"] for row in rows] == ["teacher", *["step distillation", "ARD"] * 2]
+    assert [row["loss"] for row in rows] == ["-", "R", "R", "R+D", "R+D"]
     for row in rows:
         assert {"steps", "nfe", "fid", "degradation", "precision", "recall", "ms_per_sample", "target"} <= row.keys()
         assert row["fid"] > 0 and row["ms_per_sample"] > 0
     table = (tmp_path / "demo/table.md").read_text()
     assert "| ARD | R | x0 |" in table and (tmp_path / "demo/samples.png").stat().st_size > 1000
-    assert len(list((tmp_path / "demo").glob("*/checkpoints/0000002.pt"))) == 2
+    assert len(list((tmp_path / "demo").glob("*/checkpoints/0000002.pt"))) == 4
 
 
 @pytest.fixture(scope="module")
