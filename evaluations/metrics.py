@@ -50,9 +50,10 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     """Squared Frechet distance of two Gaussians, |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)).
 
     mu: (D,), sigma: (D, D). Heusel et al. 2017 (FID), in float64. With sigma1 = A A^T, the product sigma1 sigma2 has
-    the eigenvalues of the symmetric matrix A^T sigma2 A, so the trace of its root is a sum of real square roots: no complex
-    numbers, and covariances that are singular (fewer images than D) need no special case. Raises ``ValueError`` if
-    shapes differ, a value is not finite, or a sigma is not symmetric and positive semi-definite up to rounding.
+    the eigenvalues of the symmetric matrix A^T sigma2 A, so the trace of its root is a sum of real square roots: no
+    complex numbers, and covariances that are singular (fewer images than D) need no special case. Raises
+    ``ValueError`` if shapes differ, a value is not finite, or a sigma is not symmetric and positive semi-definite up to
+    rounding.
     """
     (mu1, sigma1), (mu2, sigma2) = _gaussian("1", mu1, sigma1), _gaussian("2", mu2, sigma2)
     if mu1.shape != mu2.shape:
