@@ -25,10 +25,16 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
         self.presets: dict[str, dict] = {}
+        self.estimate: Callable[[argparse.Namespace], dict] = lambda args: {}
 
-    def add_presets(self, presets: dict[str, dict]) -> None:
-        """Add ``--preset``: a name for values of this parser's options, which the command line may still override."""
-        self.presets = presets
+    def add_presets(
+        self, presets: dict[str, dict], estimate: Callable[[argparse.Namespace], dict] | None = None
+    ) -> None:
+        """Add ``--preset``: a name for values of this parser's options, which the command line may still override.
+
+        ``estimate`` tells ``--dry-run`` what follows from a preset's options alone, before one has weights and data.
+        """
+        self.presets, self.estimate = presets, estimate or self.estimate
         self.add_argument("--preset", choices=presets, metavar="NAME", help=f"a row of Table 1: {', '.join(presets)}")
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
@@ -56,7 +62,7 @@ def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[s
         run(args)
     except (UserError, RunError) as error:
         if getattr(args, "preset", None) and args.dry_run:
-            show_plan({"not_checked": str(error)}, args)
+            show_plan({"not_checked": str(error)} | parser.estimate(args), args)
             return
         text = str(error).splitlines()[-1].removeprefix("cli.UserError: ")  # a data worker's comes with its traceback
         print(f"{parser.prog}: error: {text}", file=sys.stderr)

@@ -24,7 +24,7 @@ from cli import UserError
 from data import latent_shape, open_source, real_latents
 from discriminator import Discriminator, FrozenFeatures, adaptive_weight, generator_losses, hinge_losses
 from latents import is_store
-from models import DiT
+from models import DiT, DiT_models
 from models_ard import ARD
 from presets import preset
 from provenance import require_same
@@ -41,7 +41,7 @@ SAME_TEACHER = ("teacher_hash", "vae", "solver", "solver_steps", "cfg_scale", "c
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description="Fine-tune a student by regression and an adversarial loss.")
-    parser.add_presets(preset("train_ARD_gan.py"))
+    parser.add_presets(preset("train_ARD_gan.py"), count_flops_of_options)
     group = parser.add_argument_group("student and teacher")
     checkpoint.add_student_options(group)
     group.add_argument("--init-weights", choices=("ema", "raw"), default="ema", help="which of its weights to start at")
@@ -219,6 +219,13 @@ def count_flops(student: dict, teacher: dict, args) -> dict:
         "tflops_per_sample": {name: count / 1e12 for name, count in counts.items()},
         "flops_over_regression": counts["R+D"] / counts["R"],
     }
+
+
+def count_flops_of_options(args) -> dict:
+    """The same for the sizes that a preset names, before there is a checkpoint."""
+    teacher = DiT_models[args.model].keywords
+    student = teacher | {"steps": args.steps, "mask": args.mask, "history_layers": args.stack}
+    return count_flops(student, teacher, args)
 
 
 def run(args: argparse.Namespace) -> None:

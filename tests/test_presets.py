@@ -51,6 +51,7 @@ def test_a_preset_can_be_looked_at_without_weights_and_data(script, capsys):
         call(script, "--preset", name, "--dry-run")
         plan = json.loads(capsys.readouterr().out)
         assert values.items() <= plan["options"].items() and plan["not_checked"]
+        assert ("flops_over_regression" in plan) == (script == "train_ARD_gan.py")
 
 
 def test_online_trajectories_are_those_of_a_dump(store, teacher_file):
