@@ -225,7 +225,10 @@ def count_flops_of_options(args) -> dict:
     """The same for the sizes that a preset names, before there is a checkpoint."""
     teacher = DiT_models[args.model].keywords
     student = teacher | {"steps": args.steps, "mask": args.mask, "history_layers": args.stack}
-    return count_flops(student, teacher, args)
+    try:
+        return count_flops(student, teacher, args)
+    except ValueError as error:  # a model that cannot be, e.g. history deeper than it
+        return {"not_counted": str(error)}
 
 
 def run(args: argparse.Namespace) -> None:

@@ -54,6 +54,11 @@ def test_a_preset_can_be_looked_at_without_weights_and_data(script, capsys):
         assert ("flops_over_regression" in plan) == (script == "train_ARD_gan.py")
 
 
+def test_a_preset_that_an_override_makes_impossible_is_still_shown(capsys):
+    call("train_ARD_gan.py", "--preset", "ard-n6-m4-s4-gan", "--model", "DiT-Nano/2", "--dry-run")
+    assert "history layers 6" in json.loads(capsys.readouterr().out)["not_counted"]
+
+
 def test_online_trajectories_are_those_of_a_dump(store, teacher_file):
     class Args:
         solver_steps, cfg_scale, cfg_channels = 25, 1.5, 3
