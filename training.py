@@ -7,9 +7,10 @@ the random state there is: a resumed run equals an uninterrupted one bit for bit
 import argparse
 import copy
 import json
+import signal
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -177,13 +178,16 @@ class Trainer:
     def save(self, snapshot: bool = False) -> None:
         """Write ``checkpoints/0001000.pt``, or the rolling ``latest.pt`` of a snapshot."""
         if self.ranks.main:
-            states = [network.state(suffix) for suffix, network in self.networks.items()]
-            content = {"config": self.config, "step": self.step} | {k: v for state in states for k, v in state.items()}
-            folder = self.folder / "checkpoints"
-            checkpoint.save(folder / ("latest.pt" if snapshot else f"{self.step:07d}.pt"), content)
+            self._write("latest.pt" if snapshot else f"{self.step:07d}.pt")
             if not snapshot:
-                (folder / "latest.pt").unlink(missing_ok=True)
+                (self.folder / "checkpoints/latest.pt").unlink(missing_ok=True)
         self.ranks.barrier()
+
+    def _write(self, name: str) -> None:
+        """Write the whole state to that file."""
+        states = [network.state(suffix) for suffix, network in self.networks.items()]
+        content = {"config": self.config, "step": self.step} | {k: v for state in states for k, v in state.items()}
+        checkpoint.save(self.folder / "checkpoints" / name, content)
 
     def backward(self, network: Network, losses: Callable[[dict], dict], batch: dict) -> dict[str, torch.Tensor]:
         """Gradient of the mean loss over the global batch, through ``--accumulation`` micro-batches.
@@ -231,35 +235,45 @@ class Trainer:
             num_workers=args.num_workers,
             pin_memory=ranks.device.type == "cuda",
             persistent_workers=args.num_workers > 0,
+            worker_init_fn=ignore_sigterm,
         )
         bar = tqdm(total=args.iterations, initial=self.step, unit="step", disable=None if ranks.main else True)
         sums, since, started = {}, 0, time.perf_counter()
-        for batch in loader:
-            batch = {name: value.to(ranks.device, non_blocking=True) for name, value in batch.items()}
-            for name, value in train_step(batch).items():
-                sums[name] = sums.get(name, 0) + value.detach()
-            self.step += 1
-            since += 1
-            bar.update()
-            last = self.step == args.iterations
-            if self.step % args.log_every == 0 or last:
-                self._log_scalars(writer, sums, since, time.perf_counter() - started)
-                sums, since, started = {}, 0, time.perf_counter()
-            if preview is not None and args.sample_every and (self.step % args.sample_every == 0 or last):
-                if ranks.main:
-                    (self.folder / "samples").mkdir(exist_ok=True)
-                    preview(self.folder / "samples" / f"{self.step:07d}.png")
-                ranks.barrier()
-            if self.step % args.ckpt_every == 0 or last:
-                self.save()
-            elif self.step % args.snapshot_every == 0:
-                self.save(snapshot=True)
-            if evaluate is not None and (self.step % args.eval_every == 0 or last):
-                self._write_scalars("eval", evaluate(self.folder / "eval"), writer)
+        with noted_sigterm() as terminated:
+            for batch in loader:
+                batch = {name: value.to(ranks.device, non_blocking=True) for name, value in batch.items()}
+                for name, value in train_step(batch).items():
+                    sums[name] = sums.get(name, 0) + value.detach()
+                self.step += 1
+                since += 1
+                bar.update()
+                last = self.step == args.iterations
+                if self.step % args.log_every == 0 or last:
+                    self._log_scalars(writer, sums, since, time.perf_counter() - started)
+                    sums, since, started = {}, 0, time.perf_counter()
+                if preview is not None and args.sample_every and (self.step % args.sample_every == 0 or last):
+                    if ranks.main:
+                        (self.folder / "samples").mkdir(exist_ok=True)
+                        preview(self.folder / "samples" / f"{self.step:07d}.png")
+                    ranks.barrier()
+                if self.step % args.ckpt_every == 0 or last:
+                    self.save()
+                elif self.step % args.snapshot_every == 0:
+                    self.save(snapshot=True)
+                if evaluate is not None and (self.step % args.eval_every == 0 or last):
+                    self._write_scalars("eval", evaluate(self.folder / "eval"), writer)
+                if terminated and not last:
+                    self._give_way()
         bar.close()
         if writer:
             writer.close()
         self.log(f"{self.folder}: done at step {self.step}")
+
+    def _give_way(self) -> None:
+        """Take a snapshot and stop, alone: every rank has the same state, and the others may be gone already."""
+        if self.ranks.main:
+            self._write("latest.pt")
+            raise RunError(f"{self.folder}: terminated at step {self.step}; the same command continues from there")
 
     def _log_scalars(self, writer, sums: dict, steps: int, seconds: float) -> None:
         """Average the scalars over steps and ranks, write them, and stop a run that no longer trains."""
@@ -281,6 +295,22 @@ class Trainer:
         if writer:
             for name, value in scalars.items():
                 writer.add_scalar(name, value, self.step)
+
+
+def ignore_sigterm(worker: int) -> None:
+    """For data workers, which torchrun signals as well: they end with the process that they work for."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextmanager
+def noted_sigterm() -> Iterator[list]:
+    """A list that is empty until SIGTERM comes, which clusters send before they take a machine away."""
+    notes: list = []
+    before = signal.signal(signal.SIGTERM, lambda *_: notes.append(True))
+    try:
+        yield notes
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def autocast(precision: str, device: torch.device):

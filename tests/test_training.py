@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -53,35 +52,27 @@ def test_teacher_training_resumes_to_the_bit(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_run_continues_by_the_same_command(tmp_path, store):
-    argv = [
-        "--data-path",
-        store,
-        *SMALL,
-        "--results-dir",
-        tmp_path / "runs",
-        "--snapshot-every",
-        5,
-        "--iterations",
-        400,
-    ]
-    command = [sys.executable, str(ROOT / "train_ARD.py"), *map(str, argv)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    snapshot = tmp_path / "runs/000-DiT-Nano-2/checkpoints/latest.pt"
-    deadline = time.monotonic() + 120
-    while not snapshot.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+@pytest.mark.parametrize("blow, every", [(signal.SIGKILL, 5), (signal.SIGTERM, 1000)])
+def test_killed_run_continues_by_the_same_command(tmp_path, store, blow, every):
+    options = ["--data-path", store, *SMALL, "--snapshot-every", every, "--num-workers", 1]
+    runs = tmp_path / "runs"
+    command = [ROOT / "train_ARD.py", *options, "--results-dir", runs, "--iterations", 4000]
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 0000007"):
+            break
+    os.kill(process.pid, blow)
+    process.communicate()
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 1}[blow]
+    snapshot = runs / "000-DiT-Nano-2/checkpoints/latest.pt"
     stopped_at = checkpoint.load(snapshot, "")["step"]
-    assert 5 <= stopped_at < 400
+    assert 5 <= stopped_at < 4000
     last = stopped_at + 5
-    argv[-1] = last
-    call("train_ARD.py", *argv)
-    call("train_ARD.py", *argv[:4], *argv[4:-5], tmp_path / "other", *argv[-4:])
-    resumed = checkpoint.load(tmp_path / f"runs/000-DiT-Nano-2/checkpoints/{last:07d}.pt", "")
-    assert_equal(resumed, checkpoint.load(tmp_path / f"other/000-DiT-Nano-2/checkpoints/{last:07d}.pt", ""))
-    assert not snapshot.exists() and len(list((tmp_path / "runs").iterdir())) == 1
+    for folder in (("--results-dir", runs), ("--run-dir", tmp_path / "whole")):
+        call("train_ARD.py", *options, *folder, "--iterations", last)
+    resumed = checkpoint.load(runs / f"000-DiT-Nano-2/checkpoints/{last:07d}.pt", "")
+    assert_equal(resumed, checkpoint.load(tmp_path / f"whole/checkpoints/{last:07d}.pt", ""))
+    assert not snapshot.exists() and len(list(runs.iterdir())) == 1
 
 
 @pytest.mark.slow
