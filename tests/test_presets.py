@@ -39,7 +39,7 @@ def test_a_preset_is_the_default_and_options_override_it(store, tmp_path, capsys
     call(*command, "--run-dir", tmp_path / "run", "--dry-run")
     plan = json.loads(capsys.readouterr().out)
     assert plan["model"]["mask"] == "M2" and plan["model"]["history_layers"] == 2
-    assert plan["options"]["iterations"] == 300_000 and plan["training"]["ema_decay"] == 0.9999
+    assert plan["iterations"] == plan["options"]["iterations"] == 300_000 and plan["training"]["ema_decay"] == 0.9999
     with pytest.raises(SystemExit) as stop:
         call(*command[:4], "ard-n7", "--dry-run")
     assert stop.value.code == 2 and "ard-n7" in capsys.readouterr().err

@@ -25,8 +25,8 @@ def quick_compiler(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
-def student() -> ARD:
-    return ARD.from_teacher(random_teacher(), history_layers=2)
+def student(mask: str = "M4") -> ARD:
+    return ARD.from_teacher(random_teacher(), mask=mask, history_layers=2)
 
 
 def gradients(model: ARD, batch: int = 3) -> list[torch.Tensor]:
@@ -65,8 +65,9 @@ def test_compiled_blocks_give_the_same_gradients_without_recompiling(quick_compi
 
 
 @torch.no_grad()
-def test_compiled_sampling_is_the_same(quick_compiler):
-    plain = student()
+@pytest.mark.parametrize("mask", ["M2", "M4"])
+def test_compiled_sampling_is_the_same(mask, quick_compiler):
+    plain = student(mask)
     compiled = copy.deepcopy(plain)
     compile_blocks(compiled)
     noise, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 4])
