@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from models import DiT, DiT_models
 from models_ard import ARD, MASKS
 from randomness import Shuffle
 from shards import fill_store
+from train_ARD import student_losses
 from training import PRECISIONS, Network, Trainer, add_compile_option, autocast, compile_blocks, prepare_blocks
 from trajectory import TrajectoryStore, grid_steps, pick_points
 
@@ -169,12 +171,6 @@ def build_model(args, device: torch.device) -> DiT:
     return model.eval()
 
 
-def regression(model, batch: dict) -> dict:
-    """The loss of train_ARD.py."""
-    predictions = model(batch["trajectory"][:, :-1], batch["y"])
-    return {"loss": (predictions.float() - batch["trajectory"][:, 1:]).square().flatten(1).mean(1)}
-
-
 def train_case(args, device: torch.device, folder: Path) -> Case:
     """What train_ARD.py does with a batch that is on the device: losses, gradients, clipping, AdamW, EMA."""
     model, ranks = build_model(args, device), Ranks(0, 1, device)
@@ -188,17 +184,17 @@ def train_case(args, device: torch.device, folder: Path) -> Case:
 
     @torch.enable_grad()
     def forward_and_backward() -> None:
-        regression(counted, batch(1, "meta"))["loss"].sum().backward()
+        student_losses(counted, batch(1, "meta"))["loss"].sum().backward()
 
     flops = count_flops(forward_and_backward)
     prepare_blocks(model, args)
     network = Network(model, ranks, lr=1e-4, clip=1.0, ema_decay=0.9999)
-    args.global_batch_size, args.run_dir = args.batch_size, tempfile.mkdtemp(dir=folder)
-    trainer = Trainer(args, ranks, {"model": model.config}, {"": network})
+    run = {"global_batch_size": args.batch_size, "run_dir": tempfile.mkdtemp(dir=folder)}
+    trainer = Trainer(argparse.Namespace(**vars(args), **run), ranks, {"model": model.config}, {"": network})
     data = batch(args.batch_size, device)
 
     def work() -> None:
-        trainer.backward(network, lambda part: regression(network.model, part), data)
+        trainer.backward(network, partial(student_losses, network.model), data)
         network.step()
 
     return Case(work, args.batch_size, flops * args.batch_size, args.precision)
@@ -309,7 +305,7 @@ def measure_variants(args, make: Callable, device: torch.device, folder: Path) -
         ratios, more = times[:, column] / times[:, 0], {}
         if name:
             more = {"ratio": statistics.median(ratios), "ratio_min": ratios.min(), "ratio_max": ratios.max()}
-        hidden = ("command", "vs", "global_batch_size", "run_dir", "device", "repeats")
+        hidden = ("command", "vs", "device", "repeats")
         options = {key: value for key, value in vars(variants[name]).items() if key not in hidden}
         report(f"{args.command} {args.vs if name else ''}".strip(), options, case, times[:, column], device, more)
 

@@ -7,6 +7,9 @@
 """
 
 import argparse
+from functools import partial
+
+import torch
 
 import checkpoint
 import cli
@@ -63,6 +66,16 @@ def open_teacher(args) -> tuple[DiT, dict, dict, TrajectoryStore | TeacherODE]:
     return teacher, config, config["provenance"] | ode.provenance | made, ode
 
 
+def regression_losses(predictions: torch.Tensor, trajectory: torch.Tensor) -> torch.Tensor:
+    """Eq. 6, mean over steps: predictions (B, S, C, H, W) of all points but the first of (B, S+1, C, H, W) -> (B,)."""
+    return (predictions.float() - trajectory[:, 1:]).square().flatten(1).mean(1)
+
+
+def student_losses(student, batch: dict) -> dict[str, torch.Tensor]:
+    """The losses of a student, perhaps in DDP, on a batch, as ``Trainer.backward`` wants them."""
+    return {"loss": regression_losses(student(batch["trajectory"][:, :-1], batch["y"]), batch["trajectory"])}
+
+
 def run(args: argparse.Namespace) -> None:
     teacher, teacher_config, provenance, trajectories = open_teacher(args)
     if args.model:
@@ -95,10 +108,7 @@ def run(args: argparse.Namespace) -> None:
     network = Network(student, ranks, args.lr, args.clip, args.ema_decay)
     trainer = Trainer(args, ranks, config, {"": network})
 
-    def losses(batch: dict) -> dict:
-        trajectory = batch["trajectory"]
-        predictions = network.model(trajectory[:, :-1], batch["y"])
-        return {"loss": (predictions.float() - trajectory[:, 1:]).square().flatten(1).mean(1)}
+    losses = partial(student_losses, network.model)
 
     def train_step(batch: dict) -> dict:
         return trainer.backward(network, losses, batches.complete(batch)) | {"grad_norm": network.step()}

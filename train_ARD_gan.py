@@ -31,6 +31,7 @@ from provenance import require_same
 from quality import Quality, add_quality_options
 from randomness import Shuffle, generator, noise
 from samples import preview_images, save_grid
+from train_ARD import regression_losses
 from training import Network, Trainer, add_training_options, autocast, prepare_blocks, training_config
 from trajectory import TrajectoryBatches, TrajectoryStore
 from vae import load_vae
@@ -142,7 +143,7 @@ class Game:
         if "rollout" in batch:  # true and own histories in one forward
             histories, labels = torch.cat([histories, batch["rollout"]]), torch.cat([y, y])
         predictions = self.student(histories, labels).float()
-        regression = (predictions[: len(y)] - trajectory[:, 1:]).square().flatten(1).mean(1)  # (B,)
+        regression = regression_losses(predictions[: len(y)], trajectory)  # (B,)
         last = predictions[-len(y) :, -1]  # (B, C, H, W)
         self.fakes.append(last.detach())
         if not gan_weight:
