@@ -45,20 +45,17 @@ class TeacherForced:
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q, k, v: (B * S, h, T, d) -> (B * S, h, T, d)."""
-        steps = len(self.visible)
-        q, k, v = (x.unflatten(0, (-1, steps)).transpose(1, 2) for x in (q, k, v))  # (B, h, S, T, d) views
+        q, k, v = (x.unflatten(0, (-1, len(self.visible))).unbind(1) for x in (q, k, v))  # S views (B, h, T, d) each
         out = [
-            F.scaled_dot_product_attention(q[:, :, i], points(k, seen), points(v, seen)).transpose(1, 2)
+            F.scaled_dot_product_attention(q[i], points(k, seen), points(v, seen)).transpose(1, 2)
             for i, seen in enumerate(self.visible)
         ]
         return torch.stack(out, dim=1).flatten(0, 1).transpose(1, 2)  # lies as (B * S, T, h, d): what follows is free
 
 
-def points(x: torch.Tensor, steps: list[int]) -> torch.Tensor:
-    """The tokens of some steps, x: (B, h, S, T, d) -> (B, h, len(steps) * T, d); no copy if they are neighbours."""
-    if steps == list(range(steps[0], steps[-1] + 1)):
-        return x[:, :, steps[0] : steps[-1] + 1].flatten(2, 3)
-    return torch.cat([x[:, :, k] for k in steps], dim=2)
+def points(x: tuple[torch.Tensor, ...], steps: list[int]) -> torch.Tensor:
+    """The tokens of some steps, x: S times (B, h, T, d) -> (B, h, len(steps) * T, d)."""
+    return torch.cat([x[k] for k in steps], dim=2) if len(steps) > 1 else x[steps[0]]
 
 
 def cache_slots(mask: str, steps: int) -> list[int]:

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import platform
 import shlex
 import threading
 from functools import partial
@@ -144,6 +145,25 @@ def test_errors_of_both_sides_surface_and_nothing_is_written_after_them(culprit)
     with pytest.raises((RuntimeError, OSError), match=f"cannot {culprit} 3"):
         write_behind(range(10), make, write)
     assert written == [0, 1, 2]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_is_used_again(tmp_path):
+    script = tmp_path / "freed.py"
+    script.write_text(
+        "import resource, torch, distributed\n"
+        "def pages():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    [torch.ones(2**21) for _ in range(20)]\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "default = [pages() for _ in range(4)]\n"
+        "distributed.setup('cpu')\n"
+        "kept = [pages() for _ in range(4)]\n"
+        "print(default, kept)\n"
+        "assert max(kept[1:]) < min(default[1:]) / 10\n"
+    )
+    done = spawn(script, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 NANO = ("--model", "DiT-Nano/2", "--input-size", 4, "--batch-size", 3, "--repeats", 2)
