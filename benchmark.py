@@ -182,7 +182,6 @@ def train_case(args, device: torch.device, folder: Path) -> Case:
     with torch.device("meta"):
         counted = ARD(**model.config)
 
-    @torch.enable_grad()
     def forward_and_backward() -> None:
         student_losses(counted, batch(1, "meta"))["loss"].sum().backward()
 
@@ -208,7 +207,8 @@ def drawn(model: DiT, draw: Callable, args, device: torch.device) -> Case:
 
     with torch.device("meta"):
         counted = type(model)(**model.config)
-    flops = count_flops(lambda: draw(counted, *inputs(1, "meta")))
+    with torch.no_grad():
+        flops = count_flops(lambda: draw(counted, *inputs(1, "meta")))
     if args.compile:
         compile_blocks(model)
     noise, y = inputs(args.batch_size, device)

@@ -25,16 +25,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
         self.presets: dict[str, dict] = {}
-        self.estimate: Callable[[argparse.Namespace], dict] = lambda args: {}
 
     def add_presets(
-        self, presets: dict[str, dict], estimate: Callable[[argparse.Namespace], dict] | None = None
+        self, presets: dict[str, dict], estimate: Callable[[argparse.Namespace], dict] = lambda args: {}
     ) -> None:
         """Add ``--preset``: a name for values of this parser's options, which the command line may still override.
 
         ``estimate`` tells ``--dry-run`` what follows from a preset's options alone, before one has weights and data.
         """
-        self.presets, self.estimate = presets, estimate or self.estimate
+        self.presets, self.estimate = presets, estimate
         self.add_argument("--preset", choices=presets, metavar="NAME", help=f"a row of Table 1: {', '.join(presets)}")
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:

@@ -15,7 +15,6 @@ from functools import partial
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import cli
@@ -23,6 +22,7 @@ import distributed
 from cli import UserError
 from data import latent_shape, open_source, real_latents
 from discriminator import Discriminator, FrozenFeatures, adaptive_weight, generator_losses, hinge_losses
+from evaluations.flops import count_flops
 from latents import is_store
 from models import DiT, DiT_models
 from models_ard import ARD
@@ -42,7 +42,7 @@ SAME_TEACHER = ("teacher_hash", "vae", "solver", "solver_steps", "cfg_scale", "c
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description="Fine-tune a student by regression and an adversarial loss.")
-    parser.add_presets(preset("train_ARD_gan.py"), count_flops_of_options)
+    parser.add_presets(preset("train_ARD_gan.py"), count_step_of_options)
     group = parser.add_argument_group("student and teacher")
     checkpoint.add_student_options(group)
     group.add_argument("--init-weights", choices=("ema", "raw"), default="ema", help="which of its weights to start at")
@@ -198,7 +198,7 @@ def own_history(student: ARD, z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.cat([z[:, None], student.sample(z, y)[:, :-1]], dim=1)
 
 
-def count_flops(student: dict, teacher: dict, args) -> dict:
+def count_step(student: dict, teacher: dict, args) -> dict:
     """Operations of one sample's step (two per multiply-add) by the models' configs; makes no weights."""
     with torch.device("meta"):
         student, teacher = ARD(**student).to("meta"), DiT(**teacher).to("meta")
@@ -207,14 +207,17 @@ def count_flops(student: dict, teacher: dict, args) -> dict:
     game = Game(student, heads, FrozenFeatures(teacher, args.d_time), total=lambda tensor: tensor, samples=1)
     latents = dict.fromkeys(("fake", "real", "fake_noise", "real_noise"), trajectory[:, 0])
     batch = {"trajectory": trajectory, "y": y, "real_y": y, **latents}
-    with FlopCounterMode(display=False) as regression:
+
+    def regression() -> None:
         game.student_losses(batch, 0.0)["loss"].sum().backward()
-    with FlopCounterMode(display=False) as both:
+
+    def both() -> None:
         if args.rollout:
             batch["rollout"] = own_history(student, trajectory[:, 0], y)
         game.student_losses(batch, 1.0)["loss"].sum().backward()
         game.heads_losses(batch)["loss"].sum().backward()
-    counts = {"R": regression.get_total_flops(), "R+D": both.get_total_flops()}
+
+    counts = {"R": count_flops(regression), "R+D": count_flops(both)}
     return {
         "discriminator_parameters": sum(p.numel() for p in heads.parameters()),
         "tflops_per_sample": {name: count / 1e12 for name, count in counts.items()},
@@ -222,12 +225,12 @@ def count_flops(student: dict, teacher: dict, args) -> dict:
     }
 
 
-def count_flops_of_options(args) -> dict:
+def count_step_of_options(args) -> dict:
     """The same for the sizes that a preset names, before there is a checkpoint."""
     teacher = DiT_models[args.model].keywords
     student = teacher | {"steps": args.steps, "mask": args.mask, "history_layers": args.stack}
     try:
-        return count_flops(student, teacher, args)
+        return count_step(student, teacher, args)
     except ValueError as error:  # a model that cannot be, e.g. history deeper than it
         return {"not_counted": str(error)}
 
@@ -263,9 +266,7 @@ def run(args: argparse.Namespace) -> None:
         | {name: getattr(args, name) for name in options},
     }
     if args.dry_run:
-        cli.show_plan(
-            config | {"iterations": args.iterations} | count_flops(student.config, teacher.config, args), args
-        )
+        cli.show_plan(config | {"iterations": args.iterations} | count_step(student.config, teacher.config, args), args)
         return
     torch.manual_seed(args.seed)
     prepare_blocks(student, args)

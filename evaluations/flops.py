@@ -22,11 +22,12 @@ from presets import TABLE_1
 
 def count_flops(work) -> int:
     """Floating-point operations (two for a multiply-accumulate) of what ``work()`` does."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
 
 
+@torch.no_grad()
 def sampling_gflops(model: DiT, steps: int) -> float:
     """Multiply-accumulates, in 1e9, that one image costs: a student's sampling, or a teacher's guided DDIM."""
     device = next(model.parameters()).device
