@@ -156,13 +156,14 @@ def test_freed_memory_is_used_again(tmp_path):
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    [torch.ones(2**21) for _ in range(20)]\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "default = [pages() for _ in range(4)]\n"
+        "returned = [pages() for _ in range(4)]\n"
         "distributed.setup('cpu')\n"
-        "kept = [pages() for _ in range(4)]\n"
-        "print(default, kept)\n"
-        "assert max(kept[1:]) < min(default[1:]) / 10\n"
+        "kept = [pages() for _ in range(10)]\n"
+        "print(returned, kept)\n"
+        "assert max(kept[-3:]) < min(returned) / 10\n"
     )
-    done = spawn(script, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    # By default glibc adapts its threshold to what it has seen; a given one returns each tensor's memory every time.
+    done = spawn(script, env=os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": str(2**20)})
     assert done.returncode == 0, done.stdout + done.stderr
 
 
