@@ -22,10 +22,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-import checkpoint
-import cli
 from diffusion import create_diffusion
-from randomness import labels, noise
+from models import DiT
+from models_ard import ARD
+from runtime import cli
+from runtime.files import write_text
+from runtime.randomness import labels, noise
+from stores import checkpoints
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 TEACHER = "assets/digits_teacher.pt"
@@ -49,18 +52,20 @@ COLUMNS = {
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description="Distil the digits teacher with and without history, and compare.")
-    parser.add_argument("--seed", type=cli.not_negative, default=0, help="of trajectories, training and samples")
-    parser.add_argument("--out", help="folder of the results; the default is results/demo, results/demo-seed1, ...")
-    parser.add_argument("--iterations", type=cli.positive, default=600, help="training steps of each student")
-    parser.add_argument("--targets", nargs="+", choices=("x0", "xt"), default=["x0"], help="one pair of students each")
-    parser.add_argument("--gan", action="store_true", help="fine-tune the students with a discriminator as well")
-    parser.add_argument("--gan-iterations", type=cli.positive, default=1000, help="steps of that fine-tuning")
-    parser.add_argument("--num-trajectories", type=cli.positive, default=10_000, help="teacher trajectories")
-    parser.add_argument("--num-samples", type=cli.positive, default=10_000, help="samples of each student for FID")
+    parser.add_argument("--seed", type=cli.not_negative, default=0, help="Seed of trajectories, training and samples.")
+    parser.add_argument("--out", help="Folder of the results; without it, results/demo, results/demo-seed1, ...")
+    parser.add_argument("--iterations", type=cli.positive, default=600, help="Training steps of each student.")
+    parser.add_argument(
+        "--targets", nargs="+", choices=("x0", "xt"), default=["x0"], help="Train a pair of students for each of these."
+    )
+    parser.add_argument("--gan", action="store_true", help="Fine-tune the students with a discriminator as well.")
+    parser.add_argument("--gan-iterations", type=cli.positive, default=1000, help="Steps of that fine-tuning.")
+    parser.add_argument("--num-trajectories", type=cli.positive, default=10_000, help="Trajectories of the teacher.")
+    parser.add_argument("--num-samples", type=cli.positive, default=10_000, help="Samples of each student, for FID.")
     return parser
 
 
-def call(*commands: list, threads: int | None = None) -> None:
+def call(commands: list[list], threads: int | None = None) -> None:
     """Run some of the project's scripts side by side, each shown as a user would type it; stop when one fails.
 
     ``threads`` is for each of them, all cores divided among them by default.
@@ -77,19 +82,19 @@ def call(*commands: list, threads: int | None = None) -> None:
         real = [sys.executable, *launcher, *words[1:]]
         running.append(subprocess.Popen(real, cwd=Path(__file__).parent, env=environment, stderr=silent))
     codes = [process.wait() for process in running]
-    for command, code in zip(commands, codes):
+    for command, code in zip(commands, codes, strict=True):
         if code:
             failed = shlex.join(str(word) for word in command)
             raise cli.RunError(f"this command failed with exit code {code}, run it by itself to see why: {failed}")
 
 
-def evaluator(reference: Path, samples: Path, *options: str) -> list:
-    """The command that compares samples with real digits and leaves its figures beside them."""
+def evaluate_command(reference: Path, samples: Path, *options: str) -> list:
+    """The comparison of samples with real digits, which leaves its figures beside them."""
     command = ["python", "-m", "evaluations.evaluator", reference, samples, "--features", "digits"]
     return [*command, "--json", samples.with_suffix(".json"), *options]
 
 
-def time_per_sample(models: dict, batch_size: int = 64, repeats: int = 5) -> dict[str, float]:
+def time_per_sample(models: dict[str, DiT], batch_size: int = 64, repeats: int = 5) -> dict[str, float]:
     """Milliseconds to draw one sample with each model, measured in turns; the median of the repeats."""
     diffusion = create_diffusion("25")
     times = {name: [] for name in models}
@@ -99,7 +104,10 @@ def time_per_sample(models: dict, batch_size: int = 64, repeats: int = 5) -> dic
             y = labels(0, range(batch_size), model.num_classes)
             started = time.perf_counter()
             with torch.no_grad():
-                diffusion.ddim_trajectory(model, z, y, 1.5) if name == "teacher" else model.sample(z, y)
+                if isinstance(model, ARD):
+                    model.sample(z, y)
+                else:
+                    diffusion.ddim_trajectory(model, z, y, 1.5)
             times[name].append(1000 * (time.perf_counter() - started) / batch_size)
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -107,7 +115,7 @@ def time_per_sample(models: dict, batch_size: int = 64, repeats: int = 5) -> dic
 def draw_picture(path: Path, files: dict[str, Path], columns: int = 20) -> None:
     """The first samples of each file, one row a model: the same column is the same noise and label."""
     figure, axes = plt.subplots(len(files), 1, figsize=(columns * 0.5, len(files) * 0.78), constrained_layout=True)
-    for axis, (name, file) in zip(axes, files.items()):
+    for axis, (name, file) in zip(axes, files.items(), strict=True):
         with np.load(file) as samples:
             images = samples["arr_0"][:columns, :, :, 0]
         padded = np.pad(images, ((0, 0), (1, 1), (1, 1)), constant_values=96)
@@ -120,13 +128,13 @@ def draw_picture(path: Path, files: dict[str, Path], columns: int = 20) -> None:
 
 def write_table(folder: Path, rows: list[dict], notes: list[str]) -> str:
     """table.json (a list of rows) and table.md; returns the latter's text."""
-    (folder / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
+    write_text(folder / "table.json", json.dumps(rows, indent=2) + "\n")
     lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * len(COLUMNS)]
     for row in rows:
         cells = [f"{row[key]:.3g}" if isinstance(row[key], float) else str(row[key]) for key in COLUMNS]
         lines.append("| " + " | ".join(cells) + " |")
     text = "\n".join([*lines, "", *notes]) + "\n"
-    (folder / "table.md").write_text(text)
+    write_text(folder / "table.md", text)
     return text
 
 
@@ -143,7 +151,8 @@ class Student:
     @property
     def run_dir(self) -> Path:
         """Its training run; its samples lie beside it."""
-        return self.folder / f"{self.method.split()[0].lower()}-{self.target}{'-gan' * (self.loss == 'R+D')}"
+        name = f"{self.method.split()[0].lower()}-{self.target}"
+        return self.folder / (f"{name}-gan" if self.loss == "R+D" else name)
 
     @property
     def weights(self) -> Path:
@@ -159,42 +168,51 @@ class Student:
         return f"{self.method} ({self.loss}), target {self.target}"
 
 
-def make_reference_and_teacher(folder: Path, args) -> None:
+def make_reference_and_teacher(folder: Path, seed: int, num_trajectories: int, num_samples: int) -> None:
     """Real digits, the store of the teacher's trajectories, its samples, and some from the students' noise."""
-    store, seed = folder / "trajectories", ["--seed", args.seed]
-    dump = ["sample_trajectory.py", "--teacher", TEACHER, "--out", store, "--num-trajectories", args.num_trajectories]
-    call(["torchrun", f"--nproc_per_node={CORES}", *dump, "--rows-per-shard", 500, *seed], threads=1)
-    same_noise = ["--num-samples", min(200, args.num_samples), *seed, "--out", folder / "teacher-same-noise.npz"]
-    call(
-        ["python", "-m", "evaluations.digits", "reference", "--out", folder / "digits.npz"],
-        ["python", "trajectory.py", "export", store, "--out", folder / "teacher.npz"],  # the teacher's come free
-        ["python", "sample.py", "--teacher", TEACHER, *same_noise],
-    )
+    store, same_noise = folder / "trajectories", min(200, num_samples)
+    dump = ["torchrun", f"--nproc_per_node={CORES}", "sample_trajectory.py", "--teacher", TEACHER, "--out", store]
+    dump += ["--num-trajectories", num_trajectories, "--rows-per-shard", 500, "--seed", seed]
+    call([dump], threads=1)
+    reference = ["python", "-m", "evaluations.digits", "reference", "--out", folder / "digits.npz"]
+    # The teacher's samples are the last points of its trajectories: they come free.
+    export = ["python", "-m", "stores.trajectories", "export", store, "--out", folder / "teacher.npz"]
+    sample = ["python", "sample.py", "--teacher", TEACHER, "--num-samples", same_noise, "--seed", seed]
+    sample += ["--out", folder / "teacher-same-noise.npz"]
+    call([reference, export, sample])
 
 
-def make_students(folder: Path, target: str, args) -> list[Student]:
-    """Both methods with one target, at the same budget: regression, and with --gan the fine-tuning after it."""
-    data, common = ["--data-path", folder / "trajectories"], ["--sample-every", 0, "--seed", args.seed]
-    students = [Student(folder, method, target, "R", args.iterations) for method in METHODS]
-    budget = ["--iterations", args.iterations, "--lr", "2e-3", "--ema-decay", "0.99", *common]
-    call(
-        *(
-            ["python", "train_ARD.py", *data, "--target", target, *METHODS[s.method], *budget, "--run-dir", s.run_dir]
-            for s in students
-        )
-    )
-    if args.gan:
-        tuned = [replace(s, loss="R+D", iterations=args.gan_iterations) for s in students]
-        budget = ["--real-data-path", "digits", "--iterations", args.gan_iterations, *GAN, *common]
-        call(
-            *(
-                ["python", "train_ARD_gan.py", *data, "--ckpt-path", s.weights, *budget, "--run-dir", t.run_dir]
-                for s, t in zip(students, tuned)
-            )
-        )
+def train_command(student: Student, seed: int) -> list:
+    """Regression on the demo's trajectories."""
+    command = ["python", "train_ARD.py", "--data-path", student.folder / "trajectories", "--target", student.target]
+    command += [*METHODS[student.method], "--iterations", student.iterations, "--lr", "2e-3", "--ema-decay", "0.99"]
+    return [*command, "--sample-every", 0, "--seed", seed, "--run-dir", student.run_dir]
+
+
+def fine_tune_command(start: Student, tuned: Student, seed: int) -> list:
+    """R+D from a regression-trained student."""
+    command = ["python", "train_ARD_gan.py", "--data-path", tuned.folder / "trajectories", "--ckpt-path", start.weights]
+    command += ["--real-data-path", "digits", "--iterations", tuned.iterations, *GAN]
+    return [*command, "--sample-every", 0, "--seed", seed, "--run-dir", tuned.run_dir]
+
+
+def sample_command(student: Student, seed: int, num_samples: int) -> list:
+    """Samples of a student."""
+    command = ["python", "sample_ARD.py", "--ckpt-path", student.weights, "--num-samples", num_samples]
+    return [*command, "--per-proc-batch-size", 256, "--seed", seed, "--out", student.samples]
+
+
+def make_students(
+    folder: Path, target: str, *, seed: int, iterations: int, gan_iterations: int, num_samples: int
+) -> list[Student]:
+    """Both methods with one target, at the same budget: regression, and fine-tuning after it if that has steps."""
+    students = [Student(folder, method, target, "R", iterations) for method in METHODS]
+    call([train_command(student, seed) for student in students])
+    if gan_iterations:
+        tuned = [replace(student, loss="R+D", iterations=gan_iterations) for student in students]
+        call([fine_tune_command(a, b, seed) for a, b in zip(students, tuned, strict=True)])
         students += tuned
-    draw = ["--num-samples", args.num_samples, "--per-proc-batch-size", 256, "--seed", args.seed]
-    call(*(["python", "sample_ARD.py", "--ckpt-path", s.weights, *draw, "--out", s.samples] for s in students))
+    call([sample_command(student, seed, num_samples) for student in students])
     return students
 
 
@@ -209,15 +227,24 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     folder = Path(args.out or ("results/demo" if args.seed == 0 else f"results/demo-seed{args.seed}"))
     folder.mkdir(parents=True, exist_ok=True)
-    make_reference_and_teacher(folder, args)
-    students = [student for target in args.targets for student in make_students(folder, target, args)]
+    make_reference_and_teacher(folder, args.seed, args.num_trajectories, args.num_samples)
+    students: list[Student] = []
+    for target in args.targets:
+        students += make_students(
+            folder,
+            target,
+            seed=args.seed,
+            iterations=args.iterations,
+            gan_iterations=args.gan_iterations if args.gan else 0,
+            num_samples=args.num_samples,
+        )
 
     reference, same_noise = folder / "digits.npz", folder / "teacher-same-noise.npz"
-    call(evaluator(reference, folder / "teacher.npz", "--floor"))
-    call(*(evaluator(reference, student.samples) for student in students))
+    call([evaluate_command(reference, folder / "teacher.npz", "--floor")])
+    call([evaluate_command(reference, student.samples) for student in students])
     teacher = json.loads((folder / "teacher.json").read_text())
-    models = {"teacher": checkpoint.load_teacher(TEACHER)[0]}
-    models |= {str(student): checkpoint.load_student(student.weights)[0] for student in students}
+    models: dict[str, DiT] = {"teacher": checkpoints.load_teacher(TEACHER)[0]}
+    models |= {str(student): checkpoints.load_student(student.weights)[0] for student in students}
     speed = time_per_sample(models)
 
     figures = ("fid", "precision", "recall")

@@ -1,7 +1,7 @@
 """The adversary of ARD (R+D): a frozen teacher's features, judged by one light head after each of its blocks.
 
-Paper, section 3.3 and appendix B.1. The heads and the hinge loss are those that StyleGAN-T describes (Sauer et al.
-2023), the adaptive weight is VQGAN's (Esser et al. 2021, Eq. 7).
+Paper, section 3.3 and appendix B.1. The heads are those that StyleGAN-T describes (Sauer et al. 2023); losses.py has
+the losses.
 
     B batch   T tokens   D the teacher's width   W a head's width   L blocks, as many heads   C, H, W the latent
 """
@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import cached
 from diffusion import create_diffusion
 from models import DiT
 
-Seen = tuple[list[torch.Tensor], torch.Tensor]  # features, L times (B, T, D), and the class embedding (B, D)
+Features = tuple[list[torch.Tensor], torch.Tensor]  # the tokens after L blocks, (B, T, D) each; class embedding (B, D)
 
 #################################################################################
 #                              What the heads look at                           #
@@ -33,15 +33,15 @@ class FrozenFeatures:
     def __init__(self, teacher: DiT, time: int = 0):
         """``time`` 0..999 is when the teacher looks: 0 at the clean latent itself, later at the diffused one."""
         self.teacher, self.time = teacher.eval().requires_grad_(False), time
-        self.kept = float(create_diffusion().alphas_cumprod[time]) if time else 1.0
+        self.alpha_bar = float(create_diffusion().alphas_cumprod[time]) if time else 1.0
 
-    def __call__(self, x: torch.Tensor, y: torch.Tensor, noise: torch.Tensor | None = None) -> Seen:
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, noise: torch.Tensor | None = None) -> Features:
         """x: (B, C, H, W) clean, y: (B,) labels, noise: as x, for times above 0 -> features and class embedding.
 
         The embedding is normalised to unit variance, since DiT's own starts with a deviation of 0.02.
         """
         if self.time:
-            x = math.sqrt(self.kept) * x + math.sqrt(1 - self.kept) * noise
+            x = math.sqrt(self.alpha_bar) * x + math.sqrt(1 - self.alpha_bar) * noise
         label = self.teacher.y_embedder(y)
         features = self.teacher.features(x, torch.full_like(y, self.time), y)
         return features, F.layer_norm(label, label.shape[1:])
@@ -52,11 +52,11 @@ class FrozenFeatures:
 #################################################################################
 
 
-class BatchNormLocal(nn.Module):
-    """Batch norm over groups of ``group`` consecutive samples, each channel by itself; no running statistics.
+class GhostBatchNorm(nn.Module):
+    """Batch norm whose statistics are those of small groups within the batch (Hoffer et al. 2017), never running ones.
 
-    The last group is smaller where ``group`` does not divide the batch. A batch that is split at the borders of groups
-    (over ranks, say) gives the same numbers as the whole.
+    Consecutive samples form groups of ``group``; the last is smaller where ``group`` does not divide the batch.
+    A batch that is split at the borders of groups (over ranks, say) gives the same numbers as the whole.
     """
 
     def __init__(self, channels: int, group: int, eps: float = 1e-5):
@@ -68,25 +68,29 @@ class BatchNormLocal(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, W, T) -> (B, W, T) float32."""
         x = x.float()
-        whole = len(x) - len(x) % self.group
-        parts = [self._normalised(x[:whole].unflatten(0, (-1, self.group)))] if whole else []
-        parts += [self._normalised(x[None, whole:])] if whole < len(x) else []
-        return torch.cat(parts) * self.weight[:, None] + self.bias[:, None]
+        full_groups = len(x) // self.group
+        rest = x[full_groups * self.group :]
+        out = [self._standardize(x[: full_groups * self.group].view(full_groups, self.group, *x.shape[1:]))]
+        if len(rest):
+            out.append(self._standardize(rest[None]))
+        return torch.cat(out) * self.weight[:, None] + self.bias[:, None]
 
-    def _normalised(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (groups, size, W, T) -> (groups * size, W, T) of zero mean and unit (biased) variance in each group."""
-        x = x - x.mean(dim=(1, 3), keepdim=True)
-        return (x * torch.rsqrt(x.square().mean(dim=(1, 3), keepdim=True) + self.eps)).flatten(0, 1)
+    def _standardize(self, groups: torch.Tensor) -> torch.Tensor:
+        """Zero mean and unit variance (biased) in each group and channel: (G, n, W, T) -> (G * n, W, T)."""
+        samples_and_tokens = (1, 3)
+        centred = groups - groups.mean(samples_and_tokens, keepdim=True)
+        variance = centred.square().mean(samples_and_tokens, keepdim=True)
+        return (centred * torch.rsqrt(variance + self.eps)).flatten(0, 1)
 
 
 class ConvBlock(nn.Module):
-    """Spectral-norm convolution along the tokens, which form a ring; local batch norm; leaky ReLU."""
+    """Spectral-norm convolution along the tokens, which form a ring; ghost batch norm; leaky ReLU."""
 
     def __init__(self, in_width: int, width: int, kernel: int, group: int):
         super().__init__()
         self.kernel = kernel
         self.conv = spectral_norm(nn.Conv1d(in_width, width, kernel, bias=False))  # the norm has the bias
-        self.norm = BatchNormLocal(width, group)
+        self.norm = GhostBatchNorm(width, group)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, in_width, T) -> (B, width, T)."""
@@ -129,30 +133,15 @@ class Discriminator(nn.Module):
         super().__init__()
         self.heads = nn.ModuleList(DiscriminatorHead(in_width, width or in_width, group) for _ in range(depth))
 
-    def forward(self, *batches: Seen) -> list[torch.Tensor]:
+    @classmethod
+    def for_teacher(cls, teacher: DiT, width: int | None = None, group: int = 6) -> "Discriminator":
+        """The heads that fit this teacher's features."""
+        return cls(len(teacher.blocks), teacher.config["hidden_size"], width, group)
+
+    def forward(self, *batches: Features) -> list[torch.Tensor]:
         """What ``FrozenFeatures`` made of each batch -> its logits, (B, L, T), without mixing batches."""
         with cached():
             return [
                 torch.stack([head(tokens, label) for head, tokens in zip(self.heads, features)], dim=1)
                 for features, label in batches
             ]
-
-
-#################################################################################
-#                                     Losses                                    #
-#################################################################################
-
-
-def hinge_losses(fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """The discriminator's loss for each pair of samples, logits (B, L, T) each -> (B,)."""
-    return F.relu(1 + fake).flatten(1).mean(1) + F.relu(1 - real).flatten(1).mean(1)
-
-
-def generator_losses(fake: torch.Tensor) -> torch.Tensor:
-    """The student's side of it for each sample, logits (B, L, T) -> (B,)."""
-    return -fake.flatten(1).mean(1)
-
-
-def adaptive_weight(regression: torch.Tensor, adversarial: torch.Tensor) -> torch.Tensor:
-    """Weight of the adversarial loss from the norms of both losses' gradients at the last layer, 0..10000."""
-    return (regression / (adversarial + 1e-4)).clamp(0, 1e4)

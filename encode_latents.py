@@ -8,41 +8,36 @@ command again: finished shards are kept.
 """
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-import cli
-import distributed
-from cli import RunError, UserError
-from data import ImageFolder, latent_shape, to_unit
-from distributed import Ranks
-from latents import KIND
-from shards import fill_store
-from vae import PRECISIONS, VAE, full_name
-
-DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+from runtime import cli, distributed
+from runtime.cli import RunError, UserError
+from runtime.precision import DTYPES, STORED, add_precision_option
+from runtime.vae import VAE, resolve_name
+from stores.images import ImageFolder, from_uint8, latent_shape
+from stores.latents import KIND
+from stores.shards import ShardWriter
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description="Encode a folder of images into a store of latents.")
     group = parser.add_argument_group("images and autoencoder")
-    group.add_argument("--data-path", required=True, help="folder with one sub-folder of images for each class")
-    group.add_argument("--image-size", type=cli.positive, default=256, help="pixels of a side, cropped as ADM does")
-    group.add_argument("--unconditional", action="store_true", help="no classes; the folder may then be flat")
-    group.add_argument("--vae", default="ema", help="ema, mse, a folder or hub id")
-    group.add_argument("--vae-precision", choices=PRECISIONS, default="fp32", help="of the autoencoder")
+    group.add_argument("--data-path", required=True, help="Folder with one sub-folder of images for each class.")
+    group.add_argument("--image-size", type=cli.positive, default=256, help="Pixels of a side, cropped as ADM does.")
+    group.add_argument("--unconditional", action="store_true", help="Use no classes; the folder may be flat then.")
+    group.add_argument("--vae", default="ema", help="Autoencoder: ema, mse, a folder or hub id.")
+    add_precision_option(group, "--vae-precision", "the autoencoder")
     group = parser.add_argument_group("store")
-    group.add_argument("--out", required=True, help="folder of the store")
-    group.add_argument("--dtype", choices=DTYPES, default="fp16", help="of the stored means and deviations")
-    group.add_argument("--rows-per-shard", type=cli.positive, default=8192, help="images of one file")
+    group.add_argument("--out", required=True, help="Folder of the store.")
+    group.add_argument("--dtype", choices=STORED, default="fp16", help="Number format of the stored latents.")
+    group.add_argument("--rows-per-shard", type=cli.positive, default=8192, help="Images of one file.")
     group = parser.add_argument_group("run")
-    group.add_argument("--per-proc-batch-size", type=cli.positive, default=64, help="images of a rank at once")
-    group.add_argument("--num-workers", type=cli.not_negative, default=4, help="processes of a rank that read images")
-    group.add_argument("--dry-run", action="store_true", help="check everything, print the plan as JSON, do nothing")
+    group.add_argument("--per-proc-batch-size", type=cli.positive, default=64, help="Images of a rank at once.")
+    group.add_argument("--num-workers", type=cli.not_negative, default=4, help="Processes of a rank that read images.")
+    cli.add_dry_run_option(group)
     distributed.add_device_option(group)
     return parser
 
@@ -57,34 +52,16 @@ class ImageBatches(Dataset):
         return self.source.read(np.arange(*rows), np.zeros(rows[1] - rows[0], dtype=bool))
 
 
-def encode_shard(source: ImageFolder, vae: VAE, args, rows: range, ranks: Ranks, bar: tqdm) -> dict[str, torch.Tensor]:
-    """The tensors of one shard (latents.py says which), on the CPU in the stored dtype."""
-    size = args.per_proc_batch_size
-    batches = [(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
-    parts = []
-    for batch in DataLoader(
-        ImageBatches(source), batch_size=None, sampler=batches, num_workers=min(args.num_workers, len(batches))
-    ):
-        images = to_unit(batch["images"].to(ranks.device))
-        sides = [vae.encode(x) for x in (images, images.flip(-1))]
-        mean, std = (torch.stack(values, dim=1).to("cpu", DTYPES[args.dtype]) for values in zip(*sides))
-        if not (mean.isfinite().all() and std.isfinite().all()):
-            raise RunError(f"the latents of images {rows.start} to {rows.stop - 1} are not finite; try --dtype fp32")
-        parts.append({"mean": mean, "std": std, "label": batch["y"]})
-        bar.update(len(images))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
 def run(args: argparse.Namespace) -> None:
-    if full_name(args.vae) is None:
+    if resolve_name(args.vae) is None:
         raise UserError(f"--vae {args.vae}: images without an autoencoder need no encoding, train on them directly")
     source = ImageFolder(args.data_path, args.image_size, args.unconditional)
-    ranks = distributed.setup(args.device)
-    vae = VAE(args.vae, ranks.device, args.vae_precision)
+    context = distributed.setup(args.device)
+    vae = VAE(args.vae, context.device, args.vae_precision)
     shape = latent_shape(source, vae)
     provenance = {
         "kind": KIND,
-        "data": str(args.data_path),
+        "data": args.data_path,
         "listing": source.listing(),
         "image_size": source.size,
         "channels": source.channels,
@@ -99,17 +76,31 @@ def run(args: argparse.Namespace) -> None:
     }
     if args.dry_run:
         size = 4 * source.count * int(np.prod(shape)) * DTYPES[args.dtype].itemsize
-        cli.show_plan(provenance | {"latent_shape": shape, "bytes": size})
+        cli.show_plan(provenance | {"latent_shape": shape, "bytes": size}, args)
         return
-    folder = Path(args.out)
 
-    def make(rows: range, bar: tqdm) -> dict[str, torch.Tensor]:
-        return encode_shard(source, vae, args, rows, ranks, bar)
-
-    written = fill_store(folder, provenance, ranks, make, unit="image")
-    if ranks.main:
-        print(f"{folder}: {source.count} images" if written else f"{folder}: already complete, {source.count} images")
-    distributed.finish(ranks)
+    with ShardWriter(args.out, provenance, context, unit="image") as writer:
+        for rows in writer.missing_shards():
+            starts = range(rows.start, rows.stop, args.per_proc_batch_size)
+            borders = [(start, min(start + args.per_proc_batch_size, rows.stop)) for start in starts]
+            workers = min(args.num_workers, len(borders))
+            parts = []
+            for batch in DataLoader(ImageBatches(source), batch_size=None, sampler=borders, num_workers=workers):
+                images = from_uint8(batch["images"].to(context.device))
+                mean, std = vae.encode(images)
+                mirrored_mean, mirrored_std = vae.encode(images.flip(-1))
+                both = {"mean": torch.stack([mean, mirrored_mean], 1), "std": torch.stack([std, mirrored_std], 1)}
+                both = {name: value.to("cpu", DTYPES[args.dtype]) for name, value in both.items()}
+                if not all(value.isfinite().all() for value in both.values()):
+                    raise RunError(
+                        f"the latents of images {rows.start} to {rows.stop - 1} are not finite; try --dtype fp32"
+                    )
+                parts.append(both | {"label": batch["y"]})
+                writer.progress.update(len(images))
+            writer.write(rows, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    if context.is_main:
+        print(f"{args.out}: " + ("already complete, " if writer.complete else "") + f"{source.count} images")
+    distributed.finish(context)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from timm.layers import Mlp, PatchEmbed
 from torch.utils.checkpoint import checkpoint
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# Queries, keys and values (B, h, T, D/h) -> what the queries read (B, h, T, D/h).
+AttentionFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 #################################################################################
 #                          Embeddings of time and class                         #
@@ -24,7 +25,7 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class TimestepEmbedder(nn.Module):
-    """Embeds times into vectors: sinusoids of 256 frequencies' worth of numbers, then an MLP."""
+    """Embeds times into vectors: cosines and sines of 128 frequencies, then an MLP."""
 
     def __init__(self, hidden_size: int, frequency_embedding_size: int = 256):
         super().__init__()
@@ -69,7 +70,7 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. ``attend`` decides what the queries may look at; the student passes its own."""
+    """Multi-head self-attention. ``attention_fn`` decides what the queries look at; the student passes its own."""
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -77,17 +78,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: torch.Tensor, attend: Attend = F.scaled_dot_product_attention) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, attention_fn: AttentionFn = F.scaled_dot_product_attention) -> torch.Tensor:
+        """x: (B, T, D) tokens -> (B, T, D)."""
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, h, T, D/h) each
-        return self.proj(attend(q, k, v).transpose(1, 2).reshape(B, T, D))
+        return self.proj(attention_fn(q, k, v).transpose(1, 2).reshape(B, T, D))
 
 
 class DiTBlock(nn.Module):
     """A transformer block with adaLN-Zero conditioning."""
-
-    recompute = False  # keep no activations for the backward pass but compute them again there
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
@@ -97,17 +97,12 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def __call__(self, *args):
-        if self.recompute:  # nothing in here is random
-            return checkpoint(super().__call__, *args, use_reentrant=False, preserve_rng_state=False)
-        return super().__call__(*args)
-
     def forward(
-        self, x: torch.Tensor, c: torch.Tensor, attend: Attend = F.scaled_dot_product_attention
+        self, x: torch.Tensor, c: torch.Tensor, attention_fn: AttentionFn = F.scaled_dot_product_attention
     ) -> torch.Tensor:
         """x: (B, T, D) tokens, c: (B, D) conditioning -> (B, T, D)."""
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), attend)
+        x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), attention_fn)
         return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
@@ -131,6 +126,8 @@ class DiT(nn.Module):
 
     Raises ``ValueError`` where sizes do not divide. ``config`` holds the constructor's arguments, enough to rebuild it.
     """
+
+    checkpoint_activations = False  # True: keep no block's activations for the backward pass but compute them again
 
     def __init__(
         self,
@@ -205,7 +202,7 @@ class DiT(nn.Module):
         """x: (B, C, H, W), t: (B,) times 0..999, y: (B,) labels -> (B, 2C, H, W): noise and sigma (C: noise only)."""
         x, c = self.embed(x, t, y)
         for block in self.blocks:
-            x = block(x, c)
+            x = self.run_block(block, x, c)
         return self.unpatchify(self.final_layer(x, c))
 
     def embed(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,7 +212,19 @@ class DiT(nn.Module):
     def features(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
         """The tokens after each block, (B, T, D) each: what a discriminator looks at."""
         x, c = self.embed(x, t, y)
-        return [x := block(x, c) for block in self.blocks]
+        return [x := self.run_block(block, x, c) for block in self.blocks]
+
+    def run_block(
+        self,
+        block: nn.Module,
+        x: torch.Tensor,
+        c: torch.Tensor,
+        attention_fn: AttentionFn = F.scaled_dot_product_attention,
+    ) -> torch.Tensor:
+        """A block on tokens (B, T, D) with conditioning (B, D), recomputed in the backward pass if that is wanted."""
+        if self.checkpoint_activations:  # nothing in a block is random
+            return checkpoint(block, x, c, attention_fn, use_reentrant=False, preserve_rng_state=False)
+        return block(x, c, attention_fn)
 
     def forward_with_cfg(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, cfg_scale: float, cfg_channels: int = 3
@@ -264,5 +273,7 @@ DiT_models = {
 
 def model_name(config: dict) -> str:
     """The size's name of a model with this config, "DiT-XL/2", or "DiT" when it is none of the above."""
-    fits = [name for name, build in DiT_models.items() if build.keywords.items() <= config.items()]
-    return fits[0] if fits else "DiT"
+    for name, build in DiT_models.items():
+        if build.keywords.items() <= config.items():
+            return name
+    return "DiT"

@@ -8,17 +8,20 @@ conditioned on its own time; in the lower N blocks a point's queries also look a
 
 A step k = 0 .. S-1 is the paper's s = S - k: it reads point k at time 999 (S - k) / S and predicts point k + 1. Points
 of one trajectory are folded into the batch (B * S, T, D), so the teacher's blocks serve unchanged, adaLN runs once per
-point, and blocks above N attend within a point by themselves. Below N, only the function ``attend`` that the block is
-given differs: ``teacher_forced`` has all steps at once, ``Cache`` has one after another. Neither needs a mask.
+point, and blocks above N attend within a point by themselves. In the lower N blocks only the function that computes
+attention differs: ``TeacherForcedAttention`` has all steps at once, for training; ``KVCache`` has one after another,
+for sampling. Neither needs a mask.
 """
 
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models import DiT
+from models import AttentionFn, DiT
 
 MASKS = ("M1", "M2", "M3", "M4")
 
@@ -28,7 +31,7 @@ def visible_steps(mask: str, step: int) -> list[int]:
 
     M1 itself (step distillation); M2 the previous one too; M3 the first, pure noise, too; M4 all earlier ones too.
     """
-    earlier = {"M1": [], "M2": [step - 1], "M3": [0], "M4": range(step)}[mask]
+    earlier = {"M1": [], "M2": [step - 1], "M3": [0], "M4": list(range(step))}[mask]
     return [k for k in earlier if 0 <= k < step] + [step]
 
 
@@ -37,7 +40,7 @@ def visible_steps(mask: str, step: int) -> list[int]:
 #################################################################################
 
 
-class TeacherForced:
+class TeacherForcedAttention:
     """Attention of all S steps at once, each to the points that it may see: block-causal without a masked pair."""
 
     def __init__(self, mask: str, steps: int):
@@ -45,37 +48,48 @@ class TeacherForced:
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q, k, v: (B * S, h, T, d) -> (B * S, h, T, d)."""
-        q, k, v = (x.unflatten(0, (-1, len(self.visible))).unbind(1) for x in (q, k, v))  # S views (B, h, T, d) each
-        out = [
-            F.scaled_dot_product_attention(q[i], points(k, seen), points(v, seen)).transpose(1, 2)
-            for i, seen in enumerate(self.visible)
-        ]
-        return torch.stack(out, dim=1).flatten(0, 1).transpose(1, 2)  # lies as (B * S, T, h, d): what follows is free
+        steps = len(self.visible)
+        q, k, v = (x.unflatten(0, (-1, steps)).unbind(1) for x in (q, k, v))  # S views (B, h, T, d) each
+        out = []
+        for step, seen in enumerate(self.visible):
+            own = F.scaled_dot_product_attention(q[step], tokens_of(k, seen), tokens_of(v, seen))
+            out.append(own.transpose(1, 2))  # (B, T, h, d)
+        # In memory (B * S, T, h, d), which is what the output projection reads: it needs no copy.
+        return torch.stack(out, dim=1).flatten(0, 1).transpose(1, 2)
 
 
-def points(x: tuple[torch.Tensor, ...], steps: list[int]) -> torch.Tensor:
-    """The tokens of some steps, x: S times (B, h, T, d) -> (B, h, len(steps) * T, d)."""
-    return torch.cat([x[k] for k in steps], dim=2) if len(steps) > 1 else x[steps[0]]
+def tokens_of(x: tuple[torch.Tensor, ...], steps: list[int]) -> torch.Tensor:
+    """The tokens of some steps in one sequence, x: S times (B, h, T, d) -> (B, h, len(steps) * T, d)."""
+    return torch.cat([x[step] for step in steps], dim=2) if len(steps) > 1 else x[steps[0]]
 
 
 def cache_slots(mask: str, steps: int) -> list[int]:
-    """Where each step's keys go: the first slot whose owner is not seen again. M1 needs 1 slot, M2 and M3 2, M4 S."""
-    owners, slots = [], []
+    """The cache slot of each step's keys and values. M1 needs 1 slot, M2 and M3 2, M4 S.
+
+    A step takes over the first slot whose content neither it nor a later step sees, or else opens a new one.
+    """
+    owners: list[int] = []  # the step whose keys each slot holds
+    slots = []
     for step in range(steps):
-        free = [i for i, o in enumerate(owners) if all(o not in visible_steps(mask, k) for k in range(step, steps))]
-        slot = free[0] if free else len(owners)
-        owners[slot : slot + 1] = [step]
+        needed = {seen for later in range(step, steps) for seen in visible_steps(mask, later)}
+        free = [slot for slot, owner in enumerate(owners) if owner not in needed]
+        if free:
+            slot = free[0]
+            owners[slot] = step
+        else:
+            slot = len(owners)
+            owners.append(step)
         slots.append(slot)
     return slots
 
 
-class Cache:
+class KVCache:
     """Attention of one step after another; keeps exactly the keys and values that the mask will read again."""
 
     def __init__(self, mask: str, steps: int):
         self.slots = cache_slots(mask, steps)
         self.step = 0
-        self.kv = None  # (2, B, h, slots, T, d), made at the first call: then the sizes and the dtype are known
+        self.kv: torch.Tensor | None = None  # (2, B, h, slots, T, d), made at the first call, which knows the sizes
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q, k, v: (B, h, T, d) of the next step -> (B, h, T, d)."""
@@ -102,7 +116,7 @@ class ARD(DiT):
         mask: str = "M4",
         history_layers: int = 6,
         level_embedding: bool = False,
-        **teacher_config,
+        **teacher_config: Any,
     ):
         """Raises ``ValueError`` for steps < 1, an unknown mask, or a history deeper than the model.
 
@@ -143,15 +157,24 @@ class ARD(DiT):
         """y: (B,) labels -> (B, S, D), the time of each step plus the class."""
         return self.t_embedder(self.times) + self.y_embedder(y)[:, None]
 
-    def run_blocks(self, x: torch.Tensor, c: torch.Tensor, level, attends: list) -> torch.Tensor:
-        """Points x (n, C, H, W) with conditioning c (n, D) -> tokens (n, T, D); the lower N blocks get ``attends``."""
+    def run_blocks(
+        self,
+        x: torch.Tensor,
+        c: torch.Tensor,
+        level: torch.Tensor | None,
+        attention_fns: Sequence[AttentionFn],
+    ) -> torch.Tensor:
+        """Points x (n, C, H, W) with conditioning c (n, D) -> tokens (n, T, D).
+
+        ``attention_fns`` has the attention function of each of the lower N blocks; the others attend within points.
+        """
         x = self.x_embedder(x) + self.pos_embed
         if level is not None:
             x = x + level
-        for block, attend in zip(self.blocks, attends):
-            x = block(x, c, attend)
+        for block, attention_fn in zip(self.blocks[: self.history_layers], attention_fns, strict=True):
+            x = self.run_block(block, x, c, attention_fn)
         for block in self.blocks[self.history_layers :]:
-            x = block(x, c)
+            x = self.run_block(block, x, c)
         return x
 
     def predict(self, x: torch.Tensor, c: torch.Tensor, step: int) -> torch.Tensor:
@@ -166,9 +189,9 @@ class ARD(DiT):
         B, S = history.shape[:2]
         c = self.conditioning(y)  # (B, S, D)
         level = self.level.repeat(B, 1, 1) if self.level is not None else None
-        attends = [TeacherForced(self.mask, S)] * self.history_layers
-        x = self.run_blocks(history.flatten(0, 1), c.flatten(0, 1), level, attends).unflatten(0, (B, S))
-        return torch.stack([self.predict(x[:, k], c[:, k], k) for k in range(S)], dim=1)
+        attention_fns = [TeacherForcedAttention(self.mask, S)] * self.history_layers
+        tokens = self.run_blocks(history.flatten(0, 1), c.flatten(0, 1), level, attention_fns).unflatten(0, (B, S))
+        return torch.stack([self.predict(tokens[:, k], c[:, k], k) for k in range(S)], dim=1)
 
     def sample(
         self, noise: torch.Tensor, y: torch.Tensor, given: dict[int, torch.Tensor] | None = None
@@ -181,7 +204,7 @@ class ARD(DiT):
         """
         x, predictions = noise, []
         c = self.conditioning(y)
-        caches = [Cache(self.mask, self.steps) for _ in range(self.history_layers)]
+        caches = [KVCache(self.mask, self.steps) for _ in range(self.history_layers)]
         for k in range(self.steps):
             tokens = self.run_blocks(x, c[:, k], self.level[k] if self.level is not None else None, caches)
             x = self.predict(tokens, c[:, k], k)

@@ -4,37 +4,42 @@ python sample.py --teacher assets/digits_teacher.pt --num-samples 100 --out resu
 """
 
 import argparse
-from pathlib import Path
 
-import checkpoint
-import cli
-import distributed
+from diffusion.teacher_ode import ODE_OPTIONS, TeacherODE, add_ode_options
 from presets import preset
-from samples import add_sampling_options, sample_to_file
-from teacher_ode import TeacherODE, add_ode_options
+from runtime import cli, distributed
+from runtime.cli import chosen
+from sampler import SAMPLING_OPTIONS, SamplingJob, add_sampling_options
+from stores import checkpoints
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description="Sample the teacher to .npz.")
     parser.add_presets(preset("sample.py"))
     group = parser.add_argument_group("teacher and its ODE")
-    group.add_argument("--teacher", required=True, help="checkpoint of the teacher")
+    group.add_argument("--teacher", required=True, help="Sample this checkpoint.")
     add_ode_options(group)
     add_sampling_options(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    teacher, config = checkpoint.load_teacher(args.teacher, weights=args.weights)
-    ode = TeacherODE(teacher, args)
-    ranks = distributed.setup(args.device)
+    teacher, config = checkpoints.load_teacher(args.teacher, weights=args.weights)
+    ode = TeacherODE(teacher, **chosen(args, ODE_OPTIONS))
     config["provenance"] |= ode.provenance
-
-    def draw(z, y):
-        return ode(z, y)[0][:, -1]
-
-    sample_to_file(args, ranks, teacher, draw, config, Path(args.teacher))
-    distributed.finish(ranks)
+    context = distributed.setup(args.device)
+    job = SamplingJob(teacher, config, args.teacher, **chosen(args, SAMPLING_OPTIONS))
+    if args.dry_run:
+        cli.show_plan(job.plan, args)
+        return
+    sampler, writer = job.start(ode.sample, context)
+    with writer:
+        for indices in writer.missing_batches(args.per_proc_batch_size):
+            latents, images, y = sampler(indices)
+            writer.write(indices, latents, images, y)
+    if context.is_main:
+        print(f"{job.out}: {args.num_samples} samples" + (", already there" if writer.complete else ""))
+    distributed.finish(context)
 
 
 if __name__ == "__main__":

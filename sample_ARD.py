@@ -7,33 +7,43 @@ The checkpoint knows its model: --model, --steps, --mask and --stack are only ch
 """
 
 import argparse
-from pathlib import Path
 
-import checkpoint
-import cli
-import distributed
+import torch
+
 from presets import preset
-from samples import add_sampling_options, sample_to_file
+from runtime import cli, distributed
+from runtime.cli import chosen
+from sampler import SAMPLING_OPTIONS, SamplingJob, add_sampling_options
+from stores import checkpoints
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description="Sample a student to .npz.")
     parser.add_presets(preset("sample_ARD.py"))
-    group = parser.add_argument_group("student")
-    checkpoint.add_student_options(group)
+    checkpoints.add_student_options(parser.add_argument_group("student"))
     add_sampling_options(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    student, config = checkpoint.load_named_student(args, args.weights)
-    ranks = distributed.setup(args.device)
+    student, config = checkpoints.load_named_student(weights=args.weights, **chosen(args, checkpoints.STUDENT_OPTIONS))
+    context = distributed.setup(args.device)
+    job = SamplingJob(student, config, args.ckpt_path, **chosen(args, SAMPLING_OPTIONS))
+    if args.dry_run:
+        cli.show_plan(job.plan, args)
+        return
 
-    def draw(z, y):
-        return student.sample(z, y)[:, -1]
+    def draw(noise: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return student.sample(noise, y)[:, -1]
 
-    sample_to_file(args, ranks, student, draw, config, Path(args.ckpt_path))
-    distributed.finish(ranks)
+    sampler, writer = job.start(draw, context)
+    with writer:
+        for indices in writer.missing_batches(args.per_proc_batch_size):
+            latents, images, y = sampler(indices)
+            writer.write(indices, latents, images, y)
+    if context.is_main:
+        print(f"{job.out}: {args.num_samples} samples" + (", already there" if writer.complete else ""))
+    distributed.finish(context)
 
 
 if __name__ == "__main__":

@@ -7,109 +7,95 @@ To resume, run the same command again: finished shards are kept.
 """
 
 import argparse
-from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-import checkpoint
-import cli
-import distributed
-from cli import UserError
-from distributed import Ranks
+from diffusion.teacher_ode import GRIDS, ODE_OPTIONS, TARGETS, TeacherODE, add_ode_options, grid_steps, pick_points
 from presets import preset
-from randomness import LABEL_POLICIES, labels, noise
-from shards import fill_store
-from teacher_ode import TeacherODE, add_ode_options
-from training import PRECISIONS, add_compile_option, autocast, compile_blocks
-from trajectory import GRIDS, grid_steps, pick_points
-
-DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+from runtime import cli, distributed
+from runtime.cli import UserError, chosen
+from runtime.precision import (
+    DTYPES,
+    STORED,
+    add_compile_option,
+    add_precision_option,
+    autocast,
+    compile_blocks,
+)
+from runtime.randomness import LABEL_POLICIES, labels, noise
+from stores import checkpoints
+from stores.shards import ShardWriter
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description="Dump the teacher's ODE trajectories.")
     parser.add_presets(preset("sample_trajectory.py"))
     group = parser.add_argument_group("teacher and its ODE")
-    group.add_argument("--teacher", required=True, help="checkpoint of the teacher")
-    group.add_argument("--teacher-weights", choices=("ema", "raw"), default="ema", help="which of its weights")
+    group.add_argument("--teacher", required=True, help="Checkpoint of the teacher.")
+    group.add_argument("--teacher-weights", choices=("ema", "raw"), default="ema", help="Use these of its weights.")
     add_ode_options(group)
     group = parser.add_argument_group("store")
-    group.add_argument("--out", required=True, help="folder of the store")
-    group.add_argument("--num-trajectories", type=cli.positive, required=True, help="how many, exactly")
-    group.add_argument("--steps", type=cli.positive, default=4, help="student steps S whose points are stored")
-    group.add_argument("--grid", choices=GRIDS, default="even", help="where they lie; even serves S = 1, 2 and 4")
-    group.add_argument("--store", choices=("both", "x0", "xt"), default="both", help="predicted x_0, states, or both")
-    group.add_argument("--dtype", choices=DTYPES, default="fp16", help="of the stored points")
-    group.add_argument("--rows-per-shard", type=cli.positive, default=8192, help="trajectories of one file")
+    group.add_argument("--out", required=True, help="Folder of the store.")
+    group.add_argument("--num-trajectories", type=cli.positive, required=True, help="Make exactly so many.")
+    group.add_argument("--steps", type=cli.positive, default=4, help="Student steps S whose points are stored.")
+    group.add_argument("--grid", choices=GRIDS, default="even", help="Where they lie; even serves S = 1, 2 and 4.")
+    group.add_argument(
+        "--store", choices=("both", *TARGETS), default="both", help="Keep predicted x_0, states, or both."
+    )
+    group.add_argument("--dtype", choices=STORED, default="fp16", help="Number format of the stored points.")
+    group.add_argument("--rows-per-shard", type=cli.positive, default=8192, help="Trajectories of one file.")
     group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=cli.not_negative, default=0, help="trajectory i depends on (seed, i) alone")
-    group.add_argument("--label-policy", choices=LABEL_POLICIES, default="balanced", help="how labels are chosen")
-    group.add_argument("--per-proc-batch-size", type=cli.positive, default=256, help="trajectories of a rank at once")
-    group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the teacher; the solver is fp32")
+    group.add_argument("--seed", type=cli.not_negative, default=0, help="Trajectory i depends on (seed, i) alone.")
+    group.add_argument("--label-policy", choices=LABEL_POLICIES, default="balanced", help="Choose labels in this way.")
+    group.add_argument("--per-proc-batch-size", type=cli.positive, default=256, help="Trajectories of a rank at once.")
+    add_precision_option(group, of="the teacher; the solver is fp32")
     add_compile_option(group)
-    group.add_argument("--dry-run", action="store_true", help="check everything, print the plan as JSON, do nothing")
+    cli.add_dry_run_option(group)
     distributed.add_device_option(group)
     return parser
 
 
-def dump_shard(ode: TeacherODE, args, rows: range, points: list[int], ranks: Ranks, bar: tqdm) -> dict:
-    """The trajectories ``rows`` as the tensors of one shard, on the CPU in the stored dtype."""
-    shape, classes = ode.teacher.latent_shape, ode.teacher.num_classes
-    parts = []
-    for start in range(rows.start, rows.stop, args.per_proc_batch_size):
-        indices = range(start, min(start + args.per_proc_batch_size, rows.stop))
-        z = noise(args.seed, "trajectory", indices, shape)
-        y = labels(args.seed, indices, classes, args.label_policy)
-        with autocast(args.precision, ranks.device):
-            x, x0 = ode(z.to(ranks.device), y.to(ranks.device))
-        stored = {"noise": z} | pick_points(x, x0, points)
-        if args.store != "both":
-            del stored["x0" if args.store == "xt" else "xt"]
-        parts.append({name: value.to("cpu", DTYPES[args.dtype]) for name, value in stored.items()} | {"label": y})
-        bar.update(len(indices))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
 def run(args: argparse.Namespace) -> None:
-    teacher, config = checkpoint.load_teacher(args.teacher, weights=args.teacher_weights)
-    ode = TeacherODE(teacher, args)
+    teacher, config = checkpoints.load_teacher(args.teacher, weights=args.teacher_weights)
+    ode = TeacherODE(teacher, **chosen(args, ODE_OPTIONS))
     try:
-        points = grid_steps(args.steps, args.grid, args.solver_steps)
+        solver_indices = grid_steps(args.steps, args.grid, args.solver_steps)
     except ValueError as error:
         raise UserError(
             f"--steps {args.steps} --grid {args.grid} --solver-steps {args.solver_steps}: {error}"
         ) from None
-    provenance = (
-        config["provenance"]
-        | ode.provenance
-        | {
-            "points": points,
-            "store": args.store,
-            "dtype": args.dtype,
-            "precision": args.precision,
-            "seed": args.seed,
-            "label_policy": args.label_policy,
-            "count": args.num_trajectories,
-            "rows_per_shard": args.rows_per_shard,
-        }
-    )
+    provenance = config["provenance"] | ode.provenance | {"solver_indices": solver_indices}
+    provenance |= chosen(args, ("store", "dtype", "precision", "seed", "label_policy"))
+    provenance |= {"count": args.num_trajectories, "rows_per_shard": args.rows_per_shard}
     if args.dry_run:
         cli.show_plan(provenance, args)
         return
-    ranks = distributed.setup(args.device)
-    folder, count = Path(args.out), args.num_trajectories
-    teacher.to(ranks.device)
+    context = distributed.setup(args.device)
+    teacher.to(context.device)
     if args.compile:
         compile_blocks(teacher)
+    kept = TARGETS if args.store == "both" else (args.store,)
 
-    def make(rows: range, bar: tqdm) -> dict[str, torch.Tensor]:
-        return dump_shard(ode, args, rows, points, ranks, bar)
-
-    written = fill_store(folder, provenance, ranks, make, unit="trajectory")
-    if ranks.main:
-        print(f"{folder}: {count} trajectories" if written else f"{folder}: already complete, {count} trajectories")
-    distributed.finish(ranks)
+    with ShardWriter(args.out, provenance, context, unit="trajectory") as writer:
+        for rows in writer.missing_shards():
+            parts = []
+            for start in range(rows.start, rows.stop, args.per_proc_batch_size):
+                indices = range(start, min(start + args.per_proc_batch_size, rows.stop))
+                z = noise(args.seed, "trajectory", indices, teacher.latent_shape)
+                y = labels(args.seed, indices, teacher.num_classes, args.label_policy)
+                with autocast(args.precision, context.device):
+                    x, x0 = ode(z.to(context.device), y.to(context.device))
+                points = pick_points(x, x0, solver_indices)
+                stored = {"noise": z} | {name: points[name] for name in kept}
+                stored = {name: value.to("cpu", DTYPES[args.dtype]) for name, value in stored.items()}
+                parts.append(stored | {"label": y})
+                writer.progress.update(len(indices))
+            writer.write(rows, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    if context.is_main:
+        print(
+            f"{args.out}: " + ("already complete, " if writer.complete else "") + f"{provenance['count']} trajectories"
+        )
+    distributed.finish(context)
 
 
 if __name__ == "__main__":

@@ -7,117 +7,143 @@
 """
 
 import argparse
-from functools import partial
 
-import torch
-
-import checkpoint
-import cli
-import distributed
-from cli import UserError
+from diffusion.teacher_ode import (
+    GRIDS,
+    ODE_OPTIONS,
+    TARGETS,
+    OnlineBatches,
+    TeacherODE,
+    add_ode_options,
+    grid_steps,
+)
+from losses import regression_losses
 from models import DiT, DiT_models
 from models_ard import ARD, MASKS
 from presets import preset
-from provenance import require_same
-from samples import preview_images, save_grid
-from teacher_ode import TeacherODE, add_ode_options
-from training import Network, Trainer, add_training_options, prepare_blocks, rank_sizes, training_config
-from trajectory import GRIDS, TARGETS, OnlineBatches, TrajectoryBatches, TrajectoryStore, grid_steps
-from vae import load_vae
+from runtime import cli, distributed
+from runtime.cli import UserError, chosen
+from runtime.precision import autocast, prepare_blocks
+from runtime.provenance import require_same
+from runtime.vae import load_vae
+from sampler import Sampler
+from stores import checkpoints
+from stores.trajectories import TrajectoryBatches, TrajectoryStore
+from trainer import (
+    RESULT_OPTIONS,
+    RUN_OPTIONS,
+    STATE_OPTIONS,
+    Trainer,
+    TrainState,
+    add_training_options,
+    student_config,
+)
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description="Distil a teacher into a few-step student by regression.")
     parser.add_presets(preset("train_ARD.py"))
     group = parser.add_argument_group("teacher")
-    group.add_argument("--data-path", help="trajectory store of sample_trajectory.py")
-    group.add_argument("--teacher", help="its checkpoint; the default is the one that the store names")
-    group.add_argument("--online", action="store_true", help="make trajectories in each step instead of reading them")
+    group.add_argument("--data-path", help="Train on this trajectory store of sample_trajectory.py.")
+    group.add_argument("--teacher", help="Checkpoint of the teacher; without it, the one that the store names.")
+    group.add_argument("--online", action="store_true", help="Make trajectories in each step instead of reading them.")
     add_ode_options(parser.add_argument_group("the teacher's ODE, with --online"))
     group = parser.add_argument_group("student")
-    group.add_argument("--model", choices=DiT_models, metavar="NAME", help="the teacher's size, checked if given")
-    group.add_argument("--steps", type=cli.positive, default=4, help="S, the student's steps")
-    group.add_argument("--mask", choices=MASKS, default="M4", help="what a step may see: M1 itself .. M4 all before")
-    group.add_argument("--stack", type=cli.not_negative, default=6, help="N, lower blocks that see history")
-    group.add_argument("--target", choices=TARGETS, default="x0", help="predict x_0 from the next point, or that point")
-    group.add_argument("--grid", choices=GRIDS, default="even", help="where the points lie on the teacher's trajectory")
+    group.add_argument("--model", choices=DiT_models, metavar="NAME", help="The teacher's size, checked if given.")
+    group.add_argument("--steps", type=cli.positive, default=4, help="S, the student's steps.")
+    group.add_argument("--mask", choices=MASKS, default="M4", help="What a step sees: M1 itself .. M4 all before it.")
+    group.add_argument("--stack", type=cli.not_negative, default=6, help="N, the lower blocks that see history.")
+    group.add_argument(
+        "--target", choices=TARGETS, default="x0", help="Predict x_0 from the next point, or that point."
+    )
+    group.add_argument(
+        "--grid", choices=GRIDS, default="even", help="Where the points lie on the teacher's trajectory."
+    )
     group.add_argument(
         "--level-embedding",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="add a learned vector per step to the tokens",
+        help="Add a learned vector per step to the tokens.",
     )
     add_training_options(parser, lr=1e-4, batch=64, iterations=300_000)
     return parser
 
 
-def open_teacher(args) -> tuple[DiT, dict, dict, TrajectoryStore | TeacherODE]:
+def open_teacher(
+    data_path: str | None, teacher: str | None, *, online: bool, seed: int, **ode_options: float
+) -> tuple[DiT, dict, dict, TrajectoryStore | TeacherODE]:
     """The teacher, its config, the provenance of its trajectories, and where they come from: a store or the ODE."""
-    if args.online == bool(args.data_path):
+    if online == bool(data_path):
         raise UserError("--data-path: give the folder of a trajectory store, or else --online and --teacher")
-    if not args.online:
-        store = TrajectoryStore(args.data_path)
-        return *store.load_teacher(args.teacher), store.provenance, store
-    if not args.teacher:
+    if data_path:
+        store = TrajectoryStore(data_path)
+        return *store.load_teacher(teacher), store.provenance, store
+    if not teacher:
         raise UserError("--online: needs --teacher, the checkpoint whose trajectories to make")
-    teacher, config = checkpoint.load_teacher(args.teacher)
-    ode = TeacherODE(teacher, args)
-    made = {"seed": args.seed, "label_policy": "balanced", "online": True}
-    return teacher, config, config["provenance"] | ode.provenance | made, ode
-
-
-def regression_losses(predictions: torch.Tensor, trajectory: torch.Tensor) -> torch.Tensor:
-    """Eq. 6, mean over steps: predictions (B, S, C, H, W) of all points but the first of (B, S+1, C, H, W) -> (B,)."""
-    return (predictions.float() - trajectory[:, 1:]).square().flatten(1).mean(1)
-
-
-def student_losses(student, batch: dict) -> dict[str, torch.Tensor]:
-    """The losses of a student, perhaps in DDP, on a batch, as ``Trainer.backward`` wants them."""
-    return {"loss": regression_losses(student(batch["trajectory"][:, :-1], batch["y"]), batch["trajectory"])}
+    model, config = checkpoints.load_teacher(teacher)
+    ode = TeacherODE(model, **ode_options)
+    made = {"seed": seed, "label_policy": "balanced", "online": True}
+    return model, config, config["provenance"] | ode.provenance | made, ode
 
 
 def run(args: argparse.Namespace) -> None:
-    teacher, teacher_config, provenance, trajectories = open_teacher(args)
+    teacher, teacher_config, provenance, source = open_teacher(
+        args.data_path, args.teacher, online=args.online, seed=args.seed, **chosen(args, ODE_OPTIONS)
+    )
     if args.model:
         size = DiT_models[args.model].keywords
         require_same(f"--model {args.model}: the teacher is another model", teacher.config, size)
     try:
-        points = grid_steps(args.steps, args.grid, provenance["solver_steps"])
+        solver_indices = grid_steps(args.steps, args.grid, provenance["solver_steps"])
         student = ARD.from_teacher(teacher, args.steps, args.mask, args.stack, args.level_embedding)
     except ValueError as error:
         raise UserError(f"--steps {args.steps} --stack {args.stack} --grid {args.grid}: {error}") from None
-    ranks = distributed.setup(args.device)
-    make_batches = OnlineBatches if args.online else TrajectoryBatches
-    batches = make_batches(trajectories, points, args.target, args, ranks)
-    vae = load_vae(teacher_config["vae"] if args.sample_every else None, ranks.device)
+    context = distributed.setup(args.device)
+    order = {"global_batch_size": args.global_batch_size, "seed": args.seed, "context": context}
+    if isinstance(source, TeacherODE):
+        batches = OnlineBatches(source, solver_indices, args.target, precision=args.precision, **order)
+    else:
+        batches = TrajectoryBatches(source, solver_indices, args.target, **order)
+    vae = load_vae(teacher_config["vae"] if args.sample_every else None, context.device)
 
-    config = {
-        "kind": "student",
-        "model": student.config,
-        "vae": teacher_config["vae"],
-        "provenance": provenance | {"grid": args.grid, "points": points, "target": args.target},
-        "training": training_config(args) | {"loss": "R"},
-    }
+    config = student_config(
+        student,
+        vae=teacher_config["vae"],
+        provenance=provenance,
+        grid=args.grid,
+        solver_indices=solver_indices,
+        target=args.target,
+        training=chosen(args, RESULT_OPTIONS) | {"loss": "R"},
+    )
     if args.dry_run:
-        cli.show_plan(config | {"iterations": args.iterations, "ranks": rank_sizes(args, ranks)}, args)
+        plan = {"iterations": args.iterations, "ranks": context.describe_batch(args.global_batch_size)}
+        cli.show_plan(config | plan, args)
         return
-    prepare_blocks(student, args)
+    blocks = {"compile": args.compile, "checkpoint_activations": args.checkpoint_activations}
+    prepare_blocks(student, **blocks)
     if args.online:
-        teacher.to(ranks.device)
-        prepare_blocks(teacher, args)
-    network = Network(student, ranks, args.lr, args.clip, args.ema_decay)
-    trainer = Trainer(args, ranks, config, {"": network})
+        prepare_blocks(teacher.to(context.device), **blocks)
+    state = TrainState(student, context, **chosen(args, STATE_OPTIONS))
+    previews = Sampler(
+        lambda noise, y: state.ema.sample(noise, y)[:, -1],
+        student,
+        vae,
+        context.device,
+        stream="preview",
+        precision=args.precision,
+    )
+    trainer = Trainer(context, config, {"": state}, preview=previews.save_preview, **chosen(args, RUN_OPTIONS))
 
-    losses = partial(student_losses, network.model)
-
-    def train_step(batch: dict) -> dict:
-        return trainer.backward(network, losses, batches.complete(batch)) | {"grad_norm": network.step()}
-
-    def preview(path) -> None:
-        save_grid(path, preview_images(network.ema, vae, range(64), args.precision))
-
-    trainer.run(batches, train_step, preview)
-    distributed.finish(ranks)
+    for batch in trainer.steps(batches):
+        if args.online:
+            batch = batches.complete(batch)
+        for part in state.micro_batches(batch):
+            with autocast(args.precision, context.device):
+                predictions = state.ddp_model(part["trajectory"][:, :-1], part["y"])
+                losses = {"loss": regression_losses(predictions, part["trajectory"])}
+            state.backward(losses)
+        trainer.end_step(state.step())
+    distributed.finish(context)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import trange
 
-import cli
-from data import digits_images, to_unit
 from evaluations.files import write_whole
+from runtime import cli
+from stores.images import digits_images, from_uint8
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "assets" / "digits_classifier.pt"
 SEED = 0
@@ -81,7 +81,7 @@ def accuracy(model: DigitsClassifier, x: torch.Tensor, y: torch.Tensor) -> float
 def train(steps: int) -> tuple[DigitsClassifier, float]:
     """The classifier after ``steps`` seeded steps on four fifths of the digits, and its accuracy on the last fifth."""
     images, y = digits_images()
-    x = to_unit(images)
+    x = from_uint8(images)
     train_rows, test_rows = split()
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
@@ -122,7 +122,7 @@ def run_train(args: argparse.Namespace) -> None:
         torch=str(torch.__version__),
     )
     if args.dry_run:
-        cli.show_plan(provenance)
+        cli.show_plan(provenance, args)
         return
     model, held_out = train(args.steps)
     provenance["held_out_accuracy"] = held_out
@@ -135,7 +135,7 @@ def run_reference(args: argparse.Namespace) -> None:
     images, labels = digits_images()
     images = images.permute(0, 2, 3, 1).repeat(1, 1, 1, 3).numpy()  # (N, 8, 8, 3), grey in all three channels
     if args.dry_run:
-        cli.show_plan(dict(out=str(args.out), arr_0=images.shape, arr_1=labels.shape))
+        cli.show_plan(dict(out=str(args.out), arr_0=images.shape, arr_1=labels.shape), args)
         return
     write_whole("--out", args.out, lambda file: np.savez(file, arr_0=images, arr_1=labels.numpy()))
     print(f"{len(images)} digits saved to {args.out}")
@@ -144,21 +144,21 @@ def run_reference(args: argparse.Namespace) -> None:
 def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="evaluations.digits", description="The digit classifier behind FID at small scale.")
     commands = parser.add_subparsers(required=True, metavar="train|reference")
-    command = commands.add_parser("train", help="train the classifier on four fifths of the digits (a minute, CPU)")
-    command.add_argument("--out", type=Path, required=True, help="file to write")
-    command.add_argument("--steps", type=cli.positive, default=1200, help="optimiser steps of 128 images")
+    command = commands.add_parser(
+        "train", help="Train the classifier on four fifths of the digits (a minute on a CPU)."
+    )
+    command.add_argument("--out", type=Path, required=True, help="File to write.")
+    command.add_argument("--steps", type=cli.positive, default=1200, help="Optimiser steps of 128 images.")
     command.set_defaults(run=run_train)
-    other = commands.add_parser("reference", help="write the 1797 real digits as an .npz in ADM's format")
-    other.add_argument("--out", type=Path, required=True, help="file to write: arr_0 (N, 8, 8, 3) uint8, arr_1 labels")
+    other = commands.add_parser("reference", help="Write the 1797 real digits as an .npz in ADM's format.")
+    other.add_argument("--out", type=Path, required=True, help="File to write: arr_0 (N, 8, 8, 3) uint8, arr_1 labels.")
     other.set_defaults(run=run_reference)
     for each in (command, other):
-        each.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
+        cli.add_dry_run_option(each)
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
-    args.run(args)
-
+run = cli.run_command
 
 if __name__ == "__main__":
     cli.main(build_parser(), run)

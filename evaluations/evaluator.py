@@ -20,48 +20,50 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import cli
-import distributed
-from cli import UserError
-from distributed import Ranks
 from evaluations.features import NAMES, Extractor, extractor
 from evaluations.files import Images, write_whole
 from evaluations.metrics import frechet_distance, full_precision, inception_score, precision_recall, statistics
-from provenance import file_sha256
+from runtime import cli, distributed
+from runtime.cli import UserError
+from runtime.distributed import DistributedContext
+from runtime.files import file_sha256
+from runtime.provenance import with_current_keys
 
 K = 3  # neighbours, ADM's choice
 PUBLISHED_COUNT = 50_000  # FID falls with the number of samples; published values use this many
 
 
-def extract(images: Images, network: Extractor, batch_size: int, ranks: Ranks) -> dict[str, np.ndarray]:
+def extract(images: Images, network: Extractor, batch_size: int, context: DistributedContext) -> dict[str, np.ndarray]:
     """Features of all images on every rank: name -> (N, width) float32; each rank extracts its share."""
     table = {name: np.zeros((images.count, width), dtype=np.float32) for name, width in network.widths.items()}
-    rows = ranks.share(images.count)
-    progress = tqdm(total=rows.stop - rows.start, desc=images.path.name, disable=None if ranks.main else True)
+    rows = context.share(images.count)
+    progress = tqdm(total=rows.stop - rows.start, desc=images.path.name, disable=None if context.is_main else True)
     with full_precision(), progress:
         for start, batch in images.batches(rows, batch_size):
             outputs = network(batch)
             for name, values in table.items():
                 values[start : start + len(batch)] = outputs[name]
             progress.update(len(batch))
-    if ranks.world > 1:  # everyone's rows are zero but its own, so the sum is the whole table, exactly
+    if context.world_size > 1:  # everyone's rows are zero but its own, so the sum is the whole table, exactly
         for name, values in table.items():
-            table[name] = ranks.all_reduce(torch.from_numpy(values).to(ranks.device)).cpu().numpy()
+            table[name] = context.all_reduce(torch.from_numpy(values).to(context.device)).cpu().numpy()
     return table
 
 
-def features(images: Images, digest: str, network: Extractor, batch_size: int, ranks: Ranks, cache: bool) -> dict:
+def features(
+    images: Images, digest: str, network: Extractor, batch_size: int, context: DistributedContext, cache: bool
+) -> dict:
     """The same from the file kept beside the images if it fits them and the network, else extracted and kept.
 
     Complete on the main rank. The other ranks' may be empty.
     """
     path = images.path.with_name(f"{images.path.stem}.{network.name}.features.npz")
     key = json.dumps(dict(images=digest, weights=network.weights_sha256))
-    kept = read_cache(path, key) if cache and ranks.main else None
-    if ranks.from_main(kept is not None):
+    kept = read_cache(path, key) if cache and context.is_main else None
+    if context.broadcast_object(kept is not None):
         return kept or {}
-    table = extract(images, network, batch_size, ranks)
-    if cache and ranks.main:
+    table = extract(images, network, batch_size, context)
+    if cache and context.is_main:
         try:
             write_whole("features", path, lambda file: np.savez(file, key=np.array(key), **table))
         except UserError as error:  # a read-only folder costs time, not the result
@@ -117,7 +119,7 @@ class Evaluation:
         if text is None:
             return None
         try:
-            return json.loads(str(text))
+            return with_current_keys(json.loads(str(text)))
         except json.JSONDecodeError:
             raise UserError(f"{self.samples.what}: its member provenance is not JSON") from None
 
@@ -140,19 +142,21 @@ class Evaluation:
             samples=self.provenance_of_samples,
         )
 
-    def run(self, batch_size: int, ranks: Ranks, cache: bool, floor: bool) -> dict:
+    def run(self, batch_size: int, context: DistributedContext, cache: bool, floor: bool) -> dict:
         """All figures and their provenance, the same on every rank."""
         pairs = (("samples_file", self.samples), ("reference_file", self.reference))
-        digests = ranks.from_main({role: file_sha256(images.path) for role, images in pairs} if ranks.main else None)
-        sam, ref = (features(i, digests[role], self.network, batch_size, ranks, cache) for role, i in pairs)
+        digests = context.broadcast_object(
+            {role: file_sha256(images.path) for role, images in pairs} if context.is_main else None
+        )
+        sam, ref = (features(i, digests[role], self.network, batch_size, context, cache) for role, i in pairs)
         result = None
-        if ranks.main:
+        if context.is_main:
             try:
-                result = self.figures(ref, sam, ranks.device, floor)
+                result = self.figures(ref, sam, context.device, floor)
             except ValueError as error:  # stored statistics that are none, weights that give NaN
                 raise UserError(f"{self.reference.what}, {self.samples.what}: {error}") from None
             result["provenance"] = self.provenance(digests)
-        return ranks.from_main(result)
+        return context.broadcast_object(result)
 
     def figures(self, ref: dict, sam: dict, device: torch.device, floor: bool) -> dict:
         """The figures from the features of both files."""
@@ -179,7 +183,7 @@ def evaluate(
     *,
     inception_weights: str | Path | None = None,
     batch_size: int = 64,
-    ranks: Ranks | None = None,
+    context: DistributedContext | None = None,
     cache: bool = True,
     allow_few: bool = False,
     floor: bool = False,
@@ -189,9 +193,9 @@ def evaluate(
     features: "digits" or "inception". Returns fid, sfid (None for digits), inception_score, precision, recall, count,
     floor (if asked for) and provenance. Raises ``UserError`` on files and weights that do not serve.
     """
-    ranks = ranks or Ranks(0, 1, torch.device("cpu"))
-    network = extractor(features, ranks.device, inception_weights)
-    return Evaluation(reference_path, samples_path, network, allow_few).run(batch_size, ranks, cache, floor)
+    context = context or DistributedContext()
+    network = extractor(features, context.device, inception_weights)
+    return Evaluation(reference_path, samples_path, network, allow_few).run(batch_size, context, cache, floor)
 
 
 def show(result: dict) -> None:
@@ -218,45 +222,50 @@ def show(result: dict) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    ranks = distributed.setup(args.device)
-    if not ranks.main:
-        ranks.barrier()  # the main rank goes first, in case that the weights have to be fetched
-    network = extractor(args.features, ranks.device, args.inception_weights)
-    if ranks.main:
-        ranks.barrier()
+    context = distributed.setup(args.device)
+    if not context.is_main:
+        context.barrier()  # the main rank goes first, in case that the weights have to be fetched
+    network = extractor(args.features, context.device, args.inception_weights)
+    if context.is_main:
+        context.barrier()
     evaluation = Evaluation(args.reference, args.samples, network, args.allow_few)
     if args.dry_run:
-        if ranks.main:
+        if context.is_main:
             files = dict(reference_file=file_sha256(args.reference), samples_file=file_sha256(args.samples))
-            cli.show_plan(evaluation.provenance(files) | dict(device=str(ranks.device), ranks=ranks.world))
+            plan = dict(device=str(context.device), ranks=context.world_size)
+            cli.show_plan(evaluation.provenance(files) | plan, args)
     else:
-        result = evaluation.run(args.batch_size, ranks, args.cache, args.floor)
-        if ranks.main:
+        result = evaluation.run(args.batch_size, context, args.cache, args.floor)
+        if context.is_main:
             show(result)
             if args.json:
                 write_whole("--json", args.json, lambda file: file.write(json.dumps(result, indent=2).encode() + b"\n"))
-    distributed.finish(ranks)
+    distributed.finish(context)
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="evaluations.evaluator", description="FID, sFID, Inception Score, precision and recall.")
-    parser.add_argument("reference", metavar="REFERENCE", type=Path, help=".npz of real images in ADM's format")
-    parser.add_argument("samples", metavar="SAMPLES", type=Path, help=".npz of samples: arr_0 (N, H, W, 3) uint8")
+    parser.add_argument("reference", metavar="REFERENCE", type=Path, help="Real images, an .npz in ADM's format.")
+    parser.add_argument("samples", metavar="SAMPLES", type=Path, help="Samples, an .npz with arr_0 (N, H, W, 3) uint8.")
     group = parser.add_argument_group("features")
-    group.add_argument("--features", choices=NAMES, default="inception", help="inception is ADM's; digits is ours, 8x8")
     group.add_argument(
-        "--inception-weights", type=Path, help="file of torch-fidelity's Inception weights; fetched when not given"
+        "--features", choices=NAMES, default="inception", help="Use ADM's network, or ours for 8x8 digits."
     )
-    group.add_argument("--batch-size", type=cli.positive, default=64, help="images per forward pass and device")
     group.add_argument(
-        "--cache", action=argparse.BooleanOptionalAction, default=True, help="keep the features beside the files"
+        "--inception-weights",
+        type=Path,
+        help="Use this file of torch-fidelity's Inception weights; without it, they are fetched.",
+    )
+    group.add_argument("--batch-size", type=cli.positive, default=64, help="Images of a rank at once.")
+    group.add_argument(
+        "--cache", action=argparse.BooleanOptionalAction, default=True, help="Keep the features beside the files."
     )
     distributed.add_device_option(group)
     group = parser.add_argument_group("figures")
-    group.add_argument("--allow-few", action="store_true", help="accept fewer images than features (2048; digits: 64)")
-    group.add_argument("--floor", action="store_true", help="also the FID of as many draws from the reference itself")
-    group.add_argument("--json", type=Path, metavar="OUT.json", help="write the figures and their provenance there")
-    group.add_argument("--dry-run", action="store_true", help="check files and weights, print the plan and stop")
+    group.add_argument("--allow-few", action="store_true", help="Accept fewer images than features (2048; digits: 64).")
+    group.add_argument("--floor", action="store_true", help="Add the FID of as many draws from the reference itself.")
+    group.add_argument("--json", type=Path, metavar="OUT.json", help="Write the figures and their provenance there.")
+    cli.add_dry_run_option(group)
     return parser
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cli import UserError, existing_file
-from data import to_unit
 from evaluations import digits
-from provenance import file_sha256
+from runtime.cli import UserError, existing_file
+from runtime.files import cached_download, file_sha256
+from stores.images import from_uint8
 
 NAMES = ("inception", "digits")
 
@@ -36,7 +36,7 @@ class Extractor:
         raise NotImplementedError
 
 
-class Digits(Extractor):
+class DigitsFeatures(Extractor):
     """The repository's own classifier of 8x8 digits (evaluations/digits.py). Colours are averaged to grey."""
 
     name = "digits"
@@ -52,12 +52,12 @@ class Digits(Extractor):
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray | None]:
-        x = to_unit(torch.from_numpy(images).to(self.device)).mean(dim=3)[:, None]  # (B, 1, 8, 8)
+        x = from_uint8(torch.from_numpy(images).to(self.device)).mean(dim=3)[:, None]  # (B, 1, 8, 8)
         pool, logits = self.model(x)
         return dict(pool=pool.cpu().numpy(), spatial=None, probs=logits.softmax(dim=1).cpu().numpy())
 
 
-class Inception(Extractor):
+class InceptionFeatures(Extractor):
     """Inception-v3 of 2015-12-05 with TensorFlow's weights and TensorFlow's resizing to 299x299, from torch-fidelity.
 
     pool: the 2048 pooled features. spatial: the first 7 channels of the 1x1 branch of block Mixed_6d, mixed_6/conv in
@@ -69,9 +69,12 @@ class Inception(Extractor):
     PUBLISHED = "6726825d"  # the published weights' SHA-256 starts so, and their file name ends so
 
     def __init__(self, device: torch.device | str = "cpu", weights: str | Path | None = None):
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-        weights = existing_file("--inception-weights", weights) if weights else self.published_weights()
+        if weights:
+            weights = existing_file("--inception-weights", weights)
+        else:
+            weights = cached_download(URL_INCEPTION_V3, "--inception-weights", self.PUBLISHED)
         wrong = f"--inception-weights {weights}: not the weights of torch-fidelity's Inception-v3"
         try:
             torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity itself would run any pickle
@@ -85,23 +88,6 @@ class Inception(Extractor):
         self.weights_sha256 = file_sha256(weights)
         self.adm = self.weights_sha256.startswith(self.PUBLISHED)
         self.model.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
-
-    @classmethod
-    def published_weights(cls) -> Path:
-        """The published weights in torch's cache, fetched if absent. Raises ``UserError`` if they cannot be fetched."""
-        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as URL
-
-        path = Path(torch.hub.get_dir()) / "checkpoints" / URL.rpartition("/")[2]
-        if not path.is_file():
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(URL, str(path), hash_prefix=cls.PUBLISHED)
-            except (OSError, RuntimeError) as error:
-                raise UserError(
-                    f"--inception-weights: could not fetch the weights ({error}), "
-                    f"get {URL} elsewhere and give the file with this option"
-                ) from None
-        return path
 
     def _keep_spatial(self, module, inputs, output: torch.Tensor) -> None:
         self.spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 192, 17, 17) -> (B, 17 * 17 * 7)
@@ -117,7 +103,7 @@ class Inception(Extractor):
 def extractor(name: str, device: torch.device | str = "cpu", inception_weights: str | Path | None = None) -> Extractor:
     """The extractor of that name ("inception" or "digits"), on the device. Raises ``UserError`` on wrong weights."""
     if name == "inception":
-        return Inception(device, inception_weights)
+        return InceptionFeatures(device, inception_weights)
     if inception_weights:
         raise UserError(f"--inception-weights {inception_weights}: of no use with --features {name}, leave it out")
-    return Digits(device)
+    return DigitsFeatures(device)

@@ -1,6 +1,5 @@
 """Files of images in ADM's format: an .npz with arr_0 (N, H, W, 3) uint8, read piece by piece."""
 
-import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -8,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import UserError, existing_file
+from runtime.cli import UserError, existing_file
+from runtime.files import atomic_write
 
 
 def write_whole(option: str, path: str | Path, write: Callable) -> None:
@@ -16,18 +16,11 @@ def write_whole(option: str, path: str | Path, write: Callable) -> None:
 
     Raises ``UserError``, naming the option, if the file cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with atomic_write(path) as partial, partial.open("wb") as file:
             write(file)
-        partial.replace(path)
     except OSError as error:
         raise UserError(f"{option} {path}: {error.strerror}, give a file that can be written") from None
-    finally:
-        if partial.is_file():
-            partial.unlink()
 
 
 class Images:

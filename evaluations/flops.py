@@ -8,19 +8,20 @@ paper counts multiply-accumulates, half of what PyTorch counts, of the backbone,
 
 import argparse
 import json
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import cli
 from diffusion import create_diffusion
 from models import DiT, DiT_models
 from models_ard import ARD
 from presets import TABLE_1
+from runtime import cli
+from runtime.files import write_text
 
 
-def count_flops(work) -> int:
+def count_flops(work: Callable[[], object]) -> int:
     """Floating-point operations (two for a multiply-accumulate) of what ``work()`` does."""
     with FlopCounterMode(display=False) as counter:
         work()
@@ -59,8 +60,10 @@ def count_table(model: str) -> list[dict]:
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="evaluations.flops", description="Count the GFLOPs column of the paper's Table 1.")
-    parser.add_argument("--model", choices=DiT_models, default="DiT-XL/2", metavar="NAME", help="size of the model")
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="the rows as JSON, in FILE or printed")
+    parser.add_argument("--model", choices=DiT_models, default="DiT-XL/2", metavar="NAME", help="Size of the model.")
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="Write the rows as JSON to FILE, or print them."
+    )
     return parser
 
 
@@ -77,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
         line = f"{row['row']:<18}{row['loss']:>5}{row['steps']:>5}{mask:>6}{layers:>4}"
         print(f"{line}{row['gflops']:>10.1f}{paper or '-':>9}{off:>9}")
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
+        write_text(args.json, json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

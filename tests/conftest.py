@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import cli
 from models import DiT_models
+from runtime import cli
+from stores import checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start: their models are tiny
@@ -44,7 +44,7 @@ def random_teacher(seed: int = 0):
 def save_teacher(path: Path, teacher) -> Path:
     """Write a teacher as train.py would, without what only its training needs."""
     config = {"kind": "teacher", "model": teacher.config, "vae": None, "provenance": {"data": "random"}, "training": {}}
-    checkpoint.save(path, {"config": config, "step": 0, "ema": teacher.state_dict()})
+    checkpoints.save(path, {"config": config, "step": 0, "ema": teacher.state_dict()})
     return path
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import models
 from models import DiT
-from models_ard import ARD, MASKS, Cache, TeacherForced, cache_slots, visible_steps
+from models_ard import ARD, MASKS, KVCache, TeacherForcedAttention, cache_slots, visible_steps
 
 DEPTH = 3
 
@@ -78,7 +78,7 @@ def test_forward_equals_attention_under_a_dense_mask(mask, monkeypatch):
             return out.unflatten(2, (steps, tokens)).transpose(1, 2).flatten(0, 1)
 
     ours = student(history, y)
-    monkeypatch.setattr("models_ard.TeacherForced", Masked)
+    monkeypatch.setattr("models_ard.TeacherForcedAttention", Masked)
     torch.testing.assert_close(ours, student(history, y), rtol=0, atol=1e-5)
 
 
@@ -122,8 +122,8 @@ def test_cache_holds_what_a_step_sees_and_no_more(mask, steps):
 @given(mask=st.sampled_from(MASKS), steps=st.integers(1, 6), batch=st.integers(1, 3), seed=st.integers(0, 2**16))
 def test_cached_attention_equals_teacher_forced_attention(mask, steps, batch, seed):
     q, k, v = torch.randn(3, batch, steps, 2, 3, 8, generator=torch.Generator().manual_seed(seed))
-    together = TeacherForced(mask, steps)(*(x.flatten(0, 1) for x in (q, k, v))).unflatten(0, (batch, steps))
-    cache = Cache(mask, steps)
+    together = TeacherForcedAttention(mask, steps)(*(x.flatten(0, 1) for x in (q, k, v))).unflatten(0, (batch, steps))
+    cache = KVCache(mask, steps)
     for i in range(steps):
         torch.testing.assert_close(cache(q[:, i], k[:, i], v[:, i]), together[:, i], rtol=0, atol=1e-6)
 

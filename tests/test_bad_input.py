@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import SMALL, call, random_teacher, save_teacher, spawn
 
-import checkpoint
+from stores import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def bad(tmp_path_factory, store, teacher_file, student_file):
     (folder / "half.pt").write_bytes(teacher_file.read_bytes()[:5000])
     save_teacher(folder / "other.pt", random_teacher(seed=1))
     for source, name in ((teacher_file, "nan.pt"), (student_file, "nan_student.pt")):
-        content = checkpoint.load(source, "")
+        content = checkpoints.load(source, "")
         next(v for v in content["ema"].values() if v.is_floating_point() and v.ndim > 1).view(-1)[0] = float("nan")
         torch.save(content, folder / name)
     for name in ("truncated", "unfinished"):

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-import cli
-from data import digits_images, to_unit
 from evaluations import digits, evaluator, features
 from evaluations.evaluator import evaluate
 from evaluations.files import Images
 from evaluations.metrics import frechet_distance, precision_recall, statistics
+from runtime import cli
+from stores.images import digits_images, from_uint8
 
 ROOT = Path(__file__).parent.parent
 
@@ -255,7 +255,7 @@ def test_the_shipped_classifier():
     assert saved["provenance"]["command"].startswith("python -m evaluations.digits train")
     images, labels = digits_images()
     _, held_out = digits.split()
-    reached = digits.accuracy(digits.load(), to_unit(images[held_out]), labels[held_out])
+    reached = digits.accuracy(digits.load(), from_uint8(images[held_out]), labels[held_out])
     assert reached == pytest.approx(saved["provenance"]["held_out_accuracy"], abs=0.005)
     assert reached >= 0.97
 
@@ -282,7 +282,7 @@ def test_training_writes_a_classifier(tmp_path, capsys):
     assert "held-out accuracy" in capsys.readouterr().out
     assert digits.load(tmp_path / "new" / "classifier.pt").config == digits.load().config
     with pytest.raises(cli.UserError, match="not a file that"):
-        digits.load(ROOT / "cli.py")
+        digits.load(ROOT / "demo.py")
 
 
 def test_the_command_prints_and_writes_what_evaluate_returns(files, tmp_path):

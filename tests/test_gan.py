@@ -14,23 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import checkpoint
-from data import Digits, to_unit
 from diffusion import create_diffusion
-from discriminator import (
-    BatchNormLocal,
-    Discriminator,
-    DiscriminatorHead,
-    FrozenFeatures,
-    adaptive_weight,
-    generator_losses,
-    hinge_losses,
-)
+from discriminator import Discriminator, DiscriminatorHead, FrozenFeatures, GhostBatchNorm
+from losses import AdversarialLosses, adaptive_weight, generator_losses, hinge_losses, own_history
 from models import DiT, DiT_models
 from models_ard import ARD
-from randomness import Shuffle, noise
-from train_ARD_gan import Game, own_history
-from trajectory import TrajectoryStore
+from runtime.randomness import Shuffle, noise
+from stores import checkpoints
+from stores.images import DigitImages, from_uint8
+from stores.trajectories import TrajectoryStore
 
 #################################################################################
 #                                The discriminator                              #
@@ -41,7 +33,7 @@ from trajectory import TrajectoryStore
 @given(batch=st.integers(1, 13), group=st.integers(1, 6), tokens=st.integers(1, 5), seed=st.integers(0, 2**16))
 def test_local_norm_equals_batch_norm_of_each_group(batch, group, tokens, seed):
     x = torch.randn(batch, 3, tokens, generator=torch.Generator().manual_seed(seed))
-    norm = BatchNormLocal(3, group)
+    norm = GhostBatchNorm(3, group)
     torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
     wanted = []
     for part in x.double().split(group):
@@ -55,7 +47,7 @@ def test_local_norm_equals_batch_norm_of_each_group(batch, group, tokens, seed):
 @given(whole_groups=st.integers(1, 3), rest=st.integers(0, 7), group=st.integers(1, 4), tokens=st.integers(1, 5))
 def test_a_batch_split_at_the_borders_of_groups_gives_the_same_numbers(whole_groups, rest, group, tokens):
     x = torch.randn(whole_groups * group + rest, 3, tokens)
-    norm, border = BatchNormLocal(3, group), whole_groups * group
+    norm, border = GhostBatchNorm(3, group), whole_groups * group
     parts = [norm(part) for part in (x[:border], x[border:]) if len(part)]
     torch.testing.assert_close(norm(x), torch.cat(parts), rtol=1e-5, atol=1e-6)
 
@@ -137,7 +129,7 @@ def test_losses_are_the_hinge_and_the_weight_is_clamped():
 #################################################################################
 
 
-def make_game(rollout: bool = False, seed: int = 0):
+def make_losses(rollout: bool = False, seed: int = 0):
     """A student that has moved away from its teacher, heads, and a batch of 4."""
     teacher = random_teacher()
     student = ARD.from_teacher(teacher, steps=3, history_layers=2).eval()
@@ -149,15 +141,15 @@ def make_game(rollout: bool = False, seed: int = 0):
     batch["real_y"] = torch.arange(4, 8)
     if rollout:
         batch["rollout"] = own_history(student, batch["trajectory"][:, 0], batch["y"])
-    game = Game(student, heads, FrozenFeatures(teacher), total=lambda tensor: tensor, samples=4)
-    return game, teacher, student, heads, batch
+    losses = AdversarialLosses(student, heads, FrozenFeatures(teacher), samples=4)
+    return losses, teacher, student, heads, batch
 
 
 @pytest.mark.parametrize("rollout", [False, True])
 def test_the_students_gradient_is_that_of_both_losses_walked_back_apart(rollout):
-    game, teacher, student, heads, batch = make_game(rollout)
+    losses, teacher, student, heads, batch = make_losses(rollout)
     state = copy.deepcopy(heads.state_dict())
-    out = game.student_losses(batch, gan_weight=10.0)
+    out, fake = losses.student_losses(batch, gan_weight=10.0)
     out["loss"].mean().backward()
     found = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
     student.zero_grad()
@@ -176,24 +168,25 @@ def test_the_students_gradient_is_that_of_both_losses_walked_back_apart(rollout)
         torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-5, msg=name)
     torch.testing.assert_close(out["loss"].mean(), regression + weight * adversarial, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out["gan_weight"][0], weight, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(game.fakes[0], last)
+    torch.testing.assert_close(fake, last)
     assert all(torch.equal(value, state[name]) for name, value in heads.state_dict().items())  # no power iteration
 
 
 def test_rollout_judges_what_sampling_would_draw():
-    game, _, student, _, batch = make_game(rollout=True)
-    game.student_losses(batch, gan_weight=1.0)
+    losses, _, student, _, batch = make_losses(rollout=True)
+    _, fake = losses.student_losses(batch, gan_weight=1.0)
     sample = student.sample(batch["trajectory"][:, 0], batch["y"])[:, -1]
-    torch.testing.assert_close(game.fakes[0], sample, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fake, sample, rtol=1e-4, atol=1e-5)
 
 
 def test_training_leaves_the_teacher_alone():
-    game, teacher, student, heads, batch = make_game()
+    losses, teacher, student, heads, batch = make_losses()
     before = copy.deepcopy(teacher.state_dict())
     optimizers = [torch.optim.AdamW(module.parameters(), lr=1e-2) for module in (student, heads)]
     for _ in range(3):
-        game.student_losses(batch, gan_weight=10.0)["loss"].mean().backward()
-        game.heads_losses(batch | {"fake": game.fakes.pop()})["loss"].mean().backward()
+        out, fake = losses.student_losses(batch, gan_weight=10.0)
+        out["loss"].mean().backward()
+        losses.discriminator_losses(batch | {"fake": fake})["loss"].mean().backward()
         for optimizer in optimizers:
             assert all(p.grad is not None for group in optimizer.param_groups for p in group["params"][-4:])
             optimizer.step()
@@ -214,14 +207,14 @@ def options(store, student_file, **changes) -> list:
 def test_one_step_of_the_script_equals_a_handwritten_one(store, student_file, tmp_path):
     changes = {"lr": 1e-4, "d_lr": 1e-3, "hflip": True}
     call("train_ARD_gan.py", *options(store, student_file, iterations=1, run_dir=tmp_path / "run", **changes))
-    after = checkpoint.load(tmp_path / "run" / "checkpoints" / "0000001.pt", "")
+    after = checkpoints.load(tmp_path / "run" / "checkpoints" / "0000001.pt", "")
 
-    student, config = checkpoint.load_student(student_file)
+    student, config = checkpoints.load_student(student_file)
     opened = TrajectoryStore(store)
     teacher, _ = opened.load_teacher()
-    points = opened.point_columns(config["provenance"]["points"], "x0")
+    points = opened.point_columns(config["provenance"]["solver_indices"], "x0")
     trajectory, y = opened.read(Shuffle(len(opened), 0).rows(0, 12), "x0", points)
-    digits, rows = Digits(), Shuffle(1797, 0, "real").rows(0, 12)
+    digits, rows = DigitImages(), Shuffle(1797, 0, "real").rows(0, 12)
     flipped = [
         np.random.Generator(np.random.Philox(key=[0, 5], counter=[0, 0, 0, i])).random() < 0.5 for i in range(12)
     ]
@@ -255,7 +248,7 @@ def test_one_step_of_the_script_equals_a_handwritten_one(store, student_file, tm
     norm = check(student, regression + weight * adversarial, 1e-4, "")
     heads.train()
     logits_fake, logits_real = heads(
-        features(predictions[:, -1].detach(), y), features(to_unit(images), digits.labels[rows])
+        features(predictions[:, -1].detach(), y), features(from_uint8(images), digits.labels[rows])
     )
     d_loss = F.relu(1 + logits_fake).mean() + F.relu(1 - logits_real).mean()
     check(heads, d_loss, 1e-3, "_d")
@@ -299,7 +292,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(store, student_fi
     call("train_ARD_gan.py", *options(store, student_file, iterations=6, run_dir=whole, **changes))
     for iterations in (3, 6):
         call("train_ARD_gan.py", *options(store, student_file, iterations=iterations, run_dir=parts, **changes))
-    contents = [checkpoint.load(folder / "checkpoints" / "0000006.pt", "") for folder in (whole, parts)]
+    contents = [checkpoints.load(folder / "checkpoints" / "0000006.pt", "") for folder in (whole, parts)]
     assert {"model", "ema", "opt", "model_d", "opt_d", "step", "config"} == contents[0].keys()
     assert equal(*contents)
     assert "gan_weight" not in scalars(whole)[1] and scalars(whole)[2]["gan_weight"] > 0
@@ -322,7 +315,7 @@ def test_the_authors_command_on_two_ranks_agrees_with_one_and_makes_a_student(st
 
     made = runs[1] / "checkpoints" / "0000020.pt"
     assert (runs[1] / "samples" / "0000020.png").is_file()
-    student, config = checkpoint.load_student(made)
+    student, config = checkpoints.load_student(made)
     assert isinstance(student, ARD) and config["training"]["loss"] == "R+D"
     call("sample_ARD.py", "--ckpt_path", made, "--stack=2", "--num-samples", 5, "--out", tmp_path / "samples.npz")
     with np.load(tmp_path / "samples.npz") as file:
@@ -337,7 +330,7 @@ def test_an_image_folder_and_its_latents_are_the_same_real_data(tmp_path):
     teacher = DiT_models["DiT-Nano/2"](input_size=4, in_channels=4, num_classes=2)
     config = {"kind": "teacher", "model": teacher.config, "vae": str(tmp_path / "vae"), "training": {}}
     content = {"config": config | {"provenance": {}}, "step": 0, "ema": teacher.state_dict()}
-    checkpoint.save(tmp_path / "teacher.pt", content)
+    checkpoints.save(tmp_path / "teacher.pt", content)
     pixels = np.random.default_rng(0).integers(256, size=(6, 8, 8, 3), dtype=np.uint8)
     for i, image in enumerate(pixels):
         (tmp_path / f"images/{i % 2}").mkdir(parents=True, exist_ok=True)

@@ -10,13 +10,13 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-from cli import UserError
-from data import ImageFolder, center_crop, latent_shape, open_source, to_unit
-from latents import LatentStore
 from models import DiT_models
-from samples import read_provenance
-from vae import VAE, load_vae
+from runtime.cli import UserError
+from runtime.vae import VAE, load_vae
+from stores import checkpoints
+from stores.images import ImageFolder, center_crop, from_uint8, latent_shape, open_source
+from stores.latents import LatentStore
+from stores.samples import read_provenance
 
 CPU = torch.device("cpu")
 SIZE, COUNT = 8, 11  # pixels of a side after cropping, images
@@ -128,7 +128,7 @@ def test_store_holds_both_sides_of_every_image(store, images, autoencoder):
     assert opened.provenance["classes"] == ["class0", "class1", "class2"] and opened.provenance["scale"] == 0.5
     rows, flips = np.array([10, 0, 3, 4, 0, 7]), np.array([True, False, True, False, True, True])
     got, pixels = opened.read(rows, flips), source.read(rows, flips)
-    mean, std = vae.encode(to_unit(pixels["images"]))
+    mean, std = vae.encode(from_uint8(pixels["images"]))
     torch.testing.assert_close(got["mean"], mean, rtol=0, atol=1e-5)
     torch.testing.assert_close(got["std"], std, rtol=0, atol=1e-5)
     assert torch.equal(got["y"], pixels["y"]) and torch.equal(got["y"], source.labels[rows])
@@ -188,7 +188,7 @@ def test_latents_train_as_their_images_do(trained, images, autoencoder, tmp_path
     call("train.py", "--data-path", images, "--image-size", SIZE, "--vae", autoencoder, *TRAIN, "--iterations", 6,
          "--run-dir", folder)  # fmt: skip
     assert np.abs(np.subtract(losses(folder), losses(trained))).max() < 1e-3
-    teacher, config = checkpoint.load_teacher(trained / "checkpoints" / "0000006.pt")
+    teacher, config = checkpoints.load_teacher(trained / "checkpoints" / "0000006.pt")
     assert config["vae"] == str(autoencoder) and teacher.latent_shape == (4, 4, 4) and teacher.num_classes == 3
 
 
@@ -215,7 +215,7 @@ def test_flat_folder_trains_without_classes(images, tmp_path, capsys):
     options = ("--data-path", flat, "--image-size", SIZE, *TRAIN, "--iterations", 1, "--run-dir", tmp_path / "run")
     assert "--unconditional" in refused(capsys, "train.py", *options)
     call("train.py", *options, "--unconditional")
-    teacher, _ = checkpoint.load_teacher(tmp_path / "run" / "checkpoints" / "0000001.pt")
+    teacher, _ = checkpoints.load_teacher(tmp_path / "run" / "checkpoints" / "0000001.pt")
     assert teacher.num_classes == 0 and len(teacher.y_embedder.embedding_table.weight) == 1
 
 
@@ -317,7 +317,7 @@ def test_student_of_latents_is_decoded_by_its_autoencoder(autoencoder, tmp_path,
     teacher = DiT_models["DiT-Nano/2"](input_size=6, in_channels=4, num_classes=3).eval()
     config = {"kind": "teacher", "model": teacher.config, "vae": str(autoencoder), "provenance": {}, "training": {}}
     path = tmp_path / "teacher.pt"
-    checkpoint.save(path, {"config": config, "step": 0, "ema": teacher.state_dict()})
+    checkpoints.save(path, {"config": config, "step": 0, "ema": teacher.state_dict()})
     sample = ("--teacher", path, "--num-samples", 2, "--solver-steps", 2, "--out")
     for precision in ("fp32", "bf16"):
         call("sample.py", *sample, tmp_path / f"{precision}.npz", "--vae-precision", precision, "--save-latents")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, call, spawn
 
-import checkpoint
+from stores import checkpoints
 
 TEACHER = ROOT / "assets/digits_teacher.pt"
 
@@ -50,7 +50,7 @@ def test_the_authors_commands_run_as_they_are(ranks, six_layers, tmp_path):
     done = spawn("train_ARD.py", "--model", "DiT-Micro/2", "--global-batch-size=64", "--stack=6", *small, ranks=ranks)
     assert done.returncode == 0, done.stderr
     weights = tmp_path / "000-DiT-Micro-2/checkpoints/0000002.pt"
-    config = checkpoint.load(weights, "")["config"]
+    config = checkpoints.load(weights, "")["config"]
     assert config["model"]["history_layers"] == 6 and config["model"]["mask"] == "M4" and config["model"]["steps"] == 4
     done = spawn("sample_ARD.py", "--stack=6", f"--ckpt_path={weights}", "--num-samples", 5, ranks=ranks)
     assert done.returncode == 0, done.stderr
@@ -59,16 +59,16 @@ def test_the_authors_commands_run_as_they_are(ranks, six_layers, tmp_path):
 
 
 def test_shipped_teacher_says_how_it_was_made():
-    content = checkpoint.load(TEACHER, "")
+    content = checkpoints.load(TEACHER, "")
     assert set(content) == {"config", "step", "ema"} and content["step"] == 12_000
     assert TEACHER.stat().st_size < 5e6
     assert content["config"]["training"]["lr"] == 5e-4 and content["config"]["provenance"]["data"] == "digits"
 
 
 def test_metrics_carry_the_provenance_of_the_samples(tmp_path, six_layers):
-    call("trajectory.py", "export", six_layers, "--out", tmp_path / "teacher.npz")
+    call("stores.trajectories", "export", six_layers, "--out", tmp_path / "teacher.npz")
     call("evaluations.digits", "reference", "--out", tmp_path / "digits.npz")
     call("evaluations.evaluator", tmp_path / "digits.npz", tmp_path / "teacher.npz", "--features", "digits",
          "--json", tmp_path / "metrics.json")  # fmt: skip
     samples = json.loads((tmp_path / "metrics.json").read_text())["provenance"]["samples"]
-    assert {"teacher_hash", "cfg_scale", "solver_steps", "points", "seed"} <= samples.keys()
+    assert {"teacher_hash", "cfg_scale", "solver_steps", "solver_indices", "seed"} <= samples.keys()

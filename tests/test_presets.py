@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import SMALL, call
 
-import checkpoint
-from distributed import Ranks
+from diffusion.teacher_ode import OnlineBatches, TeacherODE
 from presets import TABLE_1, preset
-from teacher_ode import TeacherODE
-from trajectory import OnlineBatches, TrajectoryStore
+from runtime.distributed import DistributedContext
+from stores import checkpoints
+from stores.trajectories import TrajectoryStore
 
 SCRIPTS = ("sample.py", "sample_trajectory.py", "train_ARD.py", "train_ARD_gan.py", "sample_ARD.py")
 
@@ -60,13 +60,10 @@ def test_a_preset_that_an_override_makes_impossible_is_still_shown(capsys):
 
 
 def test_online_trajectories_are_those_of_a_dump(store, teacher_file):
-    class Args:
-        solver_steps, cfg_scale, cfg_channels = 25, 1.5, 3
-        seed, global_batch_size, precision = 0, 8, "fp32"
-
-    teacher, _ = checkpoint.load_teacher(teacher_file)
+    teacher, _ = checkpoints.load_teacher(teacher_file)
     opened = TrajectoryStore(store)
-    online = OnlineBatches(TeacherODE(teacher, Args), opened.points, "x0", Args, Ranks(0, 1, torch.device("cpu")))
+    order = {"global_batch_size": 8, "seed": 0, "context": DistributedContext()}
+    online = OnlineBatches(TeacherODE(teacher), opened.solver_indices, "x0", **order)
     batch = online.complete(online[2])
     trajectory, y = opened.read(torch.arange(16, 24).numpy(), "x0", [0, 1, 2, 3])
     assert torch.equal(batch["y"], y)
@@ -77,7 +74,7 @@ def test_training_online_needs_no_store(teacher_file, tmp_path, capsys):
     call(
         "train_ARD.py", "--online", "--teacher", teacher_file, *SMALL, "--iterations", 2, "--run-dir", tmp_path / "run"
     )
-    assert checkpoint.load(tmp_path / "run/checkpoints/0000002.pt", "")["config"]["provenance"]["online"] is True
+    assert checkpoints.load(tmp_path / "run/checkpoints/0000002.pt", "")["config"]["provenance"]["online"] is True
     for wrong in (("--online",), ("--online", "--data-path", tmp_path), ("--teacher", teacher_file)):
         with pytest.raises(SystemExit) as stop:
             call("train_ARD.py", *wrong, "--run-dir", tmp_path / "other")

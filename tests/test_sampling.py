@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import ROOT, call, spawn
 
-import checkpoint
-from data import to_uint8, to_unit
-from randomness import labels, noise
+from runtime.randomness import labels, noise
+from stores import checkpoints
+from stores.images import from_uint8, to_uint8
 
 
 def arrays(path) -> dict[str, np.ndarray]:
@@ -25,7 +25,7 @@ def arrays(path) -> dict[str, np.ndarray]:
 def test_samples_are_those_of_the_model(student_file, tmp_path):
     call("sample_ARD.py", "--ckpt-path", student_file, "--num-samples", 23, "--out", tmp_path / "s.npz", "--seed", 5)
     found = arrays(tmp_path / "s.npz")
-    student, _ = checkpoint.load_student(student_file)
+    student, _ = checkpoints.load_student(student_file)
     with torch.no_grad():
         wanted = student.sample(noise(5, "sample", range(23), (1, 8, 8)), labels(5, range(23), 10))[:, -1]
     images = to_uint8(wanted).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
@@ -33,7 +33,7 @@ def test_samples_are_those_of_the_model(student_file, tmp_path):
     assert np.abs(found["arr_0"].astype(int) - images).max() <= 1
     assert found["arr_1"].tolist() == [i % 10 for i in range(23)]
     provenance = json.loads(str(found["provenance"]))
-    assert {"teacher_hash", "weights_hash", "sample_seed", "cfg_scale", "points", "target"} <= provenance.keys()
+    assert {"teacher_hash", "weights_hash", "sample_seed", "cfg_scale", "solver_indices", "target"} <= provenance.keys()
     assert (tmp_path / "s.png").exists() and not (tmp_path / "s.partial").exists()
 
 
@@ -99,4 +99,4 @@ def test_default_name_lies_beside_the_checkpoint(student_file):
 
 def test_uint8_survives_the_round_trip():
     every = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_uint8(to_unit(every)), every)
+    assert torch.equal(to_uint8(from_uint8(every)), every)

@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, call, losses, random_teacher, spawn
 
-import checkpoint
 from models_ard import ARD
-from overlap import write_behind
-from training import compile_blocks
+from runtime.files import WriteBehind
+from runtime.precision import compile_blocks
+from stores import checkpoints
 
 
 @pytest.fixture
@@ -42,8 +42,7 @@ def gradients(model: ARD, batch: int = 3) -> list[torch.Tensor]:
 def test_recomputed_activations_give_the_same_gradients():
     plain = student()
     saving = copy.deepcopy(plain)
-    for block in saving.blocks:
-        block.recompute = True
+    saving.checkpoint_activations = True
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
         wanted, few = gradients(plain), len(kept)
@@ -82,7 +81,7 @@ def test_trainers_take_both_options(store, tmp_path, quick_compiler):
     for name, options in {"plain": (), "fast": fast}.items():
         call("train_ARD.py", "--data-path", store, *SMALL, "--iterations", 3, "--run-dir", tmp_path / name, *options)
     np.testing.assert_allclose(losses(tmp_path / "fast"), losses(tmp_path / "plain"), rtol=1e-5)
-    plain, fast = (checkpoint.load(tmp_path / run / "checkpoints/0000003.pt", "") for run in ("plain", "fast"))
+    plain, fast = (checkpoints.load(tmp_path / run / "checkpoints/0000003.pt", "") for run in ("plain", "fast"))
     assert list(plain["ema"]) == list(fast["ema"]) and plain["config"] == fast["config"]
 
 
@@ -90,7 +89,8 @@ def test_trainers_take_both_options(store, tmp_path, quick_compiler):
 def test_compiled_blocks_train_on_two_ranks_as_plain_ones_on_one(store, tmp_path):
     script = tmp_path / "quickly_compiled.py"
     script.write_text(
-        "import functools, torch, cli, train_ARD\n"
+        "import functools, torch, train_ARD\n"
+        "from runtime import cli\n"
         "torch.compile = functools.partial(torch.compile, backend='aot_eager')\n"
         "cli.main(train_ARD.build_parser(), train_ARD.run)\n"
         "assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 2  # blocks with history and without\n"
@@ -123,7 +123,9 @@ def test_writing_keeps_the_order_and_runs_beside_the_making():
         threads.add(threading.get_ident())
         written.append((item, made))
 
-    write_behind(range(20), lambda item: item**2, write)
+    with WriteBehind() as behind:
+        for item in range(20):
+            behind.submit(write, item, item**2)
     assert written == [(i, i**2) for i in range(20)]
     assert len(threads) == 1 and threading.get_ident() not in threads
 
@@ -142,8 +144,9 @@ def test_errors_of_both_sides_surface_and_nothing_is_written_after_them(culprit)
             raise OSError("cannot write 3")
         written.append(item)
 
-    with pytest.raises((RuntimeError, OSError), match=f"cannot {culprit} 3"):
-        write_behind(range(10), make, write)
+    with pytest.raises((RuntimeError, OSError), match=f"cannot {culprit} 3"), WriteBehind() as behind:
+        for item in range(10):
+            behind.submit(write, item, make(item))
     assert written == [0, 1, 2]
 
 
@@ -151,7 +154,8 @@ def test_errors_of_both_sides_surface_and_nothing_is_written_after_them(culprit)
 def test_freed_memory_is_used_again(tmp_path):
     script = tmp_path / "freed.py"
     script.write_text(
-        "import resource, torch, distributed\n"
+        "import resource, torch\n"
+        "from runtime import distributed\n"
         "def pages():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    [torch.ones(2**21) for _ in range(20)]\n"

@@ -12,10 +12,10 @@ from conftest import ROOT, SMALL, call, losses, spawn
 from hypothesis import given
 from hypothesis import strategies as st
 
-import checkpoint
-from distributed import Ranks
-from randomness import Shuffle, labels, noise
-from training import Network
+from runtime.distributed import DistributedContext
+from runtime.randomness import Shuffle, labels, noise
+from stores import checkpoints
+from trainer import TrainState
 
 
 def assert_equal(a, b):
@@ -36,7 +36,7 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, store):
     call("train_ARD.py", *options, "--run-dir", tmp_path / "whole", "--iterations", 6)
     call("train_ARD.py", *options, "--run-dir", tmp_path / "parts", "--iterations", 3)
     call("train_ARD.py", *options, "--run-dir", tmp_path / "parts", "--iterations", 6)
-    whole, parts = (checkpoint.load(tmp_path / run / "checkpoints/0000006.pt", "") for run in ("whole", "parts"))
+    whole, parts = (checkpoints.load(tmp_path / run / "checkpoints/0000006.pt", "") for run in ("whole", "parts"))
     assert_equal(whole, parts)
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert set(whole) == {"config", "step", "model", "ema", "opt"}
@@ -47,7 +47,7 @@ def test_teacher_training_resumes_to_the_bit(tmp_path):
     call("train.py", *options, "--run-dir", tmp_path / "whole", "--iterations", 4)
     call("train.py", *options, "--run-dir", tmp_path / "parts", "--iterations", 2)
     call("train.py", *options, "--run-dir", tmp_path / "parts", "--iterations", 4)
-    whole, parts = (checkpoint.load(tmp_path / run / "checkpoints/0000004.pt", "") for run in ("whole", "parts"))
+    whole, parts = (checkpoints.load(tmp_path / run / "checkpoints/0000004.pt", "") for run in ("whole", "parts"))
     assert_equal(whole, parts)
 
 
@@ -65,13 +65,13 @@ def test_killed_run_continues_by_the_same_command(tmp_path, store, blow, every):
     process.communicate()
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 1}[blow]
     snapshot = runs / "000-DiT-Nano-2/checkpoints/latest.pt"
-    stopped_at = checkpoint.load(snapshot, "")["step"]
+    stopped_at = checkpoints.load(snapshot, "")["step"]
     assert 5 <= stopped_at < 4000
     last = stopped_at + 5
     for folder in (("--results-dir", runs), ("--run-dir", tmp_path / "whole")):
         call("train_ARD.py", *options, *folder, "--iterations", last)
-    resumed = checkpoint.load(runs / f"000-DiT-Nano-2/checkpoints/{last:07d}.pt", "")
-    assert_equal(resumed, checkpoint.load(tmp_path / f"whole/checkpoints/{last:07d}.pt", ""))
+    resumed = checkpoints.load(runs / f"000-DiT-Nano-2/checkpoints/{last:07d}.pt", "")
+    assert_equal(resumed, checkpoints.load(tmp_path / f"whole/checkpoints/{last:07d}.pt", ""))
     assert not snapshot.exists() and len(list(runs.iterdir())) == 1
 
 
@@ -99,7 +99,7 @@ def test_uneven_shares_of_a_batch_are_weighted_right(tmp_path, store):
 
 def test_non_finite_gradients_are_skipped_and_counted():
     module = torch.nn.Linear(3, 1)
-    network = Network(module, Ranks(0, 1, torch.device("cpu")), lr=0.1, clip=1.0, ema_decay=0.5)
+    network = TrainState(module, DistributedContext(), lr=0.1, clip=1.0, ema_decay=0.5, global_batch_size=2)
     module(torch.ones(2, 3)).sum().backward()
     network.step()
     before = [parameter.clone() for parameter in module.parameters()]

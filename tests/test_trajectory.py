@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import call, spawn
 
-import checkpoint
 from diffusion import create_diffusion
-from randomness import labels, noise
-from trajectory import TrajectoryStore, grid_steps, pick_points
+from diffusion.teacher_ode import grid_steps, pick_points
+from runtime.randomness import labels, noise
+from stores import checkpoints
+from stores.trajectories import TrajectoryStore
 
 
 def test_grids():
@@ -31,7 +32,7 @@ def test_rows_are_the_teachers_trajectories(store, teacher_file):
     assert len(opened) == 50 and len(opened.shards) == 3 and opened.latent_shape == (1, 8, 8)
     rows = np.array([49, 0, 19, 20, 0, 33])  # any order, across shards, repeated
     z, y = noise(0, "trajectory", rows, (1, 8, 8)), labels(0, rows, 10)
-    x, x0 = create_diffusion("25").ddim_trajectory(checkpoint.load_teacher(teacher_file)[0], z, y, 1.5)
+    x, x0 = create_diffusion("25").ddim_trajectory(checkpoints.load_teacher(teacher_file)[0], z, y, 1.5)
     points = pick_points(x, x0, [6, 12, 19, 25])
     for target in ("x0", "xt"):
         trajectory, stored_labels = opened.read(rows, target, opened.point_columns([6, 12, 19, 25], target))
@@ -82,7 +83,7 @@ def test_one_of_the_two_quantities_can_be_left_out(tmp_path, teacher_file, store
 
 
 def test_verify(store, tmp_path, capsys):
-    call("trajectory.py", "verify", store)
+    call("stores.trajectories", "verify", store)
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "ok, 50 trajectories" in out
     damaged = tmp_path / "damaged"
@@ -94,18 +95,18 @@ def test_verify(store, tmp_path, capsys):
     content[-1] ^= 1
     shard.write_bytes(content)
     with pytest.raises(SystemExit) as stop:
-        call("trajectory.py", "verify", damaged)
+        call("stores.trajectories", "verify", damaged)
     assert stop.value.code == 2 and "checksum" in capsys.readouterr().err
 
 
 def test_manifest_says_where_it_comes_from(store):
     provenance = json.loads((store / "manifest.json").read_text())["provenance"]
-    wanted = {"teacher_hash", "teacher_weights", "vae", "solver", "solver_steps", "cfg_scale", "cfg_channels", "points"}
-    assert wanted | {"dtype", "seed", "label_policy", "count"} <= provenance.keys()
+    wanted = {"teacher_hash", "teacher_weights", "vae", "solver", "solver_steps", "solver_indices", "cfg_scale"}
+    assert wanted | {"cfg_channels", "dtype", "seed", "label_policy", "count"} <= provenance.keys()
 
 
 def test_export_writes_the_final_samples(store, tmp_path):
-    call("trajectory.py", "export", store, "--out", tmp_path / "teacher.npz", "--num-samples", 30)
+    call("stores.trajectories", "export", store, "--out", tmp_path / "teacher.npz", "--num-samples", 30)
     with np.load(tmp_path / "teacher.npz", allow_pickle=False) as file:
         assert file["arr_0"].shape == (30, 8, 8, 3) and file["arr_0"].dtype == np.uint8
         assert file["arr_1"].tolist() == [i % 10 for i in range(30)]

@@ -16,11 +16,10 @@ from conftest import call, save_teacher
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import Timesteps
 
-import checkpoint
-import weights
-from cli import UserError
 from models import DiT_models
 from models_ard import ARD
+from runtime.cli import UserError
+from stores import checkpoints, foreign_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = dict(num_attention_heads=2, attention_head_dim=16, num_layers=3, in_channels=4, out_channels=8, sample_size=6)
@@ -50,7 +49,7 @@ def folder(theirs, tmp_path_factory):
 @pytest.fixture(scope="module")
 def state(folder):
     """The same by DiT's own names."""
-    return checkpoint.load_teacher(folder)[0].state_dict()
+    return checkpoints.load_teacher(folder)[0].state_dict()
 
 
 def saved(path, content):
@@ -66,7 +65,7 @@ def inputs():
 @torch.no_grad()
 def test_diffusers_folder_equals_diffusers_model(theirs, folder):
     """Up to diffusers' own deviation from DiT in the frequencies of the time, which this test undoes."""
-    model, config = checkpoint.load_teacher(folder)
+    model, config = checkpoints.load_teacher(folder)
     assert config["model"] == model.config | DiT_models["DiT-Nano/2"].keywords
     assert config["vae"] == "stabilityai/sd-vae-ft-ema" and model.num_classes == 10
     x, t, y = inputs()
@@ -90,26 +89,26 @@ def test_every_layout_gives_the_same_model(theirs, folder, state, tmp_path):
     sources = {
         "official": saved(tmp_path / "DiT-Nano-2-6x6.pt", state),
         "training script": saved(tmp_path / "0400000.pt", wrapped),
-        "ours": save_teacher(tmp_path / "ours.pt", checkpoint.load_teacher(folder)[0]),
+        "ours": save_teacher(tmp_path / "ours.pt", checkpoints.load_teacher(folder)[0]),
         "pipeline": pipeline,
         "binary": binary,
     }
     x, t, y = inputs()
-    first, config = checkpoint.load_teacher(folder)
+    first, config = checkpoints.load_teacher(folder)
     for source in sources.values():
-        model, other = checkpoint.load_teacher(source)
+        model, other = checkpoints.load_teacher(source)
         assert model.config == first.config and not model.training
         torch.testing.assert_close(model(x, t, y), first(x, t, y), rtol=0, atol=1e-5)
         assert other["provenance"]["teacher_hash"] == config["provenance"]["teacher_hash"]
         assert other["provenance"]["teacher"] == str(source)
-    raw, _ = checkpoint.load_teacher(sources["training script"], weights="raw")
+    raw, _ = checkpoints.load_teacher(sources["training script"], weights="raw")
     assert torch.equal(raw.state_dict()["final_layer.linear.bias"], state["final_layer.linear.bias"] + 1)
     with pytest.raises(UserError, match="has no raw weights"):
-        checkpoint.load_teacher(sources["official"], weights="raw")
+        checkpoints.load_teacher(sources["official"], weights="raw")
 
 
 def test_half_precision_files_become_float32(state, tmp_path):
-    model, _ = checkpoint.load_teacher(saved(tmp_path / "half.pt", {k: v.half() for k, v in state.items()}))
+    model, _ = checkpoints.load_teacher(saved(tmp_path / "half.pt", {k: v.half() for k, v in state.items()}))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
@@ -119,14 +118,14 @@ def test_config_from_shapes(size, patch, side, classes, channels, learn_sigma):
     shape = dict(input_size=side, in_channels=channels, num_classes=classes, learn_sigma=learn_sigma)
     with torch.device("meta"):
         model = DiT_models[f"DiT-{size}/{patch}"](**shape)
-    assert weights.dit_config(model.state_dict(), "file") == model.config
+    assert foreign_weights.dit_config(model.state_dict(), "file") == model.config
 
 
 def test_official_name_is_found_in_the_cache(state, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     saved(tmp_path / "hub" / "checkpoints" / "DiT-XL-2-256x256.pt", state)  # the name says where, the shapes what
-    assert checkpoint.load_teacher("DiT-XL-2-256x256.pt")[1]["provenance"]["teacher"] == "DiT-XL-2-256x256.pt"
+    assert checkpoints.load_teacher("DiT-XL-2-256x256.pt")[1]["provenance"]["teacher"] == "DiT-XL-2-256x256.pt"
 
 
 def test_hub_id_is_found_in_the_cache(folder, tmp_path, monkeypatch):
@@ -137,8 +136,8 @@ def test_hub_id_is_found_in_the_cache(folder, tmp_path, monkeypatch):
     (repository / "snapshots" / revision / "transformer").symlink_to(folder)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))  # $HF_HOME/hub, read once
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    found = checkpoint.load_teacher("facebook/DiT-XL-2-256")[1]["provenance"]
-    assert found["teacher_hash"] == checkpoint.load_teacher(folder)[1]["provenance"]["teacher_hash"]
+    found = checkpoints.load_teacher("facebook/DiT-XL-2-256")[1]["provenance"]
+    assert found["teacher_hash"] == checkpoints.load_teacher(folder)[1]["provenance"]["teacher_hash"]
 
 
 def offline(*command, **environment):
@@ -169,7 +168,7 @@ def test_offline_is_one_sentence_with_what_to_fetch(teacher, tells, tmp_path):
 
 def test_missing_file_is_one_sentence_with_what_would_be_right():
     with pytest.raises(UserError, match=r"^--teacher missing.pt: no such file; .*DiT-XL-2-512x512.pt$"):
-        checkpoint.load_teacher("missing.pt")
+        checkpoints.load_teacher("missing.pt")
 
 
 def without(state, name):
@@ -198,7 +197,7 @@ def test_broken_files_are_named(case, state, tmp_path):
     damage, message = BROKEN[case]
     path = saved(tmp_path / "broken.pt", damage(state))
     with pytest.raises(UserError, match=message) as error:
-        checkpoint.load_teacher(path)
+        checkpoints.load_teacher(path)
     assert str(error.value).startswith(f"--teacher {path}: ") and "\n" not in str(error.value)
 
 
@@ -206,18 +205,18 @@ def test_unreadable_files_are_refused(state, folder, tmp_path):
     path = saved(tmp_path / "cut.pt", state)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(UserError, match="not a readable checkpoint"):
-        checkpoint.load_teacher(path)
+        checkpoints.load_teacher(path)
     with pytest.raises(UserError, match="not a readable checkpoint"):  # a pickle that would run code
-        checkpoint.load_teacher(saved(tmp_path / "code.pt", {"x": os.system}))
+        checkpoints.load_teacher(saved(tmp_path / "code.pt", {"x": os.system}))
     cut = tmp_path / "cut"
     shutil.copytree(folder, cut)
     file = cut / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(UserError, match="not a readable checkpoint"):
-        checkpoint.load_teacher(cut)
+        checkpoints.load_teacher(cut)
     file.unlink()
     with pytest.raises(UserError, match="no DiT in diffusers' layout"):
-        checkpoint.load_teacher(cut)
+        checkpoints.load_teacher(cut)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +233,7 @@ def test_other_models_of_diffusers_are_refused(change, message, folder, tmp_path
     config = tmp_path / "model" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
     with pytest.raises(UserError, match=message):
-        checkpoint.load_teacher(tmp_path / "model")
+        checkpoints.load_teacher(tmp_path / "model")
 
 
 def test_blocks_with_embedders_of_their_own_are_refused(theirs, tmp_path):
@@ -242,7 +241,7 @@ def test_blocks_with_embedders_of_their_own_are_refused(theirs, tmp_path):
     model.transformer_blocks[1].norm1.emb.timestep_embedder.linear_1.bias.data += 1
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"transformer_blocks.1.norm1.emb.* is not that of the other blocks"):
-        checkpoint.load_teacher(tmp_path)
+        checkpoints.load_teacher(tmp_path)
 
 
 #################################################################################
@@ -253,7 +252,7 @@ def test_blocks_with_embedders_of_their_own_are_refused(theirs, tmp_path):
 @pytest.fixture(scope="module")
 def student(folder):
     """A student of four steps with heads that differ."""
-    student = ARD.from_teacher(checkpoint.load_teacher(folder)[0], steps=4, mask="M4", history_layers=2).eval()
+    student = ARD.from_teacher(checkpoints.load_teacher(folder)[0], steps=4, mask="M4", history_layers=2).eval()
     for head in student.heads:
         torch.nn.init.normal_(head.linear.weight, std=0.1)
     return student
@@ -270,27 +269,27 @@ def authors_state(student):
 def test_authors_student(student, authors_state, tmp_path):
     options = argparse.Namespace(model="DiT-Nano/2")
     path = saved(tmp_path / "0300000.pt", {"model": authors_state, "ema": authors_state, "opt": {}, "args": options})
-    loaded, config = checkpoint.load_student(path, given={"history_layers": 2})
+    loaded, config = checkpoints.load_student(path, given={"history_layers": 2})
     assert config["model"] == student.config and config["vae"] == "stabilityai/sd-vae-ft-ema"
     x, _, y = inputs()
     torch.testing.assert_close(loaded.sample(x, y), student.sample(x, y), rtol=0, atol=1e-6)
-    other, _ = checkpoint.load_student(path, given={"history_layers": 1, "mask": "M2", "steps": 4})
+    other, _ = checkpoints.load_student(path, given={"history_layers": 1, "mask": "M2", "steps": 4})
     assert (other.mask, other.history_layers) == ("M2", 1)
     for given, message in (
         ({"steps": 2, "history_layers": 2}, "steps is 4 there and 2 here"),
         ({}, "history layers 6 must be between 0 and the model's depth 3"),  # the paper's six, in a model of three
     ):
         with pytest.raises(UserError, match=message):
-            checkpoint.load_student(path, given=given)
+            checkpoints.load_student(path, given=given)
     with pytest.raises(UserError, match="unexpected: level_embed"):
-        checkpoint.load_student(
+        checkpoints.load_student(
             saved(path, authors_state | {"level_embed": torch.zeros(4)}), given={"history_layers": 2}
         )
     with pytest.raises(UserError, match="missing: heads.2.linear.bias"):
         broken = without(authors_state, "final_layer3.linear.bias")
-        checkpoint.load_student(saved(path, broken), given={"history_layers": 2})
+        checkpoints.load_student(saved(path, broken), given={"history_layers": 2})
     with pytest.raises(UserError, match="unexpected: final_layer2"):  # a student is no teacher
-        checkpoint.load_teacher(saved(path, authors_state))
+        checkpoints.load_teacher(saved(path, authors_state))
 
 
 def test_sampling_from_the_authors_student(authors_state, tmp_path, capsys):

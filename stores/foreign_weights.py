@@ -1,10 +1,10 @@
-"""Weights of other people's making: where they are found, and their names and shapes in terms of ours.
+"""Weights that other projects made: where they are found, and their names and shapes in terms of ours.
 
     official        a state dict with DiT's own names: DiT-XL-2-256x256.pt, or a checkpoint of DiT's training script
     diffusers       a folder with DiTTransformer2DModel's config.json and weights: facebook/DiT-XL-2-256
     the authors'    a state dict of their ARD re-implementation: DiT's names and the heads final_layer .. final_layer4
 
-Everything here maps names and shapes; ``checkpoint.py`` reads the files and loads the result strictly. No layout names
+Everything here maps names and shapes; ``checkpoints.py`` reads the files and loads the result strictly. No layout names
 its autoencoder: models of 4 channels are taken to work on Stable Diffusion's latents, others on pixels.
 """
 
@@ -13,11 +13,11 @@ import re
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
-from cli import UserError
 from models import DiT_models, sincos_positions
-from vae import HUB_ID, NAMES
+from runtime.cli import UserError
+from runtime.files import cached_download
+from runtime.vae import HUB_ID, NAMES
 
 State = dict[str, torch.Tensor]
 
@@ -39,29 +39,15 @@ def find(source: str | Path, option: str) -> Path:
     if path.exists():
         return path
     if str(source) in OFFICIAL:
-        return _download(str(source), option)
+        # No checksum of Meta's files is published. What stands in for one is the strict load (every name, shape and
+        # finite value) and the hash of the weights, which all artefacts record as teacher_hash.
+        return cached_download(URL + str(source), f"{option} {source}")
     if re.fullmatch(HUB_ID, str(source)) and path.suffix not in (".pt", ".pth", ".safetensors"):
         return _snapshot(str(source), option)
     raise UserError(
         f"{option} {source}: no such file; give a checkpoint, a folder in diffusers' layout, a hub id such as "
         f"facebook/DiT-XL-2-256, or {' or '.join(OFFICIAL)}"
     )
-
-
-def _download(name: str, option: str) -> Path:
-    """Meta's file, once per machine. No checksum of theirs is published: what stands in for one is the strict load
-    (every name, shape and finite value) and the hash of the weights, which all artefacts record as teacher_hash."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if path.is_file():
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # of many ranks one downloads
-            if not path.is_file():
-                torch.hub.download_url_to_file(URL + name, str(path))  # renamed into place when whole
-    except OSError as error:  # urllib's errors are among these
-        raise UserError(f"{option} {name}: cannot download it ({error}); fetch {URL}{name} to {path}") from None
-    return path
 
 
 def _snapshot(repository: str, option: str) -> Path:

@@ -5,37 +5,34 @@
 
 ``config`` rebuilds the model and says where it comes from. A file may lack "model" and "opt" (a shipped, slim one).
 
-Weights of other people's making (weights.py) are loaded here too, by the same strict rules.
+Weights that other projects made (foreign_weights.py) are loaded here too, by the same strict rules.
 
-    python checkpoint.py slim results/000-DiT-Micro-2/checkpoints/0012000.pt teacher.pt
+    python -m stores.checkpoints slim results/000-DiT-Micro-2/checkpoints/0012000.pt teacher.pt
 """
 
 import argparse
-import os
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file
 
-import cli
-import weights as foreign
-from cli import UserError, existing_file, not_negative, positive
 from models import DiT, DiT_models
 from models_ard import ARD, MASKS
-from provenance import require_same, weights_hash
+from runtime import cli
+from runtime.cli import OptionGroup, UserError, existing_file, not_negative, positive
+from runtime.files import atomic_write
+from runtime.provenance import require_same, weights_hash, with_current_keys
+from stores import foreign_weights
+
+Model = TypeVar("Model", bound=DiT)
 
 
 def save(path: str | Path, content: dict) -> None:
-    """Write a checkpoint so that a reader, or a crash, never sees half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    """Write a checkpoint, whole or not at all."""
+    with atomic_write(path) as partial, partial.open("wb") as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def load(path: str | Path, option: str) -> dict:
@@ -50,6 +47,8 @@ def load(path: str | Path, option: str) -> dict:
         raise UserError(f"{option} {path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict):
         raise UserError(f"{option} {path}: holds a {type(content).__name__}, a checkpoint is a dictionary")
+    if isinstance(content.get("config"), dict):
+        content["config"] = with_current_keys(content["config"])
     return content
 
 
@@ -74,9 +73,6 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], what: str) ->
     model.load_state_dict(state)
 
 
-FREE = ("mask", "history_layers")  # what the authors' files leave open
-
-
 def _own(content: dict, kind: str, weights: str, what: str) -> tuple[dict, dict]:
     """Config and weights of a checkpoint of this project; other kinds are refused."""
     config = content["config"]
@@ -90,10 +86,10 @@ def _own(content: dict, kind: str, weights: str, what: str) -> tuple[dict, dict]
 
 def _foreign_config(kind: str, shape: dict) -> dict:
     """What is known of weights that came without a config of ours."""
-    return {"kind": kind, "model": shape, "vae": foreign.latent_space(shape), "provenance": {}, "training": {}}
+    return {"kind": kind, "model": shape, "vae": foreign_weights.latent_space(shape), "provenance": {}, "training": {}}
 
 
-def _build(kind: type[nn.Module], shape: dict, what: str):
+def _build(kind: type[Model], shape: dict, what: str) -> Model:
     """The model of that shape; ``UserError`` where foreign sizes, or options for them, are impossible."""
     try:
         return kind(**shape)
@@ -107,20 +103,20 @@ def load_teacher(source: str | Path, option: str = "--teacher", weights: str = "
     ``source`` is a checkpoint of ours, an official or diffusers' DiT (file, folder, official name or hub id). Weights
     that came alone are "ema", as the official ones are. ``UserError`` names what is missing or does not fit.
     """
-    path, what = foreign.find(source, option), f"{option} {source}"
+    path, what = foreign_weights.find(source, option), f"{option} {source}"
     if path.is_dir():
-        config_path, weights_path = foreign.diffusers_files(path, option)
-        shape = foreign.diffusers_config(config_path, option)
+        config_path, weights_path = foreign_weights.diffusers_files(path, option)
+        shape = foreign_weights.diffusers_config(config_path, option)
         config = _foreign_config("teacher", shape)
-        state = foreign.from_diffusers(load(weights_path, option), shape, what)
-        state = foreign.official_state(state, weights, what)
+        state = foreign_weights.from_diffusers(load(weights_path, option), shape, what)
+        state = foreign_weights.official_state(state, weights, what)
     else:
         content = load(path, option)
         if isinstance(content.get("config"), dict):
             config, state = _own(content, "teacher", weights, what)
         else:
-            state = foreign.official_state(content, weights, what)
-            config = _foreign_config("teacher", foreign.dit_config(state, what))
+            state = foreign_weights.official_state(content, weights, what)
+            config = _foreign_config("teacher", foreign_weights.dit_config(state, what))
     model = _build(DiT, config["model"], what)
     load_weights(model, state, what)
     provenance = {
@@ -145,8 +141,9 @@ def load_student(
     if isinstance(content.get("config"), dict):
         config, state = _own(content, "student", weights, what)
     else:
-        shape, state = foreign.authors_student(foreign.official_state(content, weights, what), what)
-        config = _foreign_config("student", {name: given[name] for name in FREE if name in given} | shape)
+        shape, state = foreign_weights.authors_student(foreign_weights.official_state(content, weights, what), what)
+        not_in_the_file = {name: given[name] for name in ("mask", "history_layers") if name in given}
+        config = _foreign_config("student", not_in_the_file | shape)
         config["provenance"] = {"student_file": str(path)}
     model = _build(ARD, config["model"], what)
     require_same(f"{what}: the options contradict this student", model.config, given)
@@ -155,27 +152,40 @@ def load_student(
     return model.eval(), {**config, "model": model.config, "provenance": config["provenance"] | details}
 
 
-def add_student_options(group) -> None:
+def add_student_options(group: OptionGroup) -> None:
     """``--ckpt-path``, and what the authors' commands say of the student in it besides."""
-    checked = "checked if given"
     group.add_argument(
-        "--ckpt-path", "--ckpt_path", required=True, help="checkpoint of train_ARD.py or train_ARD_gan.py"
+        "--ckpt-path", "--ckpt_path", required=True, help="Load this checkpoint of train_ARD.py or train_ARD_gan.py."
     )
-    group.add_argument("--model", choices=DiT_models, metavar="NAME", help=f"its size, {checked}")
-    group.add_argument("--steps", type=positive, help=f"its steps S, {checked}")
-    group.add_argument("--mask", choices=MASKS, help=f"its mask, {checked} (M4 where a file of the authors says none)")
-    group.add_argument("--stack", type=not_negative, help=f"its depth of history N, {checked} (6 where it says none)")
+    checked = "only checked against the checkpoint"
+    group.add_argument("--model", choices=DiT_models, metavar="NAME", help=f"Its size, {checked}.")
+    group.add_argument("--steps", type=positive, help=f"Its number of steps S, {checked}.")
+    group.add_argument("--mask", choices=MASKS, help=f"Its mask, {checked}; the authors' files need it (M4 if absent).")
+    group.add_argument(
+        "--stack", type=not_negative, help=f"Its history depth N, {checked}; the authors' files need it (6 if absent)."
+    )
 
 
-def load_named_student(args, weights: str) -> tuple[ARD, dict]:
-    """The student of ``--ckpt-path`` and its config; ``UserError`` when another of the options above contradicts it."""
-    given = {"steps": args.steps, "mask": args.mask, "history_layers": args.stack}
-    given |= DiT_models[args.model].keywords if args.model else {}
+def load_named_student(
+    ckpt_path: str,
+    *,
+    weights: str = "ema",
+    model: str | None = None,
+    steps: int | None = None,
+    mask: str | None = None,
+    stack: int | None = None,
+) -> tuple[ARD, dict]:
+    """``load_student`` by the options above; ``UserError`` when one of them contradicts the checkpoint."""
+    given: dict[str, Any] = {"steps": steps, "mask": mask, "history_layers": stack}
+    given |= DiT_models[model].keywords if model else {}
     given = {name: value for name, value in given.items() if value is not None}
-    return load_student(args.ckpt_path, weights=weights, given=given)
+    return load_student(ckpt_path, weights=weights, given=given)
 
 
-def slim(args) -> None:
+STUDENT_OPTIONS = ("ckpt_path", "model", "steps", "mask", "stack")  # what ``load_named_student`` takes of them
+
+
+def slim(args: argparse.Namespace) -> None:
     """Keep what a user of the model needs: its config and EMA weights, a fifth of the file."""
     content = load(args.source, "SOURCE")
     if "ema" not in content or "config" not in content:
@@ -187,18 +197,16 @@ def slim(args) -> None:
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(description="Look after checkpoints.")
+    parser = cli.Parser(prog="stores.checkpoints", description="Look after checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=cli.Parser)
-    command = commands.add_parser("slim", help="leave out raw weights and optimiser states, to ship a model")
-    command.add_argument("source", metavar="SOURCE", help="a trainer's checkpoint")
-    command.add_argument("out", metavar="OUT", help="the smaller file")
+    command = commands.add_parser("slim", help="Leave out raw weights and optimiser states, to ship a model.")
+    command.add_argument("source", metavar="SOURCE", help="Checkpoint of a trainer.")
+    command.add_argument("out", metavar="OUT", help="Smaller file to write.")
     command.set_defaults(run=slim)
     return parser
 
 
-def run(args) -> None:
-    args.run(args)
-
+run = cli.run_command
 
 if __name__ == "__main__":
     cli.main(build_parser(), run)

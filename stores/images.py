@@ -1,6 +1,6 @@
 """Real images: the bundled UCI digits, folders of images (class = sub-folder), stores of their latents (latents.py).
 
-Pixels are uint8 outside the models and float32 in [-1, 1] inside; ``to_unit`` and ``to_uint8`` are the only two ways
+Pixels are uint8 outside the models and float32 in [-1, 1] inside; ``from_uint8`` and ``to_uint8`` are the only two ways
 between them, and a uint8 image survives the round trip exactly.
 
 A source, whichever it is, has
@@ -8,7 +8,7 @@ A source, whichever it is, has
     labels               (count,) int64, all 0 without classes
     size, channels       pixels of a side and colour channels of its images
     vae                  the autoencoder whose latents it holds, None for pixels
-    identity             plain dict that says which data they are, part of a run's config
+    fingerprint          plain dict that says which data they are, part of a run's config
     read(rows, flips)    rows (B,) and which of them to mirror (B,) bool -> {"y": (B,) labels} and either
                          {"images": (B, channels, size, size) uint8} or {"mean", "std": (B, C, h, w) float32}
 so that trainers say ``real_latents(batch, vae)`` and need not know which it is.
@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-import latents
-from cli import UserError, existing_folder
-from vae import VAE, Pixels, full_name
+from runtime.cli import UserError, existing_folder
+from runtime.vae import VAE, Pixels, resolve_name
+from stores.latents import LatentStore, is_store
 
 
-def to_unit(images: torch.Tensor) -> torch.Tensor:
+def from_uint8(images: torch.Tensor) -> torch.Tensor:
     """uint8 0..255 -> float32 in [-1, 1], any shape."""
     return images.float() / 127.5 - 1
 
@@ -45,7 +45,7 @@ def digits_images() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(images)[:, None], torch.from_numpy(digits.target.astype(np.int64))
 
 
-class Digits:
+class DigitImages:
     """The UCI digits as a source of images: one channel, 8x8, ten classes."""
 
     size, channels, num_classes, vae = 8, 1, 10, None
@@ -53,7 +53,7 @@ class Digits:
     def __init__(self):
         self.images, self.labels = digits_images()
         self.count = len(self.labels)
-        self.identity = {"data": "digits", "images": self.count, "image_size": self.size}
+        self.fingerprint = {"data": "digits", "images": self.count, "image_size": self.size}
 
     def read(self, rows: np.ndarray, flips: np.ndarray) -> dict[str, torch.Tensor]:
         """See above; images (B, 1, 8, 8)."""
@@ -90,7 +90,7 @@ class ImageFolder:
             self.classes, self.paths, labels = listing.classes, [path for path, _ in listing.samples], listing.targets
         self.labels = torch.tensor(labels)
         self.count, self.num_classes = len(self.paths), len(self.classes)
-        self.identity = {"data": str(folder), "images": self.count, "image_size": size}
+        self.fingerprint = {"data": str(folder), "images": self.count, "image_size": size}
 
     def read(self, rows: np.ndarray, flips: np.ndarray) -> dict[str, torch.Tensor]:
         """See above; ``UserError`` names a file that is no image."""
@@ -126,18 +126,21 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+Source = DigitImages | ImageFolder | LatentStore
+
+
 def open_source(
     data_path: str, image_size: int | None = None, unconditional: bool = False, option: str = "--data-path"
-) -> "Digits | ImageFolder | latents.LatentStore":
+) -> Source:
     """The source that an option names: the word "digits", a store of latents, or a folder of images.
 
     ``image_size`` is needed for images; a latent store knows its own and a contradiction is refused. ``unconditional``
     leaves out the classes.
     """
     if data_path == "digits":
-        source = Digits()
-    elif latents.is_store(data_path):
-        source = latents.LatentStore(data_path, option)
+        source = DigitImages()
+    elif is_store(data_path):
+        source = LatentStore(data_path, option)
     elif image_size is None:
         raise UserError(f"{option} {data_path}: an image folder needs --image-size (256 for DiT-XL/2)")
     else:
@@ -149,18 +152,18 @@ def open_source(
     return source
 
 
-def choose_vae(source, given: str | None) -> str | None:
+def choose_vae(source: Source, given: str | None) -> str | None:
     """The full name of the autoencoder to use: ``--vae`` as given, by default the source's own; None is pixel space.
 
     ``UserError`` when the source holds the latents of another one.
     """
-    name = source.vae if given is None else full_name(given)
+    name = source.vae if given is None else resolve_name(given)
     if source.vae is not None and name != source.vae:
         raise UserError(f"--vae {given}: {source.folder} holds latents of {source.vae}; leave the option out")
     return name
 
 
-def latent_shape(source, vae: VAE | Pixels) -> tuple[int, int, int]:
+def latent_shape(source: Source, vae: VAE | Pixels) -> tuple[int, ...]:
     """(C, h, w) of a source's latents. ``UserError`` when its images do not suit the autoencoder."""
     if source.vae is not None:
         return source.latent_shape
@@ -175,12 +178,12 @@ def latent_shape(source, vae: VAE | Pixels) -> tuple[int, int, int]:
 
 
 def real_latents(batch: dict[str, torch.Tensor], vae: VAE | Pixels) -> torch.Tensor:
-    """x_0 of a batch: (B, C, h, w), drawn from the encoder's posterior with the noise ``batch["posterior"]``.
+    """x_0 of a batch: (B, C, h, w), drawn from the encoder's posterior with the noise ``batch["posterior_noise"]``.
 
     ``batch`` holds what ``read`` gave. Pixels have no deviation, so they are x_0 themselves.
     """
     if "images" in batch:
-        mean, std = vae.encode(to_unit(batch["images"]))
+        mean, std = vae.encode(from_uint8(batch["images"]))
     else:
         mean, std = batch["mean"], batch["std"]
-    return mean + std * batch["posterior"]
+    return mean + std * batch["posterior_noise"]

@@ -1,20 +1,21 @@
-"""Where artefacts come from: hashes of files and weights, and the refusal of what does not belong together."""
+"""Where artefacts come from: the hash of a model's weights, and the refusal of what does not belong together."""
 
 import hashlib
-from pathlib import Path
 
 import torch
 
-from cli import UserError
+from runtime.cli import UserError
+
+# Keys of provenance that artefacts of earlier versions have under another name.
+RENAMED_KEYS = {"points": "solver_indices"}
 
 
-def file_sha256(path: str | Path) -> str:
-    """Checksum of a file, 64 hex digits."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def with_current_keys(config: dict) -> dict:
+    """A config or a provenance as this version would write it, read from an artefact of any version."""
+    return {
+        RENAMED_KEYS.get(key, key): with_current_keys(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+    }
 
 
 def weights_hash(state: dict[str, torch.Tensor]) -> str:

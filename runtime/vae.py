@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from cli import UserError
+from runtime.cli import UserError
+from runtime.precision import DTYPES
 
 NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 HUB_ID = r"[\w.-]+/[\w.-]+"  # of a Hugging Face repository, as opposed to a path
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-IMAGES_AT_ONCE = 16  # of a decoder or encoder: 16 of 512 pixels take about 10 GB in fp32, whatever the batch
+IMAGES_AT_ONCE = 16  # what an encoder or decoder takes at a time: 16 images of 512 pixels need about 10 GB in fp32
 
 
 class Pixels:
@@ -32,7 +32,7 @@ class VAE:
     """diffusers' AutoencoderKL with latents scaled to unit variance by the factor in its own config."""
 
     def __init__(self, name: str, device: torch.device, precision: str = "fp32"):
-        path, fetch = full_name(name), ""
+        path, fetch = NAMES.get(name, name), ""
         if re.fullmatch(HUB_ID, path):
             fetch = f", or fetch it where there is a network: hf download {path} --local-dir FOLDER"
         elif not Path(path).is_dir():
@@ -40,15 +40,15 @@ class VAE:
         from diffusers import AutoencoderKL  # seconds to import, not needed for pixels
         from diffusers.utils import logging
 
-        logging.set_verbosity(logging.CRITICAL)  # what it has to say of a failure is in our sentence
+        logging.set_verbosity(logging.CRITICAL)  # our sentence below says what failed
         within = "vae" if (Path(path) / "vae" / "config.json").is_file() else None  # a whole pipeline's folder
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of deprecated arguments between diffusers and the hub
+                warnings.simplefilter("ignore")  # diffusers calls the hub with deprecated arguments
                 self.model, found = AutoencoderKL.from_pretrained(
                     path,
                     subfolder=within,
-                    torch_dtype=PRECISIONS[precision],
+                    torch_dtype=DTYPES[precision],
                     low_cpu_mem_usage=False,  # True, the default, only warns that it needs the package accelerate
                     output_loading_info=True,
                 )
@@ -60,7 +60,7 @@ class VAE:
                 f"(config.json and diffusion_pytorch_model.safetensors){fetch} ({str(error).splitlines()[0]})"
             ) from None
         self.model = self.model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-        self.name, self.dtype = path, PRECISIONS[precision]
+        self.name, self.dtype = path, DTYPES[precision]
         self.scale = self.model.config.scaling_factor
         self.factor = 2 ** (len(self.model.config.block_out_channels) - 1)
         self.channels, self.image_channels = self.model.config.latent_channels, self.model.config.in_channels
@@ -80,11 +80,11 @@ class VAE:
         return torch.cat([self.model.decode(z).sample.float() for z in parts])
 
 
-def full_name(name: str | None) -> str | None:
+def resolve_name(name: str | None) -> str | None:
     """What ``--vae`` stands for: a hub id or a folder; None for pixel space ("none")."""
     return None if name in (None, "none") else NAMES.get(name, name)
 
 
 def load_vae(name: str | None, device: torch.device, precision: str = "fp32") -> VAE | Pixels:
     """The autoencoder of that name ("ema", "mse", a hub id or a folder); None or "none" is pixel space."""
-    return Pixels() if full_name(name) is None else VAE(name, device, precision)
+    return Pixels() if name is None or resolve_name(name) is None else VAE(name, device, precision)

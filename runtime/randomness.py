@@ -1,9 +1,11 @@
-"""Noise, labels and orders that depend on (seed, index) alone: never on batch size, ranks, device or history.
+"""Noise, labels and orders that depend on (seed, index) alone: never on batch size, ranks, device or earlier draws.
 
 Philox is a counter-based generator: the key names the stream, the counter the index, so that any item can be drawn
 without drawing those before it. Each use has a stream of its own, so that a student is never tested on the noise it
 was trained on, whatever the seeds.
 """
+
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -28,13 +30,13 @@ def generator(seed: int, stream: str, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, STREAMS[stream]], counter=[0, 0, 0, index]))
 
 
-def noise(seed: int, stream: str, indices, shape: tuple[int, ...]) -> torch.Tensor:
+def noise(seed: int, stream: str, indices: Iterable[int], shape: tuple[int, ...]) -> torch.Tensor:
     """Standard normal noise of the items ``indices``: (B, *shape) float32 on the CPU."""
     rows = [generator(seed, stream, int(i)).standard_normal(shape, dtype=np.float32) for i in indices]
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, *shape)
 
 
-def labels(seed: int, indices, num_classes: int, policy: str = "balanced") -> torch.Tensor:
+def labels(seed: int, indices: Sequence[int], num_classes: int, policy: str = "balanced") -> torch.Tensor:
     """Class labels of the items ``indices``: (B,) int64. Without classes (0) the label is 0, the null label.
 
     "balanced": any ``num_classes`` consecutive items hold every class once (index modulo classes).
@@ -59,16 +61,15 @@ class Shuffle:
 
     def __init__(self, count: int, seed: int, stream: str = "order"):
         self.count, self.seed, self.stream = count, seed, stream
-        self._epoch, self._order = -1, None
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Row numbers at positions ``start .. stop - 1`` of the order: (stop - start,) int64."""
-        out = np.empty(stop - start, dtype=np.int64)
+        parts = [np.empty(0, dtype=np.int64)]
         while start < stop:
             epoch, offset = divmod(start, self.count)
             if epoch != self._epoch:
                 self._epoch, self._order = epoch, generator(self.seed, self.stream, epoch).permutation(self.count)
-            taken = min(stop - start, self.count - offset)
-            out[len(out) - (stop - start) :][:taken] = self._order[offset : offset + taken]
-            start += taken
-        return out
+            parts.append(self._order[offset : offset + stop - start])
+            start += len(parts[-1])
+        return np.concatenate(parts)

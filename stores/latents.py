@@ -7,17 +7,18 @@
 
 The posterior is stored, not a draw from it, so that training draws anew each time it meets an image.
 
-    python latents.py verify DIR
+    python -m stores.latents verify DIR
 """
 
+import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import cli
-from cli import UserError
-from shards import ShardStore
+from runtime import cli
+from runtime.cli import UserError
+from stores.shards import ShardStore
 
 KIND = "latents"  # the manifest's word for this format
 
@@ -28,7 +29,7 @@ def is_store(folder: str | Path) -> bool:
 
 
 class LatentStore(ShardStore):
-    """A finished store of latents as a source of real images (data.py says what a source is)."""
+    """A finished store of latents as a source of real images (images.py says what a source is)."""
 
     kind = "latent store"
 
@@ -40,12 +41,12 @@ class LatentStore(ShardStore):
             raise UserError(f"{option} {folder}: this store holds no latents; encode_latents.py makes one that does")
         self.vae, self.size, self.channels = origin["vae"], origin["image_size"], origin["channels"]
         self.count, self.num_classes = len(self), len(origin["classes"])
-        self.identity = {name: origin[name] for name in ("data", "image_size", "listing", "dtype", "vae_precision")}
-        self.identity["images"] = self.count
+        self.fingerprint = {name: origin[name] for name in ("data", "image_size", "listing", "dtype", "vae_precision")}
+        self.fingerprint["images"] = self.count
         self.labels = torch.cat([tensors["label"] for tensors in self.tensors])
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
+    def latent_shape(self) -> tuple[int, ...]:
         """(C, h, w) of each latent."""
         return tuple(self.tensors[0]["mean"].shape[2:])
 
@@ -53,13 +54,14 @@ class LatentStore(ShardStore):
         """rows (B,), flips (B,) bool -> {"mean", "std": (B, C, h, w) float32, "y": (B,) labels}."""
         shape, dtype = (len(rows), *self.latent_shape), self.arrays[0]["mean"].dtype
         out = {name: np.empty(shape, dtype) for name in ("mean", "std")}
-        for i, (side, (shard, row)) in enumerate(zip(flips.astype(int).tolist(), self.locate(rows))):
+        sides = flips.astype(int).tolist()
+        for i, (shard, row) in enumerate(self.locate(rows)):
             for name, value in out.items():
-                value[i] = self.arrays[shard][name][row, side]
+                value[i] = self.arrays[shard][name][row, sides[i]]
         return {name: torch.from_numpy(value).float() for name, value in out.items()} | {"y": self.labels[rows]}
 
 
-def verify(args) -> None:
+def verify(args: argparse.Namespace) -> None:
     """Check a whole store and print a one-line summary."""
     store = LatentStore(args.folder, "DIR")
     size = store.verify("DIR")
@@ -70,13 +72,15 @@ def verify(args) -> None:
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(description="Look after a latent store.")
+    parser = cli.Parser(prog="stores.latents", description="Look after a latent store.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=cli.Parser)
-    command = commands.add_parser("verify", help="check counts, checksums and finiteness")
-    command.add_argument("folder", metavar="DIR", help="the store")
+    command = commands.add_parser("verify", help="Check counts, checksums and finiteness.")
+    command.add_argument("folder", metavar="DIR", help="Folder of the store.")
     command.set_defaults(run=verify)
     return parser
 
 
+run = cli.run_command
+
 if __name__ == "__main__":
-    cli.main(build_parser(), lambda args: args.run(args))
+    cli.main(build_parser(), run)

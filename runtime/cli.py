@@ -1,4 +1,4 @@
-"""Command-line manners that all scripts share: one-sentence errors, grouped options, --dry-run.
+"""What the command lines of all scripts share: one-sentence errors, presets, --dry-run.
 
 Nothing in here knows about diffusion; a script is ``cli.main(build_parser(), run)``.
 """
@@ -7,8 +7,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, NoReturn
+
+OptionGroup = argparse._ArgumentGroup | argparse.ArgumentParser  # whatever has ``add_argument``
 
 
 class UserError(Exception):
@@ -22,21 +25,27 @@ class RunError(Exception):
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in the help, and errors of one line without the usage text (exit code 2)."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
         self.presets: dict[str, dict] = {}
+        self.estimate: Callable[[argparse.Namespace], dict] = lambda args: {}
 
     def add_presets(
         self, presets: dict[str, dict], estimate: Callable[[argparse.Namespace], dict] = lambda args: {}
     ) -> None:
         """Add ``--preset``: a name for values of this parser's options, which the command line may still override.
 
-        ``estimate`` tells ``--dry-run`` what follows from a preset's options alone, before one has weights and data.
+        ``estimate`` tells ``--dry-run`` what follows from a preset's options alone, where weights or data are missing.
         """
         self.presets, self.estimate = presets, estimate
-        self.add_argument("--preset", choices=presets, metavar="NAME", help=f"a row of Table 1: {', '.join(presets)}")
+        self.add_argument(
+            "--preset",
+            choices=presets,
+            metavar="NAME",
+            help=f"Use the options of a row of Table 1: {', '.join(presets)}.",
+        )
 
-    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, after the named preset has replaced the defaults."""
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         early.add_argument("--preset")
@@ -45,13 +54,16 @@ class Parser(argparse.ArgumentParser):
         chosen = self.presets.get(given.preset, {})
         for action in self._actions:
             action.default = chosen.get(action.dest, action.default)
-            if chosen and given.dry_run and action.required:  # to be looked at before one has the weights and the data
+            if chosen and given.dry_run and action.required:
+                # A preset can be shown before its weights and data are there.
                 action.default = action.default or f"({action.option_strings[0]} is not given)"
             action.required = action.required and action.default is None
         return super().parse_args(args, namespace)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2 and one line on stderr."""
         self.exit(2, f"{self.prog}: error: {message}\n")
+        raise AssertionError("exit returns nowhere")
 
 
 def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[str] | None = None) -> None:
@@ -63,9 +75,37 @@ def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[s
         if getattr(args, "preset", None) and args.dry_run:
             show_plan({"not_checked": str(error)} | parser.estimate(args), args)
             return
-        text = str(error).splitlines()[-1].removeprefix("cli.UserError: ")  # a data worker's comes with its traceback
+        # The error of a data worker comes with its traceback, whose last line names the class and the text.
+        text = str(error).splitlines()[-1].removeprefix(f"{__name__}.{type(error).__name__}: ")
         print(f"{parser.prog}: error: {text}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
+
+
+def run_command(args: argparse.Namespace) -> None:
+    """``run`` of a parser with sub-commands, each of which has set ``run`` to a function of its arguments."""
+    args.run(args)
+
+
+#################################################################################
+#                            Options and their values                           #
+#################################################################################
+
+
+def chosen(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """The values of some options by name, as keyword arguments for what is below a script."""
+    return {name: getattr(args, name) for name in names}
+
+
+def add_dry_run_option(group: OptionGroup) -> None:
+    """The ``--dry-run`` option, the same in every script."""
+    group.add_argument("--dry-run", action="store_true", help="Check everything, print the plan as JSON, do nothing.")
+
+
+def show_plan(plan: dict, args: argparse.Namespace) -> None:
+    """Print what a run would do, and all options, as JSON: the whole of ``--dry-run``."""
+    if os.environ.get("RANK", "0") == "0":
+        options = {name: value for name, value in vars(args).items() if not callable(value)}
+        print(json.dumps(plan | {"options": options}, indent=2, default=str))
 
 
 def positive(text: str) -> int:
@@ -100,10 +140,3 @@ def existing_folder(option: str, path: str | Path) -> Path:
     if not any(path.iterdir()):
         raise UserError(f"{option} {path}: the folder is empty")
     return path
-
-
-def show_plan(plan: dict, args: argparse.Namespace | None = None) -> None:
-    """Print what a run would do, and all options, as JSON: the whole of ``--dry-run``."""
-    if os.environ.get("RANK", "0") == "0":
-        options = {"options": vars(args)} if args else {}
-        print(json.dumps(plan | options, indent=2, default=str))

@@ -1,0 +1,118 @@
+"""The teacher's ODE as all scripts share it: its options, the solver, the points that a student learns from.
+
+B batch   C, H, W the latent   n solver steps   K points that are kept   S student steps
+"""
+
+import torch
+from torch.utils.data import Dataset
+
+from diffusion import create_diffusion
+from models import DiT
+from runtime.cli import OptionGroup, UserError, positive
+from runtime.distributed import DistributedContext
+from runtime.precision import autocast
+from runtime.randomness import labels, noise
+
+TARGETS = ("x0", "xt")
+GRIDS = ("even", "authors")
+ODE_OPTIONS = ("solver_steps", "cfg_scale", "cfg_channels")
+
+
+def add_ode_options(group: OptionGroup) -> None:
+    """The options of the teacher's probability-flow ODE, ``ODE_OPTIONS``."""
+    group.add_argument("--solver-steps", type=positive, default=25, help="Solve the ODE in this many DDIM steps.")
+    group.add_argument("--cfg-scale", type=float, default=1.5, help="Guide by this scale; 1 is no guidance.")
+    group.add_argument(
+        "--cfg-channels", type=positive, default=3, help="Guide only the first channels; DiT's samples have 3 of 4."
+    )
+
+
+def grid_steps(steps: int, grid: str = "even", teacher_steps: int = 25) -> list[int]:
+    """After which teacher steps the S points of a student's trajectory lie, noisiest first, the last is the sample.
+
+    "even": round(n k / S), so that S = 1, 2, 4 share points (6, 12, 19, 25 of 25). "authors": the released code's
+    10, 15, 20, 25 of 25 for S = 4. Raises ``ValueError`` for a grid that does not exist.
+    """
+    if grid == "even" and 1 <= steps <= teacher_steps:
+        return [round(teacher_steps * k / steps) for k in range(1, steps + 1)]
+    if grid == "authors" and (steps, teacher_steps) == (4, 25):
+        return [10, 15, 20, 25]
+    if grid == "authors":
+        raise ValueError(f"the authors' grid has 4 student steps of 25 teacher steps, not {steps} of {teacher_steps}")
+    raise ValueError(f"grid {grid!r} has no {steps} student steps of {teacher_steps} teacher steps")
+
+
+def pick_points(x: torch.Tensor, x0: torch.Tensor, solver_indices: list[int]) -> dict[str, torch.Tensor]:
+    """The points of a student's grid out of a full teacher trajectory.
+
+    x: (B, n+1, C, H, W) states and x0: (B, n, C, H, W) predictions of ``ddim_trajectory``, K ``solver_indices`` after
+    which the points lie -> {"xt", "x0"}: (B, K, C, H, W) each. The predicted x_0 at a point is the one made from that
+    state; at the end it is the sample.
+    """
+    predicted = torch.cat([x0, x[:, -1:]], dim=1)
+    return {"xt": x[:, solver_indices], "x0": predicted[:, solver_indices]}
+
+
+class TeacherODE:
+    """Trajectories of a teacher by DDIM with guidance; ``provenance`` is all that decides them but noise and label."""
+
+    def __init__(self, teacher: DiT, *, solver_steps: int = 25, cfg_scale: float = 1.5, cfg_channels: int = 3):
+        """``UserError`` for impossible numbers of steps, and for guidance of a teacher without a null label."""
+        guidable = teacher.num_classes and teacher.config["class_dropout_prob"]
+        if cfg_scale != 1 and not guidable:
+            raise UserError(f"--cfg-scale {cfg_scale}: this teacher has no null label, give --cfg-scale 1")
+        try:
+            self.diffusion = create_diffusion(str(solver_steps))
+        except ValueError as error:
+            raise UserError(f"--solver-steps {solver_steps}: {error}") from None
+        self.teacher = teacher
+        self.guidance = cfg_scale, min(cfg_channels, teacher.in_channels)
+        self.provenance = {
+            "num_classes": teacher.num_classes,
+            "solver": "ddim",
+            "solver_steps": solver_steps,
+            "cfg_scale": cfg_scale,
+            "cfg_channels": self.guidance[1],
+        }
+
+    def __call__(self, noise: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """noise: (B, C, H, W), y: (B,) -> states (B, n+1, C, H, W), noise first, predictions of x_0 (B, n, ...)."""
+        return self.diffusion.ddim_trajectory(self.teacher, noise, y, *self.guidance)
+
+    def sample(self, noise: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """noise: (B, C, H, W), y: (B,) -> the last states (B, C, H, W)."""
+        return self(noise, y)[0][:, -1]
+
+
+class OnlineBatches(Dataset):
+    """Training batches without a store: item n is this rank's share of step n, noise and labels only.
+
+    ``complete`` then solves the teacher's ODE for them, in the training process. Every step has trajectories that were
+    never seen before: those that a dump with this seed would go on to write.
+    """
+
+    def __init__(
+        self,
+        ode: TeacherODE,
+        solver_indices: list[int],
+        target: str,
+        *,
+        global_batch_size: int,
+        seed: int,
+        context: DistributedContext,
+        precision: str = "fp32",
+    ):
+        """``solver_indices`` and ``target`` as a student has them, ``precision`` of the teacher."""
+        self.ode, self.solver_indices, self.target = ode, solver_indices, target
+        self.global_batch_size, self.seed, self.context, self.precision = global_batch_size, seed, context, precision
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        indices, teacher = self.context.step_indices(step, self.global_batch_size), self.ode.teacher
+        z = noise(self.seed, "trajectory", indices, teacher.latent_shape)
+        return {"noise": z, "y": labels(self.seed, indices, teacher.num_classes)}
+
+    def complete(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Noise (B, C, H, W) and labels (B,) -> "trajectory" (B, S+1, C, H, W), noisiest first, and the labels "y"."""
+        with autocast(self.precision, self.context.device):
+            points = pick_points(*self.ode(batch["noise"], batch["y"]), self.solver_indices)[self.target]
+        return {"trajectory": torch.cat([batch["noise"][:, None], points], dim=1), "y": batch["y"]}

@@ -1,0 +1,74 @@
+"""FID, precision and recall of a student while it trains, on a small fixed set of noises: to see a collapse early.
+
+The figures are the evaluator's own, of few samples: to compare steps of one run, not runs with papers.
+"""
+
+import shutil
+from pathlib import Path
+
+from evaluations.evaluator import evaluate
+from evaluations.features import NAMES, extractor
+from evaluations.files import Images
+from runtime.cli import Parser, UserError, not_negative, positive
+from runtime.distributed import DistributedContext
+from sampler import Sampler
+from stores.samples import SampleWriter
+
+QUALITY_OPTIONS = ("eval_reference", "eval_features", "eval_samples")  # what ``Quality`` takes of the options
+
+
+def add_quality_options(parser: Parser) -> None:
+    """``--eval-every``, and the options of ``Quality``."""
+    group = parser.add_argument_group("quality while training")
+    group.add_argument("--eval-every", type=not_negative, default=0, help="Steps between evaluations, 0 for none.")
+    group.add_argument("--eval-reference", help="Compare with these real images, an .npz in ADM's format.")
+    group.add_argument("--eval-features", choices=NAMES, default="inception", help="Use this network for FID.")
+    group.add_argument("--eval-samples", type=positive, default=2048, help="Draw so many samples for an evaluation.")
+
+
+class Quality:
+    """Evaluates what a sampler draws: a call gives {"fid", "precision", "recall"}, the same on every rank."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        context: DistributedContext,
+        image_size: int,
+        *,
+        eval_reference: str | None,
+        eval_features: str = "inception",
+        eval_samples: int = 2048,
+    ):
+        """Refuses here, with a ``UserError``, what could not be evaluated later; ``image_size`` in pixels."""
+        self.sampler, self.context, self.image_size, self.samples = sampler, context, image_size, eval_samples
+        if not eval_reference:
+            raise UserError("--eval-every: needs --eval-reference, an .npz of real images")
+        self.reference, self.features = eval_reference, eval_features
+        reference = Images("--eval-reference", eval_reference)
+        if (reference.width, reference.height) != (image_size, image_size):
+            raise UserError(
+                f"{reference.what}: {reference.width}x{reference.height} images, the student's are "
+                f"{image_size}x{image_size}"
+            )
+        network = extractor(eval_features)
+        network.check_size(image_size, image_size)
+        if min(eval_samples, reference.count) < network.widths["pool"]:
+            raise UserError(
+                f"--eval-samples {eval_samples}: FID needs at least {network.widths['pool']} samples and as many real "
+                f"images (there are {reference.count})"
+            )
+
+    def __call__(self, folder: Path) -> dict[str, float]:
+        """Sample, compare, and clean up what was written to ``folder`` meanwhile."""
+        file = folder / "samples.npz"
+        if self.context.is_main:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that broke off
+        self.context.barrier()
+        with SampleWriter(file, self.samples, self.image_size, {}, self.context) as writer:
+            for indices in writer.missing_batches(64):
+                writer.write(indices, *self.sampler(indices))
+        result = evaluate(self.reference, file, self.features, context=self.context)
+        self.context.barrier()
+        if self.context.is_main:
+            shutil.rmtree(folder)
+        return {name: result[name] for name in ("fid", "precision", "recall")}

@@ -1,0 +1,148 @@
+"""All that this project knows about processes and devices: works alike under torchrun and plain python.
+
+Losses never see ranks: every script computes on its share of the indices and meets the other processes only in the
+functions below.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Event
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from runtime.cli import OptionGroup, UserError
+
+
+@dataclass(frozen=True)
+class DistributedContext:
+    """Where this process stands among all processes of the run; called ``context`` everywhere."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that prints and writes shared files."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """This rank's part of ``range(count)``: contiguous, sizes differ by at most one, nothing lost."""
+        return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
+
+    def step_indices(self, step: int, global_batch_size: int) -> range:
+        """This rank's samples of a training step, numbered from the start of the run on."""
+        first, share = step * global_batch_size, self.share(global_batch_size)
+        return range(first + share.start, first + share.stop)
+
+    def describe_batch(self, global_batch_size: int) -> str:
+        """How the global batch is shared, in words."""
+        ranks = [DistributedContext(rank, self.world_size, self.device) for rank in range(self.world_size)]
+        each = " or ".join(str(size) for size in sorted({len(rank.share(global_batch_size)) for rank in ranks}))
+        return f"global batch {global_batch_size} = {each} on each of {self.world_size} x {self.device.type}"
+
+    def barrier(self) -> None:
+        """Wait for all ranks. For file input and output only."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum of the tensor over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast_object(self, value: Any) -> Any:
+        """The main rank's value (any small Python object) on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
+        return box[0]
+
+
+def setup(device: str = "auto") -> DistributedContext:
+    """Join the process group if torchrun (or Slurm through env://) started us, and choose this process's device.
+
+    ``device`` is "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1". Raises ``UserError`` if it is not there.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device {device}: give auto, cpu, cuda or cuda:INDEX") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: give auto, cpu, cuda or cuda:INDEX")
+    if chosen.type == "cuda":
+        index = chosen.index if chosen.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices, give --device cpu"
+            )
+        chosen = torch.device("cuda", index)
+        torch.cuda.set_device(chosen)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    else:
+        keep_freed_memory()
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", init_method="env://")
+    return DistributedContext(rank, world_size, chosen)
+
+
+def keep_freed_memory() -> None:
+    """Let freed tensors' memory stay with this process, as on a GPU. Does nothing where the C library is not glibc.
+
+    By default glibc returns it to the system and every step has it mapped and cleared again, page by page.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is not None and hasattr(libc, "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        accepted = libc.mallopt(mmap_threshold, 2**30)
+        if not accepted:  # older versions allow 32 MiB at most
+            libc.mallopt(mmap_threshold, 2**25)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside DDP, or the module itself."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+@contextmanager
+def notice_sigterm() -> Iterator[Event]:
+    """An event that is set when SIGTERM comes, which clusters send before they take a machine away."""
+    event = Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def ignore_sigterm(worker: int) -> None:
+    """For data workers, which torchrun signals as well: they end with the process that they work for."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def finish(context: DistributedContext) -> None:
+    """Leave the process group; call once at the end of a script."""
+    if context.world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def add_device_option(group: OptionGroup) -> None:
+    """The ``--device`` option, the same in every script."""
+    group.add_argument("--device", default="auto", help="Run on auto (a GPU if there is one), cpu, cuda or cuda:INDEX.")

@@ -1,0 +1,111 @@
+"""Files: written whole or not at all, written beside computing, hashed, fetched once."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from runtime.cli import UserError
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to, which takes its name, on disk for good, when the block ends without error.
+
+    Makes the folder. A reader, or a crash, never sees half of the file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        _to_disk(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    _to_disk(path.parent)
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk itself and not only in the system's memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with atomic_write(path) as partial:
+        partial.write_text(text)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Checksum of a file, 64 hex digits."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def cached_download(url: str, option: str, hash_prefix: str | None = None) -> Path:
+    """The file behind a URL in torch.hub's cache (TORCH_HOME), fetched once per machine however many ranks ask.
+
+    ``hash_prefix`` is how its SHA-256 must begin. ``UserError`` names the option and says where to put the file when it
+    cannot be fetched.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if path.is_file():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):  # the first rank downloads, the others wait here
+            if not path.is_file():
+                torch.hub.download_url_to_file(url, str(path), hash_prefix=hash_prefix)  # renamed when it is whole
+    except (OSError, RuntimeError) as error:  # no network (urllib's errors are OSErrors), or another hash
+        raise UserError(f"{option}: cannot download it ({error}); fetch {url} to {path}") from None
+    return path
+
+
+class WriteBehind:
+    """Writes in a thread while the next item is computed, one after another; at most one write is under way.
+
+    As a context manager it waits for the last write at the end. The error of a write is raised by the next ``submit``
+    or at the end; nothing is written after an error of either side.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future | None = None
+
+    def submit(self, write: Callable[..., None], *args: Any) -> None:
+        """Wait for the write under way, then start ``write(*args)``."""
+        self.wait()
+        self._writing = self._thread.submit(write, *args)
+
+    def wait(self) -> None:
+        """Wait for the write under way; raises its error."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> "WriteBehind":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self.wait()
+        finally:
+            self._thread.shutdown()

@@ -1,0 +1,51 @@
+"""The arithmetic that models run in: number formats, autocast, compiled blocks, recomputed activations."""
+
+import argparse
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from models import DiT
+from runtime.cli import OptionGroup
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+COMPUTED = ("fp32", "bf16")  # formats of matrix products
+STORED = ("fp16", "fp32")  # formats of latents on disk
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """The context in which a model runs: bf16 matrix products, or nothing for fp32."""
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
+
+
+def add_precision_option(group: OptionGroup, option: str = "--precision", of: str = "matrix products") -> None:
+    """The ``--precision`` option of a script, or one like it."""
+    group.add_argument(option, choices=COMPUTED, default="fp32", help=f"Use this number format for {of}.")
+
+
+def add_compile_option(group: OptionGroup) -> None:
+    """The ``--compile`` option, the same in every script."""
+    group.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="Compile the model's blocks: minutes at the start, faster from then on.",
+    )
+
+
+def compile_blocks(model: DiT) -> None:
+    """Compile a model's blocks in place; names in its state dict stay, and copies of it are not compiled.
+
+    Block by block: all blocks share the code that is compiled once for each shape and each kind of attention, gradients
+    leave each block as soon as they are known (DDP sends them meanwhile), and a block is where all of the time goes.
+    """
+    torch._dynamo.config.recompile_limit = 64  # for students of many steps: sampling compiles each of them
+    for block in model.blocks:
+        block.compile(fullgraph=True, dynamic=False)
+
+
+def prepare_blocks(model: DiT, *, compile: bool, checkpoint_activations: bool) -> None:
+    """Do what ``--compile`` and ``--checkpoint-activations`` say, in place."""
+    model.checkpoint_activations = checkpoint_activations
+    if compile:
+        compile_blocks(model)

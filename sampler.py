@@ -1,0 +1,172 @@
+"""What all samplers share: options, and the one way from a sample's index to its noise, label, latent and image.
+
+for indices in writer.missing_batches(batch_size):   # the loop stands in the script
+    writer.write(indices, *sampler(indices))
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from models import DiT
+from runtime.cli import Parser, UserError, add_dry_run_option, not_negative, positive
+from runtime.distributed import DistributedContext, add_device_option
+from runtime.precision import add_compile_option, add_precision_option, autocast, compile_blocks
+from runtime.randomness import LABEL_POLICIES, labels, noise
+from runtime.vae import VAE, Pixels, load_vae, resolve_name
+from stores.images import to_uint8
+from stores.samples import SampleWriter, save_grid
+
+# Noise (B, C, H, W) and labels (B,), on the device -> latents (B, C, H, W): what a model makes of them.
+Draw = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+# What ``SamplingJob`` takes of the options.
+SAMPLING_OPTIONS = ("out", "num_samples", "seed", "label_policy", "class_labels", "weights", "vae", "vae_precision")
+SAMPLING_OPTIONS += ("save_latents", "per_proc_batch_size", "precision", "compile")
+
+
+def add_sampling_options(parser: Parser) -> None:
+    """The options that the samplers of teacher and student share."""
+    group = parser.add_argument_group("samples")
+    group.add_argument("--out", help="Write this .npz; without it, one beside the checkpoint and named after it.")
+    group.add_argument("--num-samples", type=positive, default=50_000, help="Draw exactly so many samples.")
+    group.add_argument("--seed", type=not_negative, default=0, help="Sample i depends on (seed, i) alone.")
+    group.add_argument("--label-policy", choices=LABEL_POLICIES, default="balanced", help="Choose labels in this way.")
+    group.add_argument(
+        "--class-labels", type=int, nargs="+", metavar="LABEL", help="Take these labels in turn instead."
+    )
+    group.add_argument("--weights", choices=("ema", "raw"), default="ema", help="Use these weights of the checkpoint.")
+    group.add_argument("--vae", help="Decode by ema, mse, a folder or a hub id instead of the model's own autoencoder.")
+    add_precision_option(group, "--vae-precision", "the decoder")
+    group.add_argument("--save-latents", action="store_true", help="Keep the samples before decoding, as float32.")
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--per-proc-batch-size", type=positive, default=64, help="Draw so many samples of a rank at once."
+    )
+    add_precision_option(group)
+    add_compile_option(group)
+    add_dry_run_option(group)
+    add_device_option(group)
+
+
+class Samples(NamedTuple):
+    """What was drawn for some indices."""
+
+    latents: torch.Tensor  # (B, C, h, w) float32
+    images: torch.Tensor  # (B, 1 or 3, H, W) about [-1, 1]
+    y: torch.Tensor  # (B,) labels
+
+
+class Sampler:
+    """Draws samples by their indices: noise and labels are functions of (seed, index), images come from the decoder."""
+
+    def __init__(
+        self,
+        draw: Draw,
+        model: DiT,
+        vae: VAE | Pixels,
+        device: torch.device,
+        *,
+        seed: int = 0,
+        stream: str = "sample",
+        label_policy: str = "balanced",
+        class_labels: Sequence[int] | None = None,
+        precision: str = "fp32",
+        fill_up_to: int = 0,
+    ):
+        """``model`` says the shape of latents and the number of classes. ``class_labels`` are taken in turn instead of
+        the policy's. ``fill_up_to``: smaller batches are drawn at this size, the one that compiled code is made for.
+        """
+        self.draw, self.vae, self.device, self.precision = draw, vae, device, precision
+        self.shape, self.num_classes = model.latent_shape, model.num_classes
+        self.seed, self.stream, self.label_policy, self.class_labels = seed, stream, label_policy, class_labels
+        self.fill_up_to = fill_up_to
+
+    @torch.no_grad()
+    def __call__(self, indices: Sequence[int]) -> Samples:
+        """The samples of these indices."""
+        z = noise(self.seed, self.stream, indices, self.shape)
+        if self.class_labels:
+            y = torch.tensor([self.class_labels[i % len(self.class_labels)] for i in indices])
+        else:
+            y = labels(self.seed, indices, self.num_classes, self.label_policy)
+        filler = max(0, self.fill_up_to - len(y))
+        full_z, full_y = torch.cat([z, z.new_zeros(filler, *z.shape[1:])]), torch.cat([y, y.new_zeros(filler)])
+        with autocast(self.precision, self.device):
+            latents = self.draw(full_z.to(self.device), full_y.to(self.device))[: len(y)].float()
+        return Samples(latents, self.vae.decode(latents), y)
+
+    def save_preview(self, path: Path, count: int = 64) -> None:
+        """Write a PNG grid of the first samples."""
+        save_grid(path, to_uint8(self(range(count)).images))
+
+
+class SamplingJob:
+    """A sampler's command line, checked: ``plan`` is what --dry-run shows, ``start`` opens what the loop needs."""
+
+    def __init__(
+        self,
+        model: DiT,
+        config: dict,
+        source: str,
+        *,
+        out: str | None = None,
+        num_samples: int,
+        seed: int = 0,
+        label_policy: str = "balanced",
+        class_labels: Sequence[int] | None = None,
+        weights: str = "ema",
+        vae: str | None = None,
+        vae_precision: str = "fp32",
+        save_latents: bool = False,
+        per_proc_batch_size: int = 64,
+        precision: str = "fp32",
+        compile: bool = False,
+    ):
+        """``config`` is that of the checkpoint ``source``. ``UserError`` names an option that does not suit."""
+        if class_labels and not all(0 <= label < max(model.num_classes, 1) for label in class_labels):
+            raise UserError(f"--class-labels {class_labels}: this model has labels 0..{model.num_classes - 1}")
+        if vae and config["vae"] is None and vae != "none":
+            raise UserError(f"--vae {vae}: this model works on pixels, leave the option out")
+        if vae == "none" and config["vae"] is not None:
+            raise UserError(f"--vae none: this model works on latents of {config['vae']}, leave the option out")
+        self.out = Path(out or f"{Path(source).with_suffix('')}-{weights}-seed{seed}-{num_samples}.npz")
+        if self.out.suffix != ".npz":
+            raise UserError(f"--out {self.out}: the file's name must end in .npz")
+        self.model, self.num_samples, self.compile, self.save_latents = model, num_samples, compile, save_latents
+        self.vae, self.vae_precision = vae or config["vae"], vae_precision
+        self.drawing = {
+            "seed": seed,
+            "label_policy": label_policy,
+            "class_labels": class_labels,
+            "precision": precision,
+        }
+        self.drawing["fill_up_to"] = per_proc_batch_size if compile else 0
+        self.provenance = config["provenance"] | {
+            "sample_seed": seed,
+            "sample_labels": class_labels or label_policy,
+            "sample_precision": precision,
+            "weights": weights,
+            "decoder": resolve_name(self.vae),
+            "decoder_precision": vae_precision,
+        }
+        self.plan = self.provenance | {"out": str(self.out), "count": num_samples}
+
+    def start(self, draw: Draw, context: DistributedContext) -> tuple[Sampler, SampleWriter]:
+        """What draws samples by index with ``draw``, and what writes them; the model is on its device then."""
+        vae = load_vae(self.vae, context.device, self.vae_precision)
+        self.model.to(context.device)
+        if self.compile:
+            compile_blocks(self.model)
+        shape = self.model.latent_shape
+        writer = SampleWriter(
+            self.out,
+            self.num_samples,
+            shape[1] * vae.factor,
+            self.provenance,
+            context,
+            latent_shape=shape if self.save_latents else None,
+        )
+        return Sampler(draw, self.model, vae, context.device, **self.drawing), writer

@@ -1,0 +1,109 @@
+"""The one owner of run folders: ``results/000-DiT-XL-2`` or the folder of ``--run-dir``.
+
+config.json            the run's config: what decides its result, and by which it is found again
+checkpoints/           0050000.pt, ...: kept; latest.pt: the newest snapshot, until a later checkpoint replaces it
+samples/  log.txt      previews, log lines; beside them tensorboard's files
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from models import model_name
+from runtime.cli import UserError
+from runtime.distributed import DistributedContext
+from runtime.files import write_text
+from runtime.provenance import differences, with_current_keys
+from stores import checkpoints
+
+
+class RunFolder:
+    """The folder of a run: found if this very config began it, made otherwise."""
+
+    def __init__(self, config: dict, context: DistributedContext, *, results_dir: str, run_dir: str | None):
+        """``UserError`` when ``run_dir`` holds another run."""
+        self.config, self.context = config, context
+        self._curves: Any = None
+        self.path = Path(
+            context.broadcast_object(str(find_run(config, results_dir, run_dir)) if context.is_main else "")
+        )
+        if context.is_main and not (self.path / "config.json").exists():
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            write_text(self.path / "config.json", json.dumps(config, indent=2))
+        context.barrier()
+
+    def newest_checkpoint(self) -> tuple[Path, dict] | None:
+        """The state to resume from, the snapshot if there is one, and its file; None in a new run."""
+        files = sorted((self.path / "checkpoints").glob("*.pt"))
+        return (files[-1], checkpoints.load(files[-1], "--run-dir")) if files else None
+
+    def save_checkpoint(self, step: int, state: dict) -> None:
+        """Write ``checkpoints/0050000.pt``, which makes an older snapshot superfluous."""
+        self._save(f"{step:07d}.pt", step, state)
+        (self.path / "checkpoints/latest.pt").unlink(missing_ok=True)
+
+    def save_snapshot(self, step: int, state: dict) -> None:
+        """Write ``checkpoints/latest.pt``, to resume from."""
+        self._save("latest.pt", step, state)
+
+    def _save(self, name: str, step: int, state: dict) -> None:
+        checkpoints.save(self.path / "checkpoints" / name, {"config": self.config, "step": step} | state)
+
+    def log(self, text: str) -> None:
+        """One line to the console and log.txt, from the main rank."""
+        if self.context.is_main:
+            tqdm.write(text)
+            with (self.path / "log.txt").open("a") as file:
+                file.write(text + "\n")
+
+    def log_scalars(self, kind: str, step: int, scalars: dict[str, float]) -> None:
+        """One log line of that kind, and the curves."""
+        self.log(f"{kind} {step:07d} " + " ".join(f"{name} {value:.6g}" for name, value in scalars.items()))
+        if self._curves is not None:
+            for name, value in scalars.items():
+                self._curves.add_scalar(name, value, step)
+
+    @contextmanager
+    def open_curves(self, step: int) -> Iterator[None]:
+        """Tensorboard's files, of the main rank, while steps after ``step`` are logged."""
+        from torch.utils.tensorboard import SummaryWriter  # seconds to import
+
+        self._curves = SummaryWriter(str(self.path), purge_step=step + 1) if self.context.is_main else None
+        try:
+            yield
+        finally:
+            if self._curves is not None:
+                self._curves.close()
+
+    def preview(self, step: int) -> Path:
+        """Where the preview of a step goes."""
+        return self.path / "samples" / f"{step:07d}.png"
+
+
+def find_run(config: dict, results_dir: str, run_dir: str | None) -> Path:
+    """The folder of the run that this config began, else a new one: ``results/000-DiT-XL-2``."""
+    if run_dir:
+        folder = Path(run_dir)
+        if folder.exists() and any(folder.iterdir()):
+            found = read_config(folder)
+            if found is None:
+                raise UserError(f"--run-dir {folder}: the folder holds other files than a run, give a new one")
+            if found != config:
+                raise UserError(f"--run-dir {folder}: holds another run: {differences(found, config)}")
+        return folder
+    runs = sorted(path for path in Path(results_dir).glob("[0-9][0-9][0-9]-*") if path.is_dir())
+    for run in runs:
+        if read_config(run) == config:
+            return run
+    number = 1 + max((int(path.name[:3]) for path in runs), default=-1)
+    return Path(results_dir) / f"{number:03d}-{model_name(config['model']).replace('/', '-')}"
+
+
+def read_config(folder: Path) -> dict | None:
+    """A run's config, None where there is none."""
+    path = folder / "config.json"
+    return with_current_keys(json.loads(path.read_text())) if path.is_file() else None

@@ -1,0 +1,181 @@
+"""Folders of large safetensors shards under one manifest: what the stores of trajectories and of latents share.
+
+    DIR/manifest.json              {"provenance": {...}, "shards": [{"file", "rows", "bytes", "sha256"}, ...]}
+    DIR/shard-00000.safetensors    tensors of equally many rows; its metadata repeats the provenance
+
+Row i of the store is row i modulo rows-per-shard of shard i // rows-per-shard, and a function of i alone: any number of
+ranks writes the same files, and a run that broke off is continued. The manifest comes last and says that all is there.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from runtime.cli import UserError, existing_folder
+from runtime.distributed import DistributedContext
+from runtime.files import WriteBehind, atomic_write, file_sha256, write_text
+from runtime.provenance import require_same, with_current_keys
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"shard-{number:05d}.safetensors"
+
+
+def shard_provenance(path: Path) -> dict:
+    """What a shard says of itself. ``UserError`` when it is truncated or no shard."""
+    try:
+        with safe_open(path, "pt") as file:
+            return with_current_keys(json.loads((file.metadata() or {})["provenance"]))
+    except (SafetensorError, KeyError, OSError) as error:
+        raise UserError(f"{path}: truncated or not a shard ({error}); delete it and run the same again") from None
+
+
+class ShardWriter:
+    """Fills a store by any number of ranks, which share its shards among them; continues one that broke off.
+
+    with ShardWriter(folder, provenance, context, unit="image") as writer:
+        for rows in writer.missing_shards():       # this rank's part of what is not there yet
+            writer.write(rows, tensors)            # in a thread, while the next shard is made
+
+    Leaving the block without an error writes the manifest. ``complete`` says that nothing is missing from the start.
+    """
+
+    def __init__(
+        self, folder: str | Path, provenance: dict, context: DistributedContext, unit: str, option: str = "--out"
+    ):
+        """``provenance`` holds "count" and "rows_per_shard". ``UserError`` naming ``option`` when the folder holds
+        anything else.
+        """
+        self.folder, self.provenance, self.context, self.unit = Path(folder), provenance, context, unit
+        count, self.rows_per_shard = provenance["count"], provenance["rows_per_shard"]
+        shards = [range(i, min(i + self.rows_per_shard, count)) for i in range(0, count, self.rows_per_shard)]
+        names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        names = context.broadcast_object(names)  # one list for all: no rank must see what a faster one has begun
+        if names and not any(name.startswith("shard-") for name in names):
+            raise UserError(f"{option} {folder}: the folder holds other files, give a new one")
+        present = {name for name in names if name.endswith(".safetensors")}
+        for name in sorted(present):
+            require_same(
+                f"{option} {folder}: holds data of another run", shard_provenance(self.folder / name), provenance
+            )
+        self.complete = len(present) == len(shards) and "manifest.json" in names
+        missing = [rows for number, rows in enumerate(shards) if shard_name(number) not in present]
+        self._mine = missing[context.rank :: context.world_size]
+        self._behind = WriteBehind()
+        self.progress = tqdm(disable=True)
+
+    def __enter__(self) -> "ShardWriter":
+        if not self.complete:
+            self.context.barrier()  # everybody has looked before anybody writes
+            self.folder.mkdir(parents=True, exist_ok=True)
+            rows = sum(len(shard) for shard in self._mine)
+            self.progress = tqdm(total=rows, unit=self.unit, disable=None if self.context.is_main else True)
+        return self
+
+    def missing_shards(self) -> Iterator[range]:
+        """The rows of each shard that this rank has to make; none when the store is complete."""
+        return iter(() if self.complete else self._mine)
+
+    def write(self, rows: range, tensors: dict[str, torch.Tensor]) -> None:
+        """Write the shard of these rows: tensors of as many rows, "label" among them."""
+        self._behind.submit(self._write, rows.start // self.rows_per_shard, tensors)
+
+    def _write(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
+        with atomic_write(self.folder / shard_name(number)) as partial:
+            contiguous = {name: value.contiguous() for name, value in tensors.items()}
+            save_file(contiguous, partial, metadata={"provenance": json.dumps(self.provenance)})
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._behind.__exit__(kind, error, trace)
+        finally:
+            self.progress.close()
+        if error is None and not self.complete:
+            self.context.barrier()
+            if self.context.is_main:
+                self._write_manifest()
+            self.context.barrier()
+
+    def _write_manifest(self) -> None:
+        """Close the store."""
+        shards = []
+        for path in tqdm(sorted(self.folder.glob("shard-*.safetensors")), desc="checksums", unit="shard", disable=None):
+            with safe_open(path, "pt") as file:
+                rows = file.get_slice("label").get_shape()[0]
+            shards.append({"file": path.name, "rows": rows, "bytes": path.stat().st_size, "sha256": file_sha256(path)})
+        content = {"provenance": self.provenance, "shards": shards}
+        write_text(self.folder / "manifest.json", json.dumps(content, indent=2))
+
+
+class ShardStore:
+    """A finished store, open for random reads. ``provenance`` is the manifest's, ``len`` the number of rows."""
+
+    kind = "store"  # in messages; a subclass says of what
+
+    def __init__(self, folder: str | Path, option: str = "--data-path"):
+        """``UserError`` naming ``option`` when the store is missing, unfinished or truncated."""
+        self.folder = existing_folder(option, folder)
+        manifest = self.folder / "manifest.json"
+        if not manifest.is_file():
+            shards = len(list(self.folder.glob("shard-*.safetensors")))
+            hint = f"the {self.kind} is unfinished ({shards} shards); run the command that made it again to continue it"
+            raise UserError(f"{option} {folder}: " + (hint if shards else f"no {self.kind} (no manifest.json)"))
+        try:
+            content = json.loads(manifest.read_text())
+            self.provenance, self.shards = with_current_keys(content["provenance"]), content["shards"]
+        except (ValueError, KeyError):
+            raise UserError(f"{option} {manifest}: not a manifest of a {self.kind}") from None
+        self.tensors = []
+        for shard in self.shards:
+            path = self.folder / shard["file"]
+            if not path.is_file() or path.stat().st_size != shard["bytes"]:
+                found = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
+                raise UserError(f"{option} {path}: {found}, the manifest says {shard['bytes']} bytes; make it again")
+            with safe_open(path, "pt") as file:  # the tensors are views of the mapped file; nothing is read yet
+                self.tensors.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        self.arrays = [{name: value.numpy() for name, value in tensors.items()} for tensors in self.tensors]
+        self._first_row = np.cumsum([0] + [shard["rows"] for shard in self.shards])
+
+    def __len__(self) -> int:
+        return int(self._first_row[-1])
+
+    def locate(self, rows: np.ndarray) -> list[tuple[int, int]]:
+        """The shard that holds each of ``rows`` (B,), and the row in it.
+
+        Copying rows one by one out of ``arrays`` is many times faster than torch's indexing, most of all over shards.
+        """
+        owners = np.searchsorted(self._first_row, rows, side="right") - 1
+        return list(zip(owners.tolist(), (rows - self._first_row[owners]).tolist(), strict=True))
+
+    def verify(self, option: str) -> int:
+        """Check checksums, counts, finiteness and labels of the whole store; its size in bytes. ``UserError`` if not.
+
+        Provenance is that of ``ShardWriter`` and has "num_classes" as well.
+        """
+        classes = self.provenance["num_classes"]
+        for shard, tensors in tqdm(list(zip(self.shards, self.tensors, strict=True)), unit="shard", disable=None):
+            path = self.folder / shard["file"]
+            if file_sha256(path) != shard["sha256"]:
+                raise UserError(f"{option} {path}: checksum differs from the manifest's; delete it and make it again")
+            if shard_provenance(path) != self.provenance:
+                raise UserError(f"{option} {path}: belongs to another {self.kind} than the manifest; make it again")
+            for name, value in tensors.items():
+                if len(value) != shard["rows"]:
+                    raise UserError(f"{option} {path}: {name} has {len(value)} rows, the manifest says {shard['rows']}")
+                if name != "label" and not value.isfinite().all():
+                    raise UserError(f"{option} {path}: {name} holds NaN or infinite values; make it with --dtype fp32")
+            if not ((tensors["label"] >= 0) & (tensors["label"] < max(classes, 1))).all():
+                raise UserError(f"{option} {path}: labels out of range 0..{classes - 1}")
+        if len(self) != self.provenance["count"]:
+            raise UserError(f"{option} {self.folder}: {len(self)} rows, the manifest says {self.provenance['count']}")
+        return sum(shard["bytes"] for shard in self.shards)

@@ -1,0 +1,168 @@
+"""The one owner of the trajectory store: few large safetensors shards and a manifest (shards.py).
+
+    DIR/manifest.json          provenance, among it the solver indices of the stored points
+    DIR/shard-00000.safetensors
+        noise (n, C, H, W)     label (n,) int64
+        xt    (n, K, C, H, W)  the teacher's state after each of the K stored steps
+        x0    (n, K, C, H, W)  what the teacher predicts x_0 to be from that state; the last point is the sample itself
+
+Trajectory i is a function of (seed, i) alone. Shards are memory-mapped: a batch is gathered from the page cache
+straight into one tensor.
+
+    python -m stores.trajectories verify DIR
+    python -m stores.trajectories export DIR --out teacher.npz
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from diffusion.teacher_ode import TARGETS
+from models import DiT
+from runtime import cli, distributed
+from runtime.cli import UserError
+from runtime.distributed import DistributedContext
+from runtime.provenance import require_same
+from runtime.randomness import Shuffle
+from runtime.vae import load_vae
+from stores import checkpoints
+from stores.samples import SampleWriter
+from stores.shards import ShardStore
+
+
+class TrajectoryStore(ShardStore):
+    """A finished store of trajectories, open for random reads."""
+
+    kind = "trajectory store"
+
+    def __init__(self, folder: str | Path, option: str = "--data-path"):
+        """``UserError`` naming ``option`` when the store is missing, unfinished, truncated or of something else."""
+        super().__init__(folder, option)
+        if "solver_indices" not in self.provenance:
+            raise UserError(f"{option} {folder}: this store holds no trajectories; sample_trajectory.py makes one")
+        self.solver_indices: list[int] = self.provenance["solver_indices"]
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of each point."""
+        return tuple(self.tensors[0]["noise"].shape[1:])
+
+    def load_teacher(self, path: str | None = None) -> tuple[DiT, dict]:
+        """The teacher whose trajectories these are, from ``path`` or where the store says; another one is refused."""
+        teacher, config = checkpoints.load_teacher(path or self.provenance["teacher"])
+        mine = {name: config["provenance"][name] for name in ("teacher_hash", "vae")}
+        require_same(f"--data-path {self.folder}: these trajectories are another teacher's", self.provenance, mine)
+        return teacher, config
+
+    def point_columns(self, wanted: list[int], target: str) -> list[int]:
+        """Where the points after these solver steps are stored; ``UserError`` when one, or the target, is missing."""
+        if target not in self.tensors[0]:
+            has = ", ".join(name for name in TARGETS if name in self.tensors[0])
+            raise UserError(f"--target {target}: the store {self.folder} has only {has}")
+        missing = [step for step in wanted if step not in self.solver_indices]
+        if missing:
+            raise UserError(
+                f"--steps {len(wanted)} needs the points after teacher steps {wanted}, but the store {self.folder} has "
+                f"{self.solver_indices}: choose --steps and --grid to match, or dump again with them"
+            )
+        return [self.solver_indices.index(step) for step in wanted]
+
+    def read(self, rows: np.ndarray, target: str, columns: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whole student trajectories: rows (B,) -> (B, S+1, C, H, W) float32, noisiest first, and labels (B,) int64.
+
+        Point 0 is the noise; the next ones are the stored ``columns`` of "x0" or "xt".
+        """
+        out = np.empty((len(rows), 1 + len(columns), *self.latent_shape), self.arrays[0]["noise"].dtype)
+        y = np.empty(len(rows), np.int64)
+        all_columns = columns == list(range(len(self.solver_indices)))
+        for i, (shard, row) in enumerate(self.locate(rows)):
+            arrays = self.arrays[shard]
+            out[i, 0] = arrays["noise"][row]
+            out[i, 1:] = arrays[target][row] if all_columns else arrays[target][row, columns]
+            y[i] = arrays["label"][row]
+        return torch.from_numpy(out).float(), torch.from_numpy(y)
+
+
+class TrajectoryBatches(Dataset):
+    """Item n is this rank's share of step n: "trajectory" (B, S+1, C, H, W), noisiest first, and labels "y" (B,)."""
+
+    def __init__(
+        self,
+        store: TrajectoryStore,
+        solver_indices: list[int],
+        target: str,
+        *,
+        global_batch_size: int,
+        seed: int,
+        context: DistributedContext,
+    ):
+        """``solver_indices`` and ``target`` as a student has them."""
+        self.store, self.target, self.global_batch_size, self.context = store, target, global_batch_size, context
+        self.columns = store.point_columns(solver_indices, target)
+        self.shuffle = Shuffle(len(store), seed)
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        indices = self.context.step_indices(step, self.global_batch_size)
+        rows = self.shuffle.rows(indices.start, indices.stop)
+        trajectory, y = self.store.read(rows, self.target, self.columns)
+        return {"trajectory": trajectory, "y": y}
+
+
+#################################################################################
+#                                   Commands                                    #
+#################################################################################
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Check a whole store: sizes, checksums, counts, finiteness, labels; print a one-line summary."""
+    store = TrajectoryStore(args.folder, "DIR")
+    size, p = store.verify("DIR"), store.provenance
+    print(
+        f"{args.folder}: ok, {len(store)} trajectories of {store.latent_shape}, points after steps "
+        f"{store.solver_indices} of {p['solver_steps']}, {p['num_classes']} classes, guidance {p['cfg_scale']}, "
+        f"teacher {p['teacher_hash']}, {size / 1e6:.1f} MB"
+    )
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write the teacher's final samples to ADM's .npz: they cost nothing more than decoding."""
+    store = TrajectoryStore(args.folder, "DIR")
+    count = args.num_samples or len(store)
+    if count > len(store):
+        raise UserError(f"--num-samples {count}: the store {args.folder} has only {len(store)} trajectories")
+    context = distributed.setup(args.device)
+    vae = load_vae(store.provenance["vae"], context.device)
+    target = "x0" if "x0" in store.tensors[0] else "xt"  # the last point is the sample in both
+    last = [len(store.solver_indices) - 1]
+    image_size = store.latent_shape[1] * vae.factor
+    with SampleWriter(args.out, count, image_size, store.provenance, context) as writer:
+        for indices in writer.missing_batches(args.per_proc_batch_size):
+            points, y = store.read(np.array(indices), target, last)
+            latents = points[:, 1]
+            writer.write(indices, latents, vae.decode(latents.to(context.device)), y)
+    distributed.finish(context)
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(prog="stores.trajectories", description="Look after a trajectory store.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=cli.Parser)
+    command = commands.add_parser("verify", help="Check counts, checksums and finiteness.")
+    command.add_argument("folder", metavar="DIR", help="Folder of the store.")
+    command.set_defaults(run=verify)
+    command = commands.add_parser("export", help="Write the final samples to ADM's .npz.")
+    command.add_argument("folder", metavar="DIR", help="Folder of the store.")
+    command.add_argument("--out", required=True, help="Write this .npz.")
+    command.add_argument("--num-samples", type=cli.positive, help="Write only the first so many samples.")
+    command.add_argument("--per-proc-batch-size", type=cli.positive, default=64, help="Decode so many samples at once.")
+    distributed.add_device_option(command)
+    command.set_defaults(run=export)
+    return parser
+
+
+run = cli.run_command
+
+if __name__ == "__main__":
+    cli.main(build_parser(), run)

@@ -1,0 +1,310 @@
+"""What all trainers share: the state that is trained, the loop's two ends, logs and checkpoints. No losses.
+
+    for batch in trainer.steps(batches):                 # a step reads from top to bottom in its script
+        for part in state.micro_batches(batch):
+            state.backward({"loss": ... state.ddp_model(...) ...})
+        trainer.end_step(state.step())
+
+The batch of step n is a function of (seed, n) alone and the models use no random numbers, so a checkpoint's step is all
+the random state there is: a resumed run equals an uninterrupted one bit for bit on the CPU.
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from threading import Event
+
+import torch
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from models_ard import ARD
+from runtime.cli import Parser, RunError, UserError, add_dry_run_option, not_negative, positive
+from runtime.distributed import DistributedContext, add_device_option, ignore_sigterm, notice_sigterm
+from runtime.precision import add_compile_option, add_precision_option
+from stores import checkpoints
+from stores.runs import RunFolder
+
+# The options that every trainer has and that change its result; they are part of a run's config.
+RESULT_OPTIONS = ("global_batch_size", "lr", "clip", "ema_decay", "precision", "seed")
+# What ``TrainState`` and ``Trainer`` take of the options.
+STATE_OPTIONS = ("lr", "clip", "ema_decay", "global_batch_size", "accumulation")
+RUN_OPTIONS = ("results_dir", "run_dir", "iterations", "global_batch_size", "log_every", "sample_every", "ckpt_every")
+RUN_OPTIONS += ("snapshot_every", "num_workers", "max_bad_steps")
+
+
+def add_training_options(parser: Parser, *, lr: float, batch: int, iterations: int) -> None:
+    """The options that every trainer has, in groups; the defaults that differ are arguments."""
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--global-batch-size", type=positive, default=batch, help="Samples of a step over all ranks.")
+    group.add_argument("--accumulation", type=positive, default=1, help="Micro-batches of a rank in a step.")
+    group.add_argument("--iterations", type=positive, default=iterations, help="Optimiser steps in all.")
+    group.add_argument("--lr", type=float, default=lr, help="Constant learning rate of AdamW (weight decay is 0).")
+    group.add_argument("--clip", type=float, default=1.0, help="Largest norm of the gradient.")
+    group.add_argument("--ema-decay", type=float, default=0.9999, help="Decay per step of the weights' moving average.")
+    add_precision_option(group, of="matrix products; weights stay fp32")
+    group.add_argument("--seed", type=not_negative, default=0, help="Seed of initial weights and data order.")
+    add_compile_option(group)
+    group.add_argument(
+        "--checkpoint-activations",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="Compute each block's inside again in the backward pass: a third more time, far less memory.",
+    )
+    group = parser.add_argument_group("run")
+    group.add_argument("--results-dir", default="results", help="Folder in which runs are numbered folders.")
+    group.add_argument("--run-dir", help="This very folder instead of a numbered one.")
+    group.add_argument("--log-every", type=positive, default=100, help="Steps between log lines.")
+    group.add_argument("--sample-every", type=not_negative, default=10_000, help="Steps between previews, 0 for none.")
+    group.add_argument("--ckpt-every", type=positive, default=50_000, help="Steps between checkpoints that are kept.")
+    group.add_argument("--snapshot-every", type=positive, default=1_000, help="Steps between snapshots to resume from.")
+    group.add_argument("--num-workers", type=not_negative, default=0, help="Processes of a rank that read data ahead.")
+    group.add_argument("--max-bad-steps", type=positive, default=20, help="Non-finite steps in a row that end the run.")
+    add_dry_run_option(group)
+    add_device_option(group)
+
+
+def student_config(
+    student: ARD,
+    *,
+    vae: str | None,
+    provenance: dict,
+    grid: str,
+    solver_indices: list[int],
+    target: str,
+    training: dict,
+) -> dict:
+    """The config of a run that trains a student: it rebuilds the student, and says what was trained on and how.
+
+    ``provenance`` is that of the trajectories, the next three say which points of them the student learns.
+    """
+    points = {"grid": grid, "solver_indices": solver_indices, "target": target}
+    return {
+        "kind": "student",
+        "model": student.config,
+        "vae": vae,
+        "provenance": provenance | points,
+        "training": training,
+    }
+
+
+class TrainState:
+    """A model in training with all that belongs to it: DDP, AdamW, gradient clipping, an optional EMA.
+
+    ``raw_model`` is the model itself, ``ddp_model`` the same in DDP (or itself in a single process): the one to call in
+    training. Steps whose gradient is not finite are skipped on the device, without waiting for it, and counted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        context: DistributedContext,
+        *,
+        lr: float,
+        clip: float,
+        global_batch_size: int,
+        accumulation: int = 1,
+        ema_decay: float | None = None,
+    ):
+        """``UserError`` when the batch is too small to be shared."""
+        if global_batch_size < context.world_size * accumulation:
+            raise UserError(
+                f"--global-batch-size {global_batch_size}: must be at least ranks x --accumulation = "
+                f"{context.world_size * accumulation}"
+            )
+        self.raw_model = model.to(context.device)
+        self.ema = copy.deepcopy(self.raw_model).eval().requires_grad_(False) if ema_decay is not None else None
+        self.context, self.clip, self.ema_decay = context, clip, ema_decay
+        self.global_batch_size, self.accumulation = global_batch_size, accumulation
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0, fused=True)
+        devices = [context.device] if context.device.type == "cuda" else None
+        self.ddp_model = DistributedDataParallel(model, device_ids=devices) if context.world_size > 1 else model
+        self.skipped = torch.zeros((), device=context.device)
+        self.skipped_in_a_row = torch.zeros((), device=context.device)
+        self._scalars: dict[str, torch.Tensor] = {}
+
+    def micro_batches(self, batch: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+        """The batch in ``--accumulation`` parts; ranks exchange gradients in the last one's backward pass only."""
+        for i in range(self.accumulation):
+            part = {name: value.tensor_split(self.accumulation)[i] for name, value in batch.items()}
+            waits = isinstance(self.ddp_model, DistributedDataParallel) and i < self.accumulation - 1
+            with self.ddp_model.no_sync() if waits else nullcontext():
+                yield part
+
+    def backward(self, losses: dict[str, torch.Tensor]) -> None:
+        """Add a micro-batch's part of the gradient of the mean loss over the global batch.
+
+        ``losses`` are numbers per sample, (b,) each, of which "loss" is minimised and all are logged. Shares of unequal
+        size are weighted right.
+        """
+        weight = self.context.world_size / self.global_batch_size  # DDP divides by the number of ranks
+        sums = {name: value.float().sum() * weight for name, value in losses.items()}
+        sums["loss"].backward()
+        for name, value in sums.items():
+            self._scalars[name] = self._scalars.get(name, 0) + value.detach()
+
+    def step(self) -> dict[str, torch.Tensor]:
+        """Clip, update the weights (unless the gradient is not finite), clear the gradient, update the EMA.
+
+        Returns scalars on the device: this rank's part of the mean of each number that ``backward`` was given, times
+        the number of ranks (so that the mean over ranks is the mean over the global batch), and "grad_norm" before
+        clipping.
+        """
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        bad = (~norm.isfinite()).float()
+        self.optimizer.found_inf, self.optimizer.grad_scale = bad, None  # what GradScaler tells a fused optimiser
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.skipped += bad
+        self.skipped_in_a_row = (self.skipped_in_a_row + bad) * bad
+        if self.ema is not None:
+            pairs = zip(self.ema.parameters(), self.raw_model.parameters(), strict=True)
+            averages = [average for average, own in pairs if own.requires_grad]
+            torch._foreach_lerp_(averages, self.parameters, 1 - self.ema_decay)
+        scalars, self._scalars = self._scalars | {"grad_norm": norm}, {}
+        return scalars
+
+    def state(self, suffix: str = "") -> dict:
+        """What a checkpoint holds of this model, under the names that DiT's checkpoints use."""
+        state = {f"model{suffix}": self.raw_model.state_dict(), f"opt{suffix}": self.optimizer.state_dict()}
+        return state | ({f"ema{suffix}": self.ema.state_dict()} if self.ema is not None else {})
+
+    def load(self, content: dict, what: str, suffix: str = "") -> None:
+        """Take up the state of a checkpoint; ``what`` names it in messages."""
+        checkpoints.load_weights(self.raw_model, content[f"model{suffix}"], what)
+        self.optimizer.load_state_dict(content[f"opt{suffix}"])
+        if self.ema is not None:
+            checkpoints.load_weights(self.ema, content[f"ema{suffix}"], what)
+
+
+class Trainer:
+    """A run: its folder, its steps, what happens between them."""
+
+    def __init__(
+        self,
+        context: DistributedContext,
+        config: dict,
+        states: dict[str, TrainState],
+        *,
+        iterations: int,
+        global_batch_size: int,
+        results_dir: str = "results",
+        run_dir: str | None = None,
+        log_every: int = 100,
+        sample_every: int = 10_000,
+        ckpt_every: int = 50_000,
+        snapshot_every: int = 1_000,
+        eval_every: int = 0,
+        num_workers: int = 0,
+        max_bad_steps: int = 20,
+        preview: Callable[[Path], None] | None = None,
+        evaluate: Callable[[Path], dict[str, float]] | None = None,
+    ):
+        """Finds the run that this very ``config`` began and continues it, or begins a new folder.
+
+        ``states`` maps the suffix of its names in checkpoints to each model in training. ``preview`` writes a picture,
+        in the main rank; ``evaluate`` returns scalars, in all ranks, and may use a folder meanwhile. ``UserError`` when
+        ``run_dir`` holds another run.
+        """
+        self.context, self.states, self.iterations = context, states, iterations
+        self.global_batch_size = global_batch_size
+        self.log_every, self.max_bad_steps, self.num_workers = log_every, max_bad_steps, num_workers
+        self.sample_every, self.ckpt_every, self.snapshot_every = sample_every, ckpt_every, snapshot_every
+        self.eval_every, self.preview, self.evaluate = eval_every, preview, evaluate
+        self.folder = RunFolder(config, context, results_dir=results_dir, run_dir=run_dir)
+        self.step = 0
+        newest = self.folder.newest_checkpoint()
+        if newest is not None:
+            file, content = newest
+            for suffix, state in states.items():
+                state.load(content, str(file), suffix)
+            self.step = content["step"]
+        self._progress = tqdm(disable=True)
+        self._sigterm = Event()
+        self._sums: dict[str, torch.Tensor] = {}
+        self._summed, self._since = 0, 0.0
+
+    def steps(self, batches: Dataset) -> Iterator[dict[str, torch.Tensor]]:
+        """The batches of the steps that are left, on the device; each is to be trained on and ended by ``end_step``.
+
+        Item n of ``batches`` is this rank's whole batch of step n.
+        """
+        if self.step >= self.iterations:
+            self.folder.log(f"{self.folder.path}: already at step {self.step}, nothing to do")
+            return
+        sizes = self.context.describe_batch(self.global_batch_size)
+        self.folder.log(f"{self.folder.path}: step {self.step} to {self.iterations}, {sizes}")
+        loader = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=range(self.step, self.iterations),
+            num_workers=self.num_workers,
+            pin_memory=self.context.device.type == "cuda",
+            persistent_workers=self.num_workers > 0,
+            worker_init_fn=ignore_sigterm,
+        )
+        quiet = None if self.context.is_main else True  # None: unless this is a terminal
+        bar = tqdm(total=self.iterations, initial=self.step, unit="step", disable=quiet)
+        with bar as self._progress, notice_sigterm() as self._sigterm, self.folder.open_curves(self.step):
+            self._since = time.perf_counter()
+            for batch in loader:
+                yield {name: value.to(self.context.device, non_blocking=True) for name, value in batch.items()}
+        self.folder.log(f"{self.folder.path}: done at step {self.step}")
+
+    def end_step(self, scalars: dict[str, torch.Tensor]) -> None:
+        """Count the step, add up what it is to log, and do what is due: logs, preview, checkpoint, evaluation.
+
+        Raises ``RunError`` when the run no longer trains, or was told to stop.
+        """
+        for name, value in scalars.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach()
+        self.step += 1
+        self._summed += 1
+        self._progress.update()
+        last = self.step == self.iterations
+        if self.step % self.log_every == 0 or last:
+            self._log_scalars()
+        if self.preview is not None and self.sample_every and (self.step % self.sample_every == 0 or last):
+            if self.context.is_main:
+                self.preview(self.folder.preview(self.step))
+            self.context.barrier()
+        if self.step % self.ckpt_every == 0 or last:
+            if self.context.is_main:
+                self.folder.save_checkpoint(self.step, self._state())
+            self.context.barrier()
+        elif self.step % self.snapshot_every == 0:
+            if self.context.is_main:
+                self.folder.save_snapshot(self.step, self._state())
+            self.context.barrier()
+        if self.evaluate is not None and self.eval_every and (self.step % self.eval_every == 0 or last):
+            self.folder.log_scalars("eval", self.step, self.evaluate(self.folder.path / "eval"))
+        if self._sigterm.is_set() and not last and self.context.is_main:
+            # Alone: every rank has the same state, and the others may be gone already.
+            self.folder.save_snapshot(self.step, self._state())
+            raise RunError(f"{self.folder.path}: terminated at step {self.step}; the same command continues from there")
+
+    def _state(self) -> dict:
+        """All models in training, as a checkpoint holds them."""
+        return {name: value for suffix, state in self.states.items() for name, value in state.state(suffix).items()}
+
+    def _log_scalars(self) -> None:
+        """Average the scalars over steps and ranks, write them, and stop a run that no longer trains."""
+        stacked = torch.stack([value / self._summed for value in self._sums.values()])
+        means = (self.context.all_reduce(stacked) / self.context.world_size).tolist()
+        scalars = dict(zip(self._sums, means, strict=True))
+        scalars["steps/s"] = self._summed / (time.perf_counter() - self._since)
+        skipped = sum(int(state.skipped) for state in self.states.values())
+        self.folder.log_scalars("step", self.step, scalars | ({"skipped": skipped} if skipped else {}))
+        self._sums, self._summed, self._since = {}, 0, time.perf_counter()
+        in_a_row = max(int(state.skipped_in_a_row) for state in self.states.values())
+        if in_a_row >= self.max_bad_steps:
+            raise RunError(
+                f"the last {in_a_row} steps had non-finite gradients (step {self.step}); the weights are as before "
+                f"them and {self.folder.path}/checkpoints holds the last good state; lower --lr or --clip, or use fp32"
+            )
