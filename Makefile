@@ -3,7 +3,7 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: demo demo-gan test
+.PHONY: demo demo-gan test check
 
 demo: .venv/ready
 	$(BIN)/python demo.py --seed $(SEED)
@@ -13,10 +13,15 @@ demo-gan: .venv/ready
 	$(BIN)/python demo.py --seed $(SEED) --gan
 
 test: .venv/ready
+	$(MAKE) check
+	$(BIN)/python -m pytest -q -n auto -m slow
+
+# Lint, types and the fast tests.
+check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -n auto -m "not slow"
-	$(BIN)/python -m pytest -q -n auto -m slow
 
 # uv installs the same packages as pip, several times faster. Compiled to bytecode once, so that no process has to.
 .venv/ready: requirements.txt constraints.txt

@@ -98,7 +98,7 @@ def build_parser() -> cli.Parser:
 #################################################################################
 
 
-def build_model(options: dict, device: torch.device) -> DiT:
+def build_model(options: dict, device: torch.device) -> Any:
     """A teacher, or the student of one if there is "stack", in which nothing is zero as it would be initially."""
     with torch.device(device):
         model = DiT_models[options["model"]](input_size=options["input_size"])
@@ -244,7 +244,7 @@ def measure_evaluate(device: torch.device, folder: Path, *, samples: int, refere
 
 
 CASES = {"train": train_case, "sample": sample_case, "trajectories": trajectories_case}
-MEASURES = {"store": measure_store, "evaluate": measure_evaluate}
+MEASURES: dict[str, Callable] = {"store": measure_store, "evaluate": measure_evaluate}
 HIDDEN = ("command", "vs", "device", "repeats")  # what is no option of a case
 
 

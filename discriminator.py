@@ -41,6 +41,7 @@ class FrozenFeatures:
         The embedding is normalised to unit variance, since DiT's own starts with a deviation of 0.02.
         """
         if self.time:
+            assert noise is not None, "images are diffused with noise"
             x = math.sqrt(self.alpha_bar) * x + math.sqrt(1 - self.alpha_bar) * noise
         label = self.teacher.y_embedder(y)
         features = self.teacher.features(x, torch.full_like(y, self.time), y)

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from discriminator import Discriminator, FrozenFeatures
+from discriminator import FrozenFeatures
 from models_ard import ARD
 from runtime.distributed import unwrapped
 
@@ -59,7 +59,7 @@ class AdversarialLosses:
         sums a tensor over all ranks; ``samples`` is how many samples one call has on all ranks together.
         """
         self.student, self.heads, self.features, self.total, self.samples = student, heads, features, total, samples
-        self.raw_heads: Discriminator = unwrapped(heads)
+        self.raw_heads = unwrapped(heads)
         self.last_layer = unwrapped(student).heads[-1].linear.weight
 
     def student_losses(

@@ -8,6 +8,7 @@ Parameter names, shapes and arithmetic are those of the official checkpoints.
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ class TimestepEmbedder(nn.Module):
         half = self.frequency_embedding_size // 2
         frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
         angles = t[:, None].float() * frequencies  # (B, 128)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -94,7 +95,8 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        gelu: Any = partial(nn.GELU, approximate="tanh")
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=gelu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(
@@ -147,7 +149,7 @@ class DiT(nn.Module):
             raise ValueError(f"input size {input_size} is not divisible by patch size {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden size {hidden_size} must be divisible by {num_heads} heads and by 4")
-        self.config = dict(
+        self.config: dict[str, Any] = dict(
             input_size=input_size,
             patch_size=patch_size,
             in_channels=in_channels,
@@ -178,14 +180,16 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # like a linear map, not a convolution
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for weight in (self.y_embedder.embedding_table.weight, *(self.t_embedder.mlp[i].weight for i in (0, 2))):
-            nn.init.normal_(weight, std=0.02)
-        zeroed = [block.adaLN_modulation[-1] for block in self.blocks]
-        for linear in (*zeroed, self.final_layer.adaLN_modulation[-1], self.final_layer.linear):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        patches: Any = self.x_embedder.proj
+        nn.init.xavier_uniform_(patches.weight.flatten(1))  # like a linear map, not a convolution
+        nn.init.zeros_(patches.bias)
+        small: list[Any] = [self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]]
+        for layer in small:
+            nn.init.normal_(layer.weight, std=0.02)
+        zeroed: list[Any] = [layer.adaLN_modulation[-1] for layer in (*self.blocks, self.final_layer)]
+        for layer in (*zeroed, self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -254,7 +258,7 @@ def sincos_positions(hidden_size: int, side: int) -> torch.Tensor:
 #                                   Sizes                                       #
 #################################################################################
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "XL": dict(depth=28, hidden_size=1152, num_heads=16),
     "L": dict(depth=24, hidden_size=1024, num_heads=16),
     "B": dict(depth=12, hidden_size=768, num_heads=12),

@@ -49,10 +49,10 @@ class TeacherForcedAttention:
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q, k, v: (B * S, h, T, d) -> (B * S, h, T, d)."""
         steps = len(self.visible)
-        q, k, v = (x.unflatten(0, (-1, steps)).unbind(1) for x in (q, k, v))  # S views (B, h, T, d) each
+        queries, keys, values = (x.unflatten(0, (-1, steps)).unbind(1) for x in (q, k, v))  # S views (B, h, T, d) each
         out = []
         for step, seen in enumerate(self.visible):
-            own = F.scaled_dot_product_attention(q[step], tokens_of(k, seen), tokens_of(v, seen))
+            own = F.scaled_dot_product_attention(queries[step], tokens_of(keys, seen), tokens_of(values, seen))
             out.append(own.transpose(1, 2))  # (B, T, h, d)
         # In memory (B * S, T, h, d), which is what the output projection reads: it needs no copy.
         return torch.stack(out, dim=1).flatten(0, 1).transpose(1, 2)
@@ -181,7 +181,7 @@ class ARD(DiT):
         """Tokens (B, T, D) of one step -> its prediction (B, C, H, W); the head's sigma half has no meaning here."""
         return self.unpatchify(self.heads[step](x, c))[:, : self.in_channels]
 
-    def forward(self, history: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def forward(self, history: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """All predictions at once, each from the true points before it (teacher forcing, Eq. 6).
 
         history: (B, S, C, H, W) noisiest first, y: (B,) labels -> (B, S, C, H, W); entry k predicts point k + 1.

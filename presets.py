@@ -64,7 +64,7 @@ def preset(script: str) -> dict[str, dict]:
     if script == "sample_trajectory.py":
         return dict.fromkeys(students, DUMP)
     if script == "train_ARD.py":
-        more = {"iterations": 300_000}
+        more: dict[str, float] = {"iterations": 300_000}
         rows = {
             name: TRAIN | _student(row) | more | {"global_batch_size": BATCH[row.steps]}
             for name, row in regression.items()

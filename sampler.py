@@ -6,7 +6,7 @@ for indices in writer.missing_batches(batch_size):   # the loop stands in the sc
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,8 +23,10 @@ from stores.samples import SampleWriter, save_grid
 Draw = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # What ``SamplingJob`` takes of the options.
-SAMPLING_OPTIONS = ("out", "num_samples", "seed", "label_policy", "class_labels", "weights", "vae", "vae_precision")
-SAMPLING_OPTIONS += ("save_latents", "per_proc_batch_size", "precision", "compile")
+SAMPLING_OPTIONS = (
+    *("out", "num_samples", "seed", "label_policy", "class_labels", "weights", "vae", "vae_precision"),
+    *("save_latents", "per_proc_batch_size", "precision", "compile"),
+)
 
 
 def add_sampling_options(parser: Parser) -> None:
@@ -137,7 +139,7 @@ class SamplingJob:
             raise UserError(f"--out {self.out}: the file's name must end in .npz")
         self.model, self.num_samples, self.compile, self.save_latents = model, num_samples, compile, save_latents
         self.vae, self.vae_precision = vae or config["vae"], vae_precision
-        self.drawing = {
+        self.drawing: dict[str, Any] = {
             "seed": seed,
             "label_policy": label_policy,
             "class_labels": class_labels,

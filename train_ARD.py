@@ -7,6 +7,7 @@
 """
 
 import argparse
+from typing import Any
 
 from diffusion.teacher_ode import (
     GRIDS,
@@ -70,7 +71,7 @@ def build_parser() -> cli.Parser:
 
 
 def open_teacher(
-    data_path: str | None, teacher: str | None, *, online: bool, seed: int, **ode_options: float
+    data_path: str | None, teacher: str | None, *, online: bool, seed: int, **ode_options: Any
 ) -> tuple[DiT, dict, dict, TrajectoryStore | TeacherODE]:
     """The teacher, its config, the provenance of its trajectories, and where they come from: a store or the ODE."""
     if online == bool(data_path):
@@ -99,7 +100,8 @@ def run(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise UserError(f"--steps {args.steps} --stack {args.stack} --grid {args.grid}: {error}") from None
     context = distributed.setup(args.device)
-    order = {"global_batch_size": args.global_batch_size, "seed": args.seed, "context": context}
+    order: dict[str, Any] = {"global_batch_size": args.global_batch_size, "seed": args.seed, "context": context}
+    batches: OnlineBatches | TrajectoryBatches
     if isinstance(source, TeacherODE):
         batches = OnlineBatches(source, solver_indices, args.target, precision=args.precision, **order)
     else:
@@ -135,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
     trainer = Trainer(context, config, {"": state}, preview=previews.save_preview, **chosen(args, RUN_OPTIONS))
 
     for batch in trainer.steps(batches):
-        if args.online:
+        if isinstance(batches, OnlineBatches):
             batch = batches.complete(batch)
         for part in state.micro_batches(batch):
             with autocast(args.precision, context.device):

@@ -13,9 +13,9 @@ import argparse
 import copy
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -34,8 +34,10 @@ from stores.runs import RunFolder
 RESULT_OPTIONS = ("global_batch_size", "lr", "clip", "ema_decay", "precision", "seed")
 # What ``TrainState`` and ``Trainer`` take of the options.
 STATE_OPTIONS = ("lr", "clip", "ema_decay", "global_batch_size", "accumulation")
-RUN_OPTIONS = ("results_dir", "run_dir", "iterations", "global_batch_size", "log_every", "sample_every", "ckpt_every")
-RUN_OPTIONS += ("snapshot_every", "num_workers", "max_bad_steps")
+RUN_OPTIONS = (
+    *("results_dir", "run_dir", "iterations", "global_batch_size", "log_every", "sample_every", "ckpt_every"),
+    *("snapshot_every", "num_workers", "max_bad_steps"),
+)
 
 
 def add_training_options(parser: Parser, *, lr: float, batch: int, iterations: int) -> None:
@@ -117,12 +119,14 @@ class TrainState:
                 f"--global-batch-size {global_batch_size}: must be at least ranks x --accumulation = "
                 f"{context.world_size * accumulation}"
             )
-        self.raw_model = model.to(context.device)
-        self.ema = copy.deepcopy(self.raw_model).eval().requires_grad_(False) if ema_decay is not None else None
+        self.raw_model: Any = model.to(context.device)
+        self.ema: Any = None
+        if ema_decay is not None:
+            self.ema = copy.deepcopy(self.raw_model).eval().requires_grad_(False)
         self.context, self.clip, self.ema_decay = context, clip, ema_decay
         self.global_batch_size, self.accumulation = global_batch_size, accumulation
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0, fused=True)
+        self.parameters: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer: Any = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0, fused=True)
         devices = [context.device] if context.device.type == "cuda" else None
         self.ddp_model = DistributedDataParallel(model, device_ids=devices) if context.world_size > 1 else model
         self.skipped = torch.zeros((), device=context.device)
@@ -133,8 +137,10 @@ class TrainState:
         """The batch in ``--accumulation`` parts; ranks exchange gradients in the last one's backward pass only."""
         for i in range(self.accumulation):
             part = {name: value.tensor_split(self.accumulation)[i] for name, value in batch.items()}
-            waits = isinstance(self.ddp_model, DistributedDataParallel) and i < self.accumulation - 1
-            with self.ddp_model.no_sync() if waits else nullcontext():
+            if isinstance(self.ddp_model, DistributedDataParallel) and i < self.accumulation - 1:
+                with self.ddp_model.no_sync():
+                    yield part
+            else:
                 yield part
 
     def backward(self, losses: dict[str, torch.Tensor]) -> None:
@@ -163,7 +169,7 @@ class TrainState:
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped += bad
         self.skipped_in_a_row = (self.skipped_in_a_row + bad) * bad
-        if self.ema is not None:
+        if self.ema_decay is not None:
             pairs = zip(self.ema.parameters(), self.raw_model.parameters(), strict=True)
             averages = [average for average, own in pairs if own.requires_grad]
             torch._foreach_lerp_(averages, self.parameters, 1 - self.ema_decay)

@@ -7,9 +7,12 @@ Schedules are float64 numpy arrays; tensors keep the dtype of x.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
+
+from models import DiT
 
 
 def linear_betas(steps: int = 1000) -> np.ndarray:
@@ -25,15 +28,16 @@ def space_timesteps(total: int, count: int) -> list[int]:
     return [round(i * stride) for i in range(count)]
 
 
-def normal_kl(mean1, logvar1, mean2, logvar2) -> torch.Tensor:
+def normal_kl(mean1: torch.Tensor, logvar1: torch.Tensor, mean2: torch.Tensor, logvar2: torch.Tensor) -> torch.Tensor:
     """KL(N1 || N2) of diagonal normals, elementwise, in nats."""
     return 0.5 * (logvar2 - logvar1 - 1 + (logvar1 - logvar2).exp() + (mean1 - mean2) ** 2 * (-logvar2).exp())
 
 
-def discretized_gaussian_log_likelihood(x, mean, logvar) -> torch.Tensor:
+def discretized_gaussian_log_likelihood(x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
     """log-probability of x in [-1, 1], taken as one of 256 bins, under N(mean, exp(logvar)); elementwise, in nats."""
 
-    def cdf(z):  # tanh approximation of the normal distribution function, as in DDPM's code
+    def cdf(z: torch.Tensor) -> torch.Tensor:
+        # The tanh approximation of the normal distribution function, as in DDPM's code.
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
     upper, lower = (cdf((x - mean + side / 255) * (-0.5 * logvar).exp()) for side in (1, -1))
@@ -78,7 +82,14 @@ class GaussianDiffusion:
             - self._at(np.sqrt(1 / self.alphas_cumprod - 1), t, x) * eps
         )
 
-    def training_losses(self, model, x, t, model_kwargs=None, noise=None) -> dict[str, torch.Tensor]:
+    def training_losses(
+        self,
+        model: Callable[..., torch.Tensor],
+        x: torch.Tensor,
+        t: torch.Tensor,
+        model_kwargs: dict[str, torch.Tensor] | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
         """Noise-prediction loss, plus the variational bound that trains the variances only.
 
         x: (B, C, H, W) clean, t: (B,) steps in 0..n-1 -> {"loss", "mse", "vb"} each (B,); vb in bits per dimension,
@@ -95,10 +106,12 @@ class GaussianDiffusion:
             vb = self._variational_bound(x, x_t, t, eps.detach(), sigma) * (self.num_timesteps / 1000)
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
-    def _variational_bound(self, x0, x_t, t, eps, sigma) -> torch.Tensor:
+    def _variational_bound(
+        self, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, sigma: torch.Tensor
+    ) -> torch.Tensor:
         """One term of the bound, (B,) bits per dimension: KL of the posteriors; the decoder's likelihood at t = 0."""
 
-        def posterior_mean(x0):
+        def posterior_mean(x0: torch.Tensor) -> torch.Tensor:
             return self._at(self.posterior_mean_x0, t, x_t) * x0 + self._at(self.posterior_mean_xt, t, x_t) * x_t
 
         smallest = np.log(np.append(self.posterior_variance[1:2], self.posterior_variance[1:]))  # t = 0 has variance 0
@@ -110,7 +123,7 @@ class GaussianDiffusion:
 
     @torch.no_grad()
     def ddim_trajectory(
-        self, model, noise: torch.Tensor, y: torch.Tensor, cfg_scale: float, cfg_channels: int = 3
+        self, model: DiT, noise: torch.Tensor, y: torch.Tensor, cfg_scale: float, cfg_channels: int = 3
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The probability-flow ODE from noise to sample by DDIM with eta = 0 (Song et al. eq. 12), without clipping.
 

@@ -37,6 +37,7 @@ class DigitsClassifier(nn.Module):
             nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
         )  # fmt: skip
         self.head = nn.Linear(width, num_classes)
+        self.whitening: torch.Tensor
         self.register_buffer("whitening", torch.eye(width))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,12 +134,12 @@ def run_train(args: argparse.Namespace) -> None:
 
 def run_reference(args: argparse.Namespace) -> None:
     images, labels = digits_images()
-    images = images.permute(0, 2, 3, 1).repeat(1, 1, 1, 3).numpy()  # (N, 8, 8, 3), grey in all three channels
+    rgb = images.permute(0, 2, 3, 1).repeat(1, 1, 1, 3).numpy()  # (N, 8, 8, 3), grey in all three channels
     if args.dry_run:
-        cli.show_plan(dict(out=str(args.out), arr_0=images.shape, arr_1=labels.shape), args)
+        cli.show_plan(dict(out=str(args.out), arr_0=rgb.shape, arr_1=labels.shape), args)
         return
-    write_whole("--out", args.out, lambda file: np.savez(file, arr_0=images, arr_1=labels.numpy()))
-    print(f"{len(images)} digits saved to {args.out}")
+    write_whole("--out", args.out, lambda file: np.savez(file, arr_0=rgb, arr_1=labels.numpy()))
+    print(f"{len(rgb)} digits saved to {args.out}")
 
 
 def build_parser() -> cli.Parser:

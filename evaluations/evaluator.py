@@ -15,6 +15,7 @@ import json
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,11 +34,11 @@ K = 3  # neighbours, ADM's choice
 PUBLISHED_COUNT = 50_000  # FID falls with the number of samples; published values use this many
 
 
-def extract(images: Images, network: Extractor, batch_size: int, context: DistributedContext) -> dict[str, np.ndarray]:
+def extract(images: Images, network: Extractor, batch_size: int, context: DistributedContext) -> dict[str, Any]:
     """Features of all images on every rank: name -> (N, width) float32; each rank extracts its share."""
     table = {name: np.zeros((images.count, width), dtype=np.float32) for name, width in network.widths.items()}
     rows = context.share(images.count)
-    progress = tqdm(total=rows.stop - rows.start, desc=images.path.name, disable=None if context.is_main else True)
+    progress = tqdm(total=len(rows), desc=images.path.name, disable=None if context.is_main else True)
     with full_precision(), progress:
         for start, batch in images.batches(rows, batch_size):
             outputs = network(batch)
@@ -91,18 +92,19 @@ class Evaluation:
                 f"{self.samples.what}: {ours[0]}x{ours[1]} images, the reference's are {theirs[0]}x{theirs[1]}"
             )
         network.check_size(self.samples.width, self.samples.height)
-        self.stored = {}  # the reference's own statistics belong to the Inception network only
+        # The reference's own statistics, mean and covariance; they belong to the Inception network only.
+        self.stored: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         if network.name == "inception":
             for mu, sigma, of in (("mu", "sigma", "pool"), ("mu_s", "sigma_s", "spatial")):
-                pair = self.reference.member(mu), self.reference.member(sigma)
-                if pair[0] is None or pair[1] is None:
+                mean, covariance = self.reference.member(mu), self.reference.member(sigma)
+                if mean is None or covariance is None:
                     continue
-                width, shapes = network.widths[of], (pair[0].shape, pair[1].shape)
+                width, shapes = network.widths[of], (mean.shape, covariance.shape)
                 if shapes != ((width,), (width, width)):
                     raise UserError(
                         f"{self.reference.what}: its {mu} {shapes[0]} and {sigma} {shapes[1]} are not of D={width}"
                     )
-                self.stored[of] = pair
+                self.stored[of] = mean, covariance
         for images in (self.samples, self.reference):
             # With fewer images than features the covariance is singular, and FID says more of N than of the images.
             fewest = network.widths["pool"] if images is self.samples or "pool" not in self.stored else K + 1
@@ -161,7 +163,7 @@ class Evaluation:
     def figures(self, ref: dict, sam: dict, device: torch.device, floor: bool) -> dict:
         """The figures from the features of both files."""
         own = self.stored.get("pool") or statistics(ref["pool"])
-        result = dict(inception_score=inception_score(sam["probs"]))
+        result: dict[str, Any] = dict(inception_score=inception_score(sam["probs"]))
         result["fid"] = frechet_distance(*own, *statistics(sam["pool"]))
         result["sfid"] = None
         if "spatial" in sam:

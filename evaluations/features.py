@@ -89,7 +89,7 @@ class InceptionFeatures(Extractor):
         self.adm = self.weights_sha256.startswith(self.PUBLISHED)
         self.model.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
 
-    def _keep_spatial(self, module, inputs, output: torch.Tensor) -> None:
+    def _keep_spatial(self, module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         self.spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 192, 17, 17) -> (B, 17 * 17 * 7)
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,16 +48,17 @@ class Images:
         self.count, self.height, self.width, _ = shape
 
     @staticmethod
-    def _read_header(member) -> tuple[tuple[int, ...], bool, np.dtype]:
+    def _read_header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
         version = np.lib.format.read_magic(member)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         return read(member)
 
-    def batches(self, rows: slice, size: int) -> Iterator[tuple[int, np.ndarray]]:
+    def batches(self, rows: range, size: int) -> Iterator[tuple[int, np.ndarray]]:
         """(index of the first image, images (B, H, W, 3) uint8) for the images of ``rows``, B of at most ``size``."""
         shape = (self.height, self.width, 3)
         try:
-            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as opened:
+                member: Any = opened
                 self._read_header(member)
                 member.seek(member.tell() + rows.start * int(np.prod(shape)))
                 for start in range(rows.start, rows.stop, size):

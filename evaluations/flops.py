@@ -46,11 +46,13 @@ def count_table(model: str) -> list[dict]:
     with torch.device("meta"):
         teacher = DiT_models[model]()
     for name, row in TABLE_1.items():
-        layers = None if row.mask is None else min(row.history_layers, len(teacher.blocks))
+        layers = None if row.history_layers is None else min(row.history_layers, len(teacher.blocks))
         case = row.steps, row.mask, layers
         if case not in counted:
             with torch.device("meta"):
-                student = ARD(*case, **teacher.config) if row.mask else None
+                student = None
+                if row.mask is not None and layers is not None:
+                    student = ARD(row.steps, row.mask, layers, **teacher.config)
             counted[case] = sampling_gflops(student or teacher, row.steps)
         paper = row.gflops if model == "DiT-XL/2" else None
         about = {"row": name, "loss": row.loss, "steps": row.steps, "mask": row.mask, "history_layers": layers}

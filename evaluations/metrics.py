@@ -4,6 +4,8 @@ Numpy arrays in, floats out. N and M count images, D is the width of the feature
 """
 
 import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,16 +22,16 @@ ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 
 @contextlib.contextmanager
-def full_precision():
+def full_precision() -> Iterator[None]:
     """All of float32 in products on GPUs, not TF32's 10 bits, so that every device gives the same figures."""
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    backends: tuple[Any, Any] = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [backend.allow_tf32 for backend in backends]
     try:
         for backend in backends:
             backend.allow_tf32 = False
         yield
     finally:
-        for backend, allowed in zip(backends, before):
+        for backend, allowed in zip(backends, before, strict=True):
             backend.allow_tf32 = allowed
 
 

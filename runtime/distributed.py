@@ -115,7 +115,7 @@ def keep_freed_memory() -> None:
             libc.mallopt(mmap_threshold, 2**25)
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> Any:
     """The module inside DDP, or the module itself."""
     return module.module if isinstance(module, DistributedDataParallel) else module
 

@@ -204,7 +204,8 @@ def from_diffusers(theirs: State, config: dict, what: str) -> State:
     ones, and those are what our model has. ``UserError`` when the blocks' copies of an embedder differ.
     """
     side = config["input_size"] // config["patch_size"]
-    ours, qkv = {"pos_embed": sincos_positions(config["hidden_size"], side)[None]}, {}
+    ours = {"pos_embed": sincos_positions(config["hidden_size"], side)[None]}
+    qkv: dict[str, State] = {}
     for name, value in theirs.items():
         layer, kind = name.rsplit(".", 1)
         match = re.fullmatch(r"transformer_blocks\.(\d+)\.(norm1\.emb\.)?(.+)", layer)

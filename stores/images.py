@@ -50,7 +50,7 @@ class DigitImages:
 
     size, channels, num_classes, vae = 8, 1, 10, None
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.images, self.labels = digits_images()
         self.count = len(self.labels)
         self.fingerprint = {"data": "digits", "images": self.count, "image_size": self.size}
@@ -137,6 +137,7 @@ def open_source(
     ``image_size`` is needed for images; a latent store knows its own and a contradiction is refused. ``unconditional``
     leaves out the classes.
     """
+    source: Source
     if data_path == "digits":
         source = DigitImages()
     elif is_store(data_path):
@@ -158,14 +159,14 @@ def choose_vae(source: Source, given: str | None) -> str | None:
     ``UserError`` when the source holds the latents of another one.
     """
     name = source.vae if given is None else resolve_name(given)
-    if source.vae is not None and name != source.vae:
+    if isinstance(source, LatentStore) and name != source.vae:
         raise UserError(f"--vae {given}: {source.folder} holds latents of {source.vae}; leave the option out")
     return name
 
 
 def latent_shape(source: Source, vae: VAE | Pixels) -> tuple[int, ...]:
     """(C, h, w) of a source's latents. ``UserError`` when its images do not suit the autoencoder."""
-    if source.vae is not None:
+    if isinstance(source, LatentStore):
         return source.latent_shape
     if source.size % vae.factor:
         raise UserError(f"--image-size {source.size}: must be a multiple of {vae.factor} for --vae {vae.name}")
