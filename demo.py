@@ -27,7 +27,7 @@ from diffusion import create_diffusion
 from models import DiT
 from models_ard import ARD
 from runtime import cli
-from runtime.files import write_text
+from runtime.files import atomic_write, write_text
 from runtime.randomness import labels, noise
 from stores import checkpoints
 
@@ -123,7 +123,8 @@ def draw_picture(path: Path, files: dict[str, Path], columns: int = 20) -> None:
         axis.imshow(np.concatenate(padded, axis=1), cmap="gray", vmin=0, vmax=255)
         axis.set_title(name, fontsize=9, loc="left", pad=3)
         axis.set_axis_off()
-    figure.savefig(path, dpi=130)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=130, format="png")
     plt.close(figure)
 
 

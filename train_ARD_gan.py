@@ -15,11 +15,10 @@ import torch
 from torch.utils.data import Dataset
 
 from discriminator import Discriminator, FrozenFeatures
-from evaluations.flops import count_flops
-from evaluations.quality import QUALITY_OPTIONS, Quality, add_quality_options
+from evaluations.flops import count_gan_step
+from evaluations.quality import QUALITY_OPTIONS, PeriodicEvaluator, add_quality_options
 from losses import AdversarialLosses, own_history
 from models import DiT, DiT_models
-from models_ard import ARD
 from presets import preset
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
@@ -135,51 +134,15 @@ def open_real(
     return source, vae
 
 
-#################################################################################
-#                              The cost of a step                               #
-#################################################################################
-
-
-def count_step(
-    student_config: dict, teacher_config: dict, *, d_time: int, d_width: int | None, bn_group: int, rollout: bool
-) -> dict:
-    """Operations of one sample's step (two per multiply-add) by the models' configs; makes no weights."""
-    with torch.device("meta"):
-        student, teacher = ARD(**student_config).to("meta"), DiT(**teacher_config).to("meta")
-        heads = Discriminator.for_teacher(teacher, d_width, bn_group)
-        trajectory, y = torch.empty(1, student.steps + 1, *student.latent_shape), torch.zeros(1, dtype=torch.int64)
-    adversarial = AdversarialLosses(student, heads, FrozenFeatures(teacher, d_time))
-    latents = dict.fromkeys(("fake", "real", "fake_noise", "real_noise"), trajectory[:, 0])
-    batch = {"trajectory": trajectory, "y": y, "real_y": y, **latents}
-
-    def regression_step() -> None:
-        losses, _ = adversarial.student_losses(batch, 0.0)
-        losses["loss"].sum().backward()
-
-    def gan_step() -> None:
-        if rollout:
-            batch["rollout"] = own_history(student, trajectory[:, 0], y)
-        losses, _ = adversarial.student_losses(batch, 1.0)
-        losses["loss"].sum().backward()
-        adversarial.discriminator_losses(batch)["loss"].sum().backward()
-
-    counts = {"R": count_flops(regression_step), "R+D": count_flops(gan_step)}
-    return {
-        "discriminator_parameters": sum(p.numel() for p in heads.parameters()),
-        "tflops_per_sample": {name: count / 1e12 for name, count in counts.items()},
-        "flops_over_regression": counts["R+D"] / counts["R"],
-    }
-
-
-COST_OPTIONS = ("d_time", "d_width", "bn_group", "rollout")  # what ``count_step`` takes of the options
+COST_OPTIONS = ("d_time", "d_width", "bn_group", "rollout")  # what ``count_gan_step`` takes of the options
 
 
 def count_step_of_options(args: argparse.Namespace) -> dict:
-    """The same for the sizes that a preset names, before there is a checkpoint."""
+    """The cost of a step for the sizes that a preset names, before there is a checkpoint."""
     teacher = DiT_models[args.model].keywords
     student = teacher | {"steps": args.steps, "mask": args.mask, "history_layers": args.stack}
     try:
-        return count_step(student, teacher, **chosen(args, COST_OPTIONS))
+        return count_gan_step(student, teacher, **chosen(args, COST_OPTIONS))
     except ValueError as error:  # a model that cannot be, e.g. history deeper than it
         return {"not_counted": str(error)}
 
@@ -244,9 +207,9 @@ def run(args: argparse.Namespace) -> None:
     evaluate = None
     if args.eval_every:
         image_size = teacher.input_size * vae.factor
-        evaluate = Quality(previews, context, image_size, **chosen(args, QUALITY_OPTIONS))
+        evaluate = PeriodicEvaluator(previews, context, image_size, **chosen(args, QUALITY_OPTIONS))
     if args.dry_run:
-        cost = count_step(student.config, teacher.config, **chosen(args, COST_OPTIONS))
+        cost = count_gan_step(student.config, teacher.config, **chosen(args, COST_OPTIONS))
         cli.show_plan(config | {"iterations": args.iterations} | cost, args)
         return
     torch.manual_seed(args.seed)

@@ -14,6 +14,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion import create_diffusion
+from discriminator import Discriminator, FrozenFeatures
+from losses import AdversarialLosses, own_history
 from models import DiT, DiT_models
 from models_ard import ARD
 from presets import TABLE_1
@@ -38,6 +40,40 @@ def sampling_gflops(model: DiT, steps: int) -> float:
     # A guided step is the same work at every time: count one, on both halves of the batch, and multiply.
     one = count_flops(lambda: create_diffusion("1").ddim_trajectory(model, noise, y, cfg_scale=1.5))
     return one * steps / 2e9
+
+
+def count_gan_step(
+    student_config: dict, teacher_config: dict, *, d_time: int, d_width: int | None, bn_group: int, rollout: bool
+) -> dict:
+    """What one sample's step of R and of R+D costs (two operations per multiply-accumulate), and the heads' size.
+
+    The options are those of train_ARD_gan.py, the configs those of the models; no weights are made.
+    """
+    with torch.device("meta"):
+        student, teacher = ARD(**student_config).to("meta"), DiT(**teacher_config).to("meta")
+        heads = Discriminator.for_teacher(teacher, d_width, bn_group)
+        trajectory, y = torch.empty(1, student.steps + 1, *student.latent_shape), torch.zeros(1, dtype=torch.int64)
+    adversarial = AdversarialLosses(student, heads, FrozenFeatures(teacher, d_time))
+    latents = dict.fromkeys(("fake", "real", "fake_noise", "real_noise"), trajectory[:, 0])
+    batch = {"trajectory": trajectory, "y": y, "real_y": y, **latents}
+
+    def regression_step() -> None:
+        losses, _ = adversarial.student_losses(batch, 0.0)
+        losses["loss"].sum().backward()
+
+    def gan_step() -> None:
+        if rollout:
+            batch["rollout"] = own_history(student, trajectory[:, 0], y)
+        losses, _ = adversarial.student_losses(batch, 1.0)
+        losses["loss"].sum().backward()
+        adversarial.discriminator_losses(batch)["loss"].sum().backward()
+
+    counts = {"R": count_flops(regression_step), "R+D": count_flops(gan_step)}
+    return {
+        "discriminator_parameters": sum(p.numel() for p in heads.parameters()),
+        "tflops_per_sample": {name: count / 1e12 for name, count in counts.items()},
+        "flops_over_regression": counts["R+D"] / counts["R"],
+    }
 
 
 def count_table(model: str) -> list[dict]:

@@ -14,11 +14,11 @@ from runtime.distributed import DistributedContext
 from sampler import Sampler
 from stores.samples import SampleWriter
 
-QUALITY_OPTIONS = ("eval_reference", "eval_features", "eval_samples")  # what ``Quality`` takes of the options
+QUALITY_OPTIONS = ("eval_reference", "eval_features", "eval_samples")  # what ``PeriodicEvaluator`` takes of the options
 
 
 def add_quality_options(parser: Parser) -> None:
-    """``--eval-every``, and the options of ``Quality``."""
+    """``--eval-every``, and the options of ``PeriodicEvaluator``."""
     group = parser.add_argument_group("quality while training")
     group.add_argument("--eval-every", type=not_negative, default=0, help="Steps between evaluations, 0 for none.")
     group.add_argument("--eval-reference", help="Compare with these real images, an .npz in ADM's format.")
@@ -26,7 +26,7 @@ def add_quality_options(parser: Parser) -> None:
     group.add_argument("--eval-samples", type=positive, default=2048, help="Draw so many samples for an evaluation.")
 
 
-class Quality:
+class PeriodicEvaluator:
     """Evaluates what a sampler draws: a call gives {"fid", "precision", "recall"}, the same on every rank."""
 
     def __init__(

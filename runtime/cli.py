@@ -124,6 +124,11 @@ def not_negative(text: str) -> int:
     return value
 
 
+def shortened(names: list[str], count: int) -> str:
+    """The first names of a list that may be long, for a sentence."""
+    return ", ".join(names[:count]) + (" ..." if len(names) > count else "")
+
+
 def existing_file(option: str, path: str | Path) -> Path:
     """The path, or a ``UserError`` that names the option when no such file exists."""
     path = Path(path)

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from tqdm import tqdm
 
 from runtime.cli import UserError
+from runtime.distributed import DistributedContext
 
 
 @contextlib.contextmanager
@@ -109,3 +111,39 @@ class WriteBehind:
                 self.wait()
         finally:
             self._thread.shutdown()
+
+
+class SharedWriter(WriteBehind):
+    """What many ranks fill together: every rank writes its part in a thread, the main rank closes the whole.
+
+    A subclass sets ``complete`` where nothing is missing from the start. Leaving without an
+    error waits for all ranks and has the main rank call ``close``.
+    """
+
+    complete = False
+
+    def __init__(self, context: DistributedContext):
+        super().__init__()
+        self.context = context
+        self.progress = tqdm(disable=True)
+
+    def start_progress(self, total: int, unit: str) -> None:
+        """Show the main rank's progress, where there is a terminal."""
+        self.progress = tqdm(total=total, unit=unit, disable=None if self.context.is_main else True)
+
+    def close(self) -> None:
+        """Finish what all ranks have written."""
+        raise NotImplementedError
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            super().__exit__(kind, error, trace)
+        finally:
+            self.progress.close()
+        if error is None and not self.complete:
+            self.context.barrier()
+            if self.context.is_main:
+                self.close()
+            self.context.barrier()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from runtime.cli import UserError
+from runtime.cli import UserError, shortened
 from runtime.precision import DTYPES
 
 NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
@@ -53,7 +53,7 @@ class VAE:
                     output_loading_info=True,
                 )
             if absent := sorted(found["missing_keys"]):  # diffusers would leave these random
-                raise ValueError(f"its weights lack {', '.join(absent[:3])}{' ...' * (len(absent) > 3)}")
+                raise ValueError(f"its weights lack {shortened(absent, 3)}")
         except Exception as error:  # diffusers raises many kinds for a missing file, a bad config, no network
             raise UserError(
                 f"--vae {name}: cannot load the autoencoder; give ema, mse, none or a folder in diffusers' layout "

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from models import DiT, DiT_models
 from models_ard import ARD, MASKS
 from runtime import cli
-from runtime.cli import OptionGroup, UserError, existing_file, not_negative, positive
+from runtime.cli import OptionGroup, UserError, existing_file, not_negative, positive, shortened
 from runtime.files import atomic_write
 from runtime.provenance import require_same, weights_hash, with_current_keys
 from stores import foreign_weights
@@ -64,7 +64,7 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], what: str) ->
             if name in state and state[name].shape != own[name].shape
         ],
     }
-    found = [f"{kind}: {', '.join(names[:4])}{' ...' * (len(names) > 4)}" for kind, names in problems.items() if names]
+    found = [f"{kind}: {shortened(names, 4)}" for kind, names in problems.items() if names]
     if found:
         raise UserError(f"{what}: the weights do not fit the model ({'; '.join(found)})")
     bad = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]

@@ -9,22 +9,20 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import torch
 from PIL import Image
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
-from runtime.files import WriteBehind, atomic_write, write_text
+from runtime.files import SharedWriter, atomic_write, write_text
 from runtime.provenance import require_same, with_current_keys
 from stores.images import to_uint8
 
 
-class SampleWriter:
+class SampleWriter(SharedWriter):
     """Fills ``path`` with exactly ``count`` samples, by any number of ranks, and writes a PNG grid of the first 100.
 
     with SampleWriter(path, count, image_size, provenance, context) as writer:
@@ -47,7 +45,8 @@ class SampleWriter:
         """``image_size``: pixels of a side; ``latent_shape`` (C, h, w) if latents are to be kept. ``UserError`` where
         ``path`` or the unfinished samples beside it are those of another run.
         """
-        self.path, self.context = Path(path), context
+        super().__init__(context)
+        self.path = Path(path)
         self.folder = self.path.with_suffix(".partial")
         self.provenance = provenance | {"count": count}
         self.complete = self.path.exists()
@@ -62,10 +61,8 @@ class SampleWriter:
             require_same(
                 f"--out {path}: {self.folder} holds the unfinished samples of another run", found, self.provenance
             )
-        self._behind = WriteBehind()
         self._arrays: dict[str, np.ndarray] = {}
         self._mine: list[int] = []
-        self.progress = tqdm(disable=True)
 
     def __enter__(self) -> "SampleWriter":
         if self.complete:
@@ -82,7 +79,7 @@ class SampleWriter:
         missing = np.flatnonzero(self._arrays["done"] == 0)
         self._mine = missing[self.context.rank :: self.context.world_size].tolist()
         self.context.barrier()  # everybody has read "done" before anybody changes it
-        self.progress = tqdm(total=len(self._mine), unit="sample", disable=None if self.context.is_main else True)
+        self.start_progress(len(self._mine), "sample")
         return self
 
     def missing_batches(self, batch_size: int) -> Iterator[list[int]]:
@@ -92,7 +89,7 @@ class SampleWriter:
 
     def write(self, indices: list[int], latents: torch.Tensor, images: torch.Tensor, y: torch.Tensor) -> None:
         """Store the samples ``indices``: latents (B, C, h, w), images (B, 1 or 3, H, W) in [-1, 1], labels (B,)."""
-        self._behind.submit(self._write, indices, latents, images, y)
+        self.submit(self._write, indices, latents, images, y)
 
     def _write(self, indices: list[int], latents: torch.Tensor, images: torch.Tensor, y: torch.Tensor) -> None:
         self._arrays["arr_0"][indices] = to_rgb(to_uint8(images))
@@ -102,20 +99,7 @@ class SampleWriter:
         self._arrays["done"][indices] = 1  # only now: a batch counts when it is there
         self.progress.update(len(indices))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self._behind.__exit__(kind, error, trace)
-        finally:
-            self.progress.close()
-        if error is None and not self.complete:
-            self.context.barrier()
-            if self.context.is_main:
-                self._pack()
-            self.context.barrier()
-
-    def _pack(self) -> None:
+    def close(self) -> None:
         """Stream the finished arrays into an uncompressed .npz, draw the grid, clean up."""
         if not self._arrays["done"].all():
             raise UserError(f"--out {self.path}: some samples are missing in {self.folder}; run the same command again")

@@ -10,7 +10,6 @@ ranks writes the same files, and a run that broke off is continued. The manifest
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from runtime.cli import UserError, existing_folder
 from runtime.distributed import DistributedContext
-from runtime.files import WriteBehind, atomic_write, file_sha256, write_text
+from runtime.files import SharedWriter, atomic_write, file_sha256, write_text
 from runtime.provenance import require_same, with_current_keys
 
 
@@ -38,7 +37,7 @@ def shard_provenance(path: Path) -> dict:
         raise UserError(f"{path}: truncated or not a shard ({error}); delete it and run the same again") from None
 
 
-class ShardWriter:
+class ShardWriter(SharedWriter):
     """Fills a store by any number of ranks, which share its shards among them; continues one that broke off.
 
     with ShardWriter(folder, provenance, context, unit="image") as writer:
@@ -54,7 +53,8 @@ class ShardWriter:
         """``provenance`` holds "count" and "rows_per_shard". ``UserError`` naming ``option`` when the folder holds
         anything else.
         """
-        self.folder, self.provenance, self.context, self.unit = Path(folder), provenance, context, unit
+        super().__init__(context)
+        self.folder, self.provenance, self.unit = Path(folder), provenance, unit
         count, self.rows_per_shard = provenance["count"], provenance["rows_per_shard"]
         shards = [range(i, min(i + self.rows_per_shard, count)) for i in range(0, count, self.rows_per_shard)]
         names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
@@ -69,15 +69,12 @@ class ShardWriter:
         self.complete = len(present) == len(shards) and "manifest.json" in names
         missing = [rows for number, rows in enumerate(shards) if shard_name(number) not in present]
         self._mine = missing[context.rank :: context.world_size]
-        self._behind = WriteBehind()
-        self.progress = tqdm(disable=True)
 
     def __enter__(self) -> "ShardWriter":
         if not self.complete:
             self.context.barrier()  # everybody has looked before anybody writes
             self.folder.mkdir(parents=True, exist_ok=True)
-            rows = sum(len(shard) for shard in self._mine)
-            self.progress = tqdm(total=rows, unit=self.unit, disable=None if self.context.is_main else True)
+            self.start_progress(sum(len(rows) for rows in self._mine), self.unit)
         return self
 
     def missing_shards(self) -> Iterator[range]:
@@ -86,28 +83,15 @@ class ShardWriter:
 
     def write(self, rows: range, tensors: dict[str, torch.Tensor]) -> None:
         """Write the shard of these rows: tensors of as many rows, "label" among them."""
-        self._behind.submit(self._write, rows.start // self.rows_per_shard, tensors)
+        self.submit(self._write, rows.start // self.rows_per_shard, tensors)
 
     def _write(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
         with atomic_write(self.folder / shard_name(number)) as partial:
             contiguous = {name: value.contiguous() for name, value in tensors.items()}
             save_file(contiguous, partial, metadata={"provenance": json.dumps(self.provenance)})
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self._behind.__exit__(kind, error, trace)
-        finally:
-            self.progress.close()
-        if error is None and not self.complete:
-            self.context.barrier()
-            if self.context.is_main:
-                self._write_manifest()
-            self.context.barrier()
-
-    def _write_manifest(self) -> None:
-        """Close the store."""
+    def close(self) -> None:
+        """Write the manifest."""
         shards = []
         for path in tqdm(sorted(self.folder.glob("shard-*.safetensors")), desc="checksums", unit="shard", disable=None):
             with safe_open(path, "pt") as file:

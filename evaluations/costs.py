@@ -1,0 +1,123 @@
+"""What each stage of the ImageNet path costs: disk, memory, operations, and an estimate of the time.
+
+    python -m evaluations.costs
+    python -m evaluations.costs --tflops 400 --stack 28
+
+Bytes follow from the formats and the presets, operations are counted on the meta device from our own models; both are
+exact. Hours are an estimate: operations divided by a rate that you name, with nothing lost between steps. Memory is
+that of weights, gradients, optimiser and average; activations come on top.
+"""
+
+import argparse
+from typing import Any
+
+import torch
+
+from diffusion.teacher_ode import grid_steps
+from evaluations.flops import count_gan_step, sampling_gflops
+from models import DiT_models
+from models_ard import ARD, MASKS
+from presets import preset
+from runtime import cli
+
+IMAGES, CLASSES, PIXELS = 1_281_167, 1000, 256  # ImageNet's training set as DiT-XL/2 256x256 sees it
+VAE_BYTES, INCEPTION_BYTES = 4 * 83_653_863, 4 * 23_885_392  # weights of sd-vae-ft-ema and of Inception-v3
+INCEPTION_GFLOPS = 11.4  # two operations per multiply-accumulate, one image of 299x299
+FEATURES = 2048 + 2023 + 1008  # numbers that the evaluator keeps of an image, float32
+COLUMNS = ("stage", "how much", "operations", "GPU hours (estimate)", "disk", "memory of a GPU, at least")
+
+
+def size(count: float) -> str:
+    """Bytes to read."""
+    return f"{count / 1e9:.0f} GB" if count >= 1e10 else f"{count / 1e9:.2g} GB"
+
+
+def count_stages(tflops: float, steps: int, mask: str, stack: int) -> list[dict[str, Any]]:
+    """One row for each stage, by the presets of the row of Table 1 that has R and R+D."""
+    dump, train = preset("sample_trajectory.py")["ard-n6-m4-s4"], preset("train_ARD.py")["ard-n6-m4-s4"]
+    gan, draw = preset("train_ARD_gan.py")["ard-n6-m4-s4-gan"], preset("sample_ARD.py")["ard-n6-m4-s4"]
+    with torch.device("meta"):
+        teacher = DiT_models["DiT-XL/2"](num_classes=CLASSES)
+        student = ARD.from_teacher(teacher, steps, mask, stack)
+    numbers = torch.Size(teacher.latent_shape).numel()
+    weights, own = (4 * sum(p.numel() for p in model.parameters()) for model in (teacher, student))
+    step = count_gan_step(student.config, teacher.config, d_time=0, d_width=None, bn_group=6, rollout=False)
+    heads, per_sample = 4 * step["discriminator_parameters"], step["tflops_per_sample"]
+    trained, kept = 5 * own, 4 * own  # with gradient and AdamW's two moments and the average; without the gradient
+    points = len(grid_steps(dump["steps"], dump["grid"]))
+    trajectory = 2 * numbers * (1 + 2 * points) + 8  # noise, and two quantities of each point, in fp16; a label
+    drawn = draw["num_samples"]
+
+    def row(stage: str, amount: str, work: float | None, disk: float, memory: float) -> dict[str, Any]:
+        values = (
+            stage,
+            amount,
+            f"{work / 1e6:.3g} EFLOP" if work else "not counted",
+            f"{work / tflops / 3600:.3g}" if work else "-",
+            size(disk),
+            size(memory),
+        )
+        return dict(zip(COLUMNS, values, strict=True))
+
+    return [
+        row(
+            "sample_trajectory.py",
+            f"{dump['num_trajectories']:,} trajectories, once for all rows",
+            dump["num_trajectories"] * sampling_gflops(teacher, dump["solver_steps"]) * 2 / 1e3,
+            dump["num_trajectories"] * trajectory,
+            weights,
+        ),
+        row(
+            "train_ARD.py",
+            f"{train['iterations']:,} steps of {train['global_batch_size']}, 6 checkpoints and a snapshot",
+            train["iterations"] * train["global_batch_size"] * per_sample["R"],
+            7 * kept,
+            trained,
+        ),
+        row("encode_latents.py", f"{IMAGES:,} images, both sides", None, IMAGES * (4 * numbers * 2 + 8), VAE_BYTES),
+        row(
+            "train_ARD_gan.py",
+            f"{gan['iterations']:,} steps of {gan['global_batch_size']}, a checkpoint and a snapshot",
+            gan["iterations"] * gan["global_batch_size"] * per_sample["R+D"],
+            2 * (kept + 3 * heads),
+            trained + 4 * heads + weights,
+        ),
+        row(
+            "sample_ARD.py",
+            f"{drawn:,} images",
+            drawn * sampling_gflops(student, steps) * 2 / 1e3,
+            drawn * PIXELS**2 * 3,
+            own + VAE_BYTES,
+        ),
+        row(
+            "evaluations.evaluator",
+            f"{drawn:,} samples, 10,000 real images",
+            (drawn + 10_000) * INCEPTION_GFLOPS / 1e3,
+            (drawn + 10_000) * FEATURES * 4,
+            INCEPTION_BYTES,
+        ),
+    ]
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(prog="evaluations.costs", description="Count what each stage of the ImageNet path costs.")
+    parser.add_argument("--tflops", type=float, default=300.0, help="Rate of a GPU, in 1e12 operations per second.")
+    parser.add_argument("--steps", type=cli.positive, default=4, help="S, the student's steps.")
+    parser.add_argument("--mask", choices=MASKS, default="M4", help="What a step sees.")
+    parser.add_argument("--stack", type=cli.not_negative, default=6, help="N, the lower blocks that see history.")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    rows = count_stages(args.tflops, args.steps, args.mask, args.stack)
+    print("| " + " | ".join(COLUMNS) + " |\n" + "|" + "---|" * len(COLUMNS))
+    for row in rows:
+        print("| " + " | ".join(row.values()) + " |")
+    print(
+        f"\nDiT-XL/2, 256 px, S={args.steps}, {args.mask}, N={args.stack}. Operations and bytes are counted; hours are "
+        f"an estimate at {args.tflops:g} TFLOP/s per GPU. Activations need more memory, with the batch of a GPU."
+    )
+
+
+if __name__ == "__main__":
+    cli.main(build_parser(), run)
