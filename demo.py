@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from diffusion import create_diffusion
+from diffusion.teacher_ode import TARGETS
 from models import DiT
 from models_ard import ARD
 from runtime import cli
@@ -57,7 +58,7 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--out", help="Folder of the results; without it, results/demo, results/demo-seed1, ...")
     parser.add_argument("--iterations", type=cli.positive, default=600, help="Training steps of each student.")
     parser.add_argument(
-        "--targets", nargs="+", choices=("x0", "xt"), default=["x0"], help="Train a pair of students for each of these."
+        "--targets", nargs="+", choices=TARGETS, default=["x0"], help="Train a pair of students for each of these."
     )
     parser.add_argument("--gan", action="store_true", help="Fine-tune the students with a discriminator as well.")
     parser.add_argument("--gan-iterations", type=cli.positive, default=1000, help="Steps of that fine-tuning.")

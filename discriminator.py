@@ -7,16 +7,18 @@ the losses.
 """
 
 import math
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.nn.utils.parametrize import cached
 
 from diffusion import create_diffusion
 from models import DiT
 
+Kernels = tuple[Any, Any, Any]  # of a head's three convolutions
 Features = tuple[list[torch.Tensor], torch.Tensor]  # the tokens after L blocks, (B, T, D) each; class embedding (B, D)
 
 #################################################################################
@@ -93,12 +95,12 @@ class ConvBlock(nn.Module):
         self.conv = spectral_norm(nn.Conv1d(in_width, width, kernel, bias=False))  # the norm has the bias
         self.norm = GhostBatchNorm(width, group)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (B, in_width, T) -> (B, width, T)."""
+    def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x: (B, in_width, T), weight: the normalised kernel -> (B, width, T)."""
         if self.kernel > 1:  # by index, since F.pad's circular mode refuses rings that are shorter than the padding
             reach, T = self.kernel // 2, x.shape[2]
             x = x.index_select(2, torch.arange(-reach, T + reach, device=x.device) % T)
-        return F.leaky_relu(self.norm(self.conv(x)), 0.2)
+        return F.leaky_relu(self.norm(F.conv1d(x, weight)), 0.2)
 
 
 class DiscriminatorHead(nn.Module):
@@ -111,11 +113,30 @@ class DiscriminatorHead(nn.Module):
         self.leave = spectral_norm(nn.Conv1d(width, class_width, 1))
         self.classes = nn.Linear(in_width, class_width)
 
-    def forward(self, tokens: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """tokens: (B, T, D), label: (B, D) class embedding -> (B, T) logits, the projection on the class."""
-        x = self.enter(tokens.transpose(1, 2))
-        x = (x + self.residual(x)) / math.sqrt(2)
-        return (self.leave(x).float() * self.classes(label).float()[..., None]).mean(1) * math.sqrt(self.class_width)
+    def weights(self) -> Kernels:
+        """The kernels of the three convolutions, divided by their largest singular values, which power iteration finds.
+
+        In training mode a call advances that iteration once. It is float32 always; autocast would make it bf16.
+        """
+        device = self.classes.weight.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            return self.enter.conv.weight, self.residual.conv.weight, self.leave.weight
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        label: torch.Tensor,
+        weights: Kernels | None = None,
+    ) -> torch.Tensor:
+        """tokens: (B, T, D), label: (B, D) class embedding -> (B, T) logits, the projection on the class.
+
+        ``weights`` are those of ``weights()``, given where several batches share one power iteration.
+        """
+        enter, residual, leave = weights or self.weights()
+        x = self.enter(tokens.transpose(1, 2), enter)
+        x = (x + self.residual(x, residual)) / math.sqrt(2)
+        x = F.conv1d(x, leave, self.leave.get_parameter("bias"))  # (B, class_width, T)
+        return (x.float() * self.classes(label).float()[..., None]).mean(1) * math.sqrt(self.class_width)
 
     @property
     def class_width(self) -> int:
@@ -132,7 +153,7 @@ class Discriminator(nn.Module):
     def __init__(self, depth: int, in_width: int, width: int | None = None, group: int = 6):
         """For a teacher of that depth and width; heads of ``width`` channels (None: the teacher's)."""
         super().__init__()
-        self.heads = nn.ModuleList(DiscriminatorHead(in_width, width or in_width, group) for _ in range(depth))
+        self.heads: Any = nn.ModuleList(DiscriminatorHead(in_width, width or in_width, group) for _ in range(depth))
 
     @classmethod
     def for_teacher(cls, teacher: DiT, width: int | None = None, group: int = 6) -> "Discriminator":
@@ -141,8 +162,9 @@ class Discriminator(nn.Module):
 
     def forward(self, *batches: Features) -> list[torch.Tensor]:
         """What ``FrozenFeatures`` made of each batch -> its logits, (B, L, T), without mixing batches."""
-        with cached():
-            return [
-                torch.stack([head(tokens, label) for head, tokens in zip(self.heads, features)], dim=1)
-                for features, label in batches
-            ]
+        weights = [head.weights() for head in self.heads]
+        logits = []
+        for features, label in batches:
+            judged = zip(self.heads, features, weights, strict=True)
+            logits.append(torch.stack([head(tokens, label, own) for head, tokens, own in judged], dim=1))
+        return logits

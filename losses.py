@@ -81,7 +81,7 @@ class AdversarialLosses:
             histories, labels = torch.cat([histories, batch["rollout"]]), torch.cat([y, y])
         predictions = self.student(histories, labels).float()
         regression = regression_losses(predictions[: len(y)], trajectory)  # (B,)
-        x = predictions[-len(y) :, -1]  # (B, C, H, W)
+        x = predictions[-len(y) :, -1]  # (B, C, H, W); of the own histories, which come last, if there are any
         if not gan_weight:
             return {"loss": regression, "regression": regression}, x.detach()
         adversarial, g = self.adversarial(x, batch)

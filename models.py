@@ -211,7 +211,15 @@ class DiT(nn.Module):
 
     def embed(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the blocks start from: tokens (B, T, D) and the conditioning on time and class (B, D)."""
-        return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
+        return self.embed_tokens(x), self.t_embedder(t) + self.y_embedder(y)
+
+    def embed_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, C, H, W) -> tokens with their positions (B, T, D), contiguous.
+
+        The sum takes the memory layout of its first term. That of the patches is the convolution's, (B, D, T), and
+        every block would inherit it, with strided reads all along.
+        """
+        return self.pos_embed + self.x_embedder(x)
 
     def features(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
         """The tokens after each block, (B, T, D) each: what a discriminator looks at."""

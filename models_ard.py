@@ -6,11 +6,11 @@ conditioned on its own time; in the lower N blocks a point's queries also look a
     B batch   S steps (points of the history, noisiest first)   T tokens of a point   D width
     C, H, W the latent   h heads   d head width   N = history_layers, the depth of the history
 
-A step k = 0 .. S-1 is the paper's s = S - k: it reads point k at time 999 (S - k) / S and predicts point k + 1. Points
-of one trajectory are folded into the batch (B * S, T, D), so the teacher's blocks serve unchanged, adaLN runs once per
-point, and blocks above N attend within a point by themselves. In the lower N blocks only the function that computes
-attention differs: ``TeacherForcedAttention`` has all steps at once, for training; ``KVCache`` has one after another,
-for sampling. Neither needs a mask.
+A step k = 0 .. S-1 is the paper's s = S - k: conditioned on the time 999 (S - k) / S, whatever the grid, it reads point
+k and predicts point k + 1. Points of one trajectory are folded into the batch (B * S, T, D), so the teacher's blocks
+serve unchanged, adaLN runs once per point, and blocks above N attend within a point by themselves. In the lower N
+blocks only the function that computes attention differs: ``TeacherForcedAttention`` has all steps at once, for
+training; ``KVCache`` has one after another, for sampling. Neither needs a mask.
 """
 
 import copy
@@ -66,7 +66,8 @@ def tokens_of(x: tuple[torch.Tensor, ...], steps: list[int]) -> torch.Tensor:
 def cache_slots(mask: str, steps: int) -> list[int]:
     """The cache slot of each step's keys and values. M1 needs 1 slot, M2 and M3 2, M4 S.
 
-    A step takes over the first slot whose content neither it nor a later step sees, or else opens a new one.
+    A step takes over the first slot whose content neither it nor a later step sees, or else opens a new one. Raises
+    ``ValueError`` for a mask under which the slots then hold what the step does not see.
     """
     owners: list[int] = []  # the step whose keys each slot holds
     slots = []
@@ -79,6 +80,8 @@ def cache_slots(mask: str, steps: int) -> list[int]:
         else:
             slot = len(owners)
             owners.append(step)
+        if sorted(owners) != visible_steps(mask, step):
+            raise ValueError(f"mask {mask} cannot be cached: step {step} would see the points {sorted(owners)}")
         slots.append(slot)
     return slots
 
@@ -97,7 +100,7 @@ class KVCache:
             B, h, T, d = k.shape
             self.kv = k.new_empty(2, B, h, max(self.slots) + 1, T, d)
         slot, used = self.slots[self.step], max(self.slots[: self.step + 1]) + 1
-        self.kv[0, :, :, slot], self.kv[1, :, :, slot] = k, v
+        self.kv[:, :, :, slot] = torch.stack([k, v])  # one write: compiled, it is done in place, two are not
         self.step += 1
         return F.scaled_dot_product_attention(q, *self.kv[:, :, :, :used].flatten(3, 4))
 
@@ -168,7 +171,7 @@ class ARD(DiT):
 
         ``attention_fns`` has the attention function of each of the lower N blocks; the others attend within points.
         """
-        x = self.x_embedder(x) + self.pos_embed
+        x = self.embed_tokens(x)
         if level is not None:
             x = x + level
         for block, attention_fn in zip(self.blocks[: self.history_layers], attention_fns, strict=True):

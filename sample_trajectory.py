@@ -20,6 +20,7 @@ from runtime.precision import (
     add_compile_option,
     add_precision_option,
     autocast,
+    cast_weights,
     compile_blocks,
 )
 from runtime.randomness import LABEL_POLICIES, labels, noise
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
         cli.show_plan(provenance, args)
         return
     context = distributed.setup(args.device)
-    teacher.to(context.device)
+    cast_weights(teacher.to(context.device), args.precision)
     if args.compile:
         compile_blocks(teacher)
     kept = TARGETS if args.store == "both" else (args.store,)

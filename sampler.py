@@ -13,7 +13,7 @@ import torch
 from models import DiT
 from runtime.cli import Parser, UserError, add_dry_run_option, not_negative, positive
 from runtime.distributed import DistributedContext, add_device_option
-from runtime.precision import add_compile_option, add_precision_option, autocast, compile_blocks
+from runtime.precision import add_compile_option, add_precision_option, autocast, cast_weights, compile_blocks
 from runtime.randomness import LABEL_POLICIES, labels, noise
 from runtime.vae import VAE, Pixels, load_vae, resolve_name
 from stores.images import to_uint8
@@ -159,7 +159,7 @@ class SamplingJob:
     def start(self, draw: Draw, context: DistributedContext) -> tuple[Sampler, SampleWriter]:
         """What draws samples by index with ``draw``, and what writes them; the model is on its device then."""
         vae = load_vae(self.vae, context.device, self.vae_precision)
-        self.model.to(context.device)
+        cast_weights(self.model.to(context.device), self.drawing["precision"])
         if self.compile:
             compile_blocks(self.model)
         shape = self.model.latent_shape

@@ -24,7 +24,7 @@ from models_ard import ARD, MASKS
 from presets import preset
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
-from runtime.precision import autocast, prepare_blocks
+from runtime.precision import autocast, cast_weights, inference_copy, prepare_blocks
 from runtime.provenance import require_same
 from runtime.vae import load_vae
 from sampler import Sampler
@@ -37,7 +37,6 @@ from trainer import (
     Trainer,
     TrainState,
     add_training_options,
-    student_config,
 )
 
 
@@ -108,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
         batches = TrajectoryBatches(source, solver_indices, args.target, **order)
     vae = load_vae(teacher_config["vae"] if args.sample_every else None, context.device)
 
-    config = student_config(
+    config = checkpoints.student_config(
         student,
         vae=teacher_config["vae"],
         provenance=provenance,
@@ -124,10 +123,11 @@ def run(args: argparse.Namespace) -> None:
     blocks = {"compile": args.compile, "checkpoint_activations": args.checkpoint_activations}
     prepare_blocks(student, **blocks)
     if args.online:
+        cast_weights(teacher, args.precision)
         prepare_blocks(teacher.to(context.device), **blocks)
     state = TrainState(student, context, **chosen(args, STATE_OPTIONS))
     previews = Sampler(
-        lambda noise, y: state.ema.sample(noise, y)[:, -1],
+        lambda noise, y: inference_copy(state.ema, args.precision).sample(noise, y)[:, -1],
         student,
         vae,
         context.device,

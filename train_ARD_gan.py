@@ -22,7 +22,7 @@ from models import DiT, DiT_models
 from presets import preset
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
-from runtime.precision import autocast, prepare_blocks
+from runtime.precision import autocast, cast_weights, compile_each, inference_copy, prepare_blocks
 from runtime.provenance import require_same
 from runtime.randomness import Shuffle, generator, noise
 from runtime.vae import VAE, Pixels, load_vae
@@ -38,7 +38,6 @@ from trainer import (
     Trainer,
     TrainState,
     add_training_options,
-    student_config,
 )
 
 # What trajectories must share with those that the student was trained on; seed and number may differ.
@@ -185,7 +184,7 @@ def run(args: argparse.Namespace) -> None:
     )
     batches = GanBatches(trajectories, source, teacher.latent_shape, hflip=hflip, seed=args.seed, d_time=args.d_time)
     state_of_start = {"start_hash": origin["weights_hash"], "start_step": origin["step"], "real": source.fingerprint}
-    config = student_config(
+    config = checkpoints.student_config(
         student,
         vae=teacher_config["vae"],
         provenance=store.provenance | state_of_start,
@@ -197,7 +196,7 @@ def run(args: argparse.Namespace) -> None:
         | chosen(args, GAN_OPTIONS),
     )
     previews = Sampler(
-        lambda noise, y: state.ema.sample(noise, y)[:, -1],
+        lambda noise, y: inference_copy(state.ema, args.precision).sample(noise, y)[:, -1],
         student,
         vae,
         context.device,
@@ -213,10 +212,14 @@ def run(args: argparse.Namespace) -> None:
         cli.show_plan(config | {"iterations": args.iterations} | cost, args)
         return
     torch.manual_seed(args.seed)
-    prepare_blocks(student, compile=args.compile, checkpoint_activations=args.checkpoint_activations)
+    heads = Discriminator.for_teacher(teacher, args.d_width, args.bn_group)
+    cast_weights(teacher, args.precision)
+    for model in (student, teacher):
+        prepare_blocks(model, compile=args.compile, checkpoint_activations=args.checkpoint_activations)
+    if args.compile:
+        compile_each(heads.heads)
     options = chosen(args, STATE_OPTIONS)
     state = TrainState(student, context, **options)
-    heads = Discriminator.for_teacher(teacher, args.d_width, args.bn_group)
     d_state = TrainState(heads, context, **options | {"lr": args.d_lr, "ema_decay": None})
     adversarial = AdversarialLosses(
         state.ddp_model,

@@ -23,9 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from models_ard import ARD
 from runtime.cli import Parser, RunError, UserError, add_dry_run_option, not_negative, positive
-from runtime.distributed import DistributedContext, add_device_option, ignore_sigterm, notice_sigterm
+from runtime.distributed import DistributedContext, add_device_option, ignore_sigterm, notice_sigterm, wrapped
 from runtime.precision import add_compile_option, add_precision_option
 from stores import checkpoints
 from stores.runs import RunFolder
@@ -36,7 +35,7 @@ RESULT_OPTIONS = ("global_batch_size", "lr", "clip", "ema_decay", "precision", "
 STATE_OPTIONS = ("lr", "clip", "ema_decay", "global_batch_size", "accumulation")
 RUN_OPTIONS = (
     *("results_dir", "run_dir", "iterations", "global_batch_size", "log_every", "sample_every", "ckpt_every"),
-    *("snapshot_every", "num_workers", "max_bad_steps"),
+    *("snapshot_minutes", "snapshot_every", "num_workers", "max_bad_steps"),
 )
 
 
@@ -64,35 +63,14 @@ def add_training_options(parser: Parser, *, lr: float, batch: int, iterations: i
     group.add_argument("--log-every", type=positive, default=100, help="Steps between log lines.")
     group.add_argument("--sample-every", type=not_negative, default=10_000, help="Steps between previews, 0 for none.")
     group.add_argument("--ckpt-every", type=positive, default=50_000, help="Steps between checkpoints that are kept.")
-    group.add_argument("--snapshot-every", type=positive, default=1_000, help="Steps between snapshots to resume from.")
+    group.add_argument(
+        "--snapshot-minutes", type=float, default=10.0, help="Minutes between snapshots to resume from, 0 for none."
+    )
+    group.add_argument("--snapshot-every", type=not_negative, default=0, help="Steps between more of them, 0 for none.")
     group.add_argument("--num-workers", type=not_negative, default=0, help="Processes of a rank that read data ahead.")
     group.add_argument("--max-bad-steps", type=positive, default=20, help="Non-finite steps in a row that end the run.")
     add_dry_run_option(group)
     add_device_option(group)
-
-
-def student_config(
-    student: ARD,
-    *,
-    vae: str | None,
-    provenance: dict,
-    grid: str,
-    solver_indices: list[int],
-    target: str,
-    training: dict,
-) -> dict:
-    """The config of a run that trains a student: it rebuilds the student, and says what was trained on and how.
-
-    ``provenance`` is that of the trajectories, the next three say which points of them the student learns.
-    """
-    points = {"grid": grid, "solver_indices": solver_indices, "target": target}
-    return {
-        "kind": "student",
-        "model": student.config,
-        "vae": vae,
-        "provenance": provenance | points,
-        "training": training,
-    }
 
 
 class TrainState:
@@ -127,8 +105,7 @@ class TrainState:
         self.global_batch_size, self.accumulation = global_batch_size, accumulation
         self.parameters: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.optimizer: Any = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0, fused=True)
-        devices = [context.device] if context.device.type == "cuda" else None
-        self.ddp_model = DistributedDataParallel(model, device_ids=devices) if context.world_size > 1 else model
+        self.ddp_model = wrapped(model, context)
         self.skipped = torch.zeros((), device=context.device)
         self.skipped_in_a_row = torch.zeros((), device=context.device)
         self._scalars: dict[str, torch.Tensor] = {}
@@ -205,7 +182,8 @@ class Trainer:
         log_every: int = 100,
         sample_every: int = 10_000,
         ckpt_every: int = 50_000,
-        snapshot_every: int = 1_000,
+        snapshot_minutes: float = 10.0,
+        snapshot_every: int = 0,
         eval_every: int = 0,
         num_workers: int = 0,
         max_bad_steps: int = 20,
@@ -221,7 +199,8 @@ class Trainer:
         self.context, self.states, self.iterations = context, states, iterations
         self.global_batch_size = global_batch_size
         self.log_every, self.max_bad_steps, self.num_workers = log_every, max_bad_steps, num_workers
-        self.sample_every, self.ckpt_every, self.snapshot_every = sample_every, ckpt_every, snapshot_every
+        self.sample_every, self.ckpt_every = sample_every, ckpt_every
+        self.snapshot_seconds, self.snapshot_every = 60 * snapshot_minutes, snapshot_every
         self.eval_every, self.preview, self.evaluate = eval_every, preview, evaluate
         self.folder = RunFolder(config, context, results_dir=results_dir, run_dir=run_dir)
         self.step = 0
@@ -233,6 +212,7 @@ class Trainer:
             self.step = content["step"]
         self._progress = tqdm(disable=True)
         self._sigterm = Event()
+        self._saved = 0.0
         self._sums: dict[str, torch.Tensor] = {}
         self._summed, self._since = 0, 0.0
 
@@ -257,7 +237,8 @@ class Trainer:
         )
         quiet = None if self.context.is_main else True  # None: unless this is a terminal
         bar = tqdm(total=self.iterations, initial=self.step, unit="step", disable=quiet)
-        with bar as self._progress, notice_sigterm() as self._sigterm, self.folder.open_curves(self.step):
+        self._saved = time.monotonic()
+        with bar as self._progress, notice_sigterm() as self._sigterm, self.folder.open(self.step):
             self._since = time.perf_counter()
             for batch in loader:
                 yield {name: value.to(self.context.device, non_blocking=True) for name, value in batch.items()}
@@ -280,24 +261,30 @@ class Trainer:
             if self.context.is_main:
                 self.preview(self.folder.preview(self.step))
             self.context.barrier()
-        if self.step % self.ckpt_every == 0 or last:
-            if self.context.is_main:
-                self.folder.save_checkpoint(self.step, self._state())
-            self.context.barrier()
-        elif self.step % self.snapshot_every == 0:
-            if self.context.is_main:
-                self.folder.save_snapshot(self.step, self._state())
-            self.context.barrier()
+        if self.context.is_main:
+            if self.step % self.ckpt_every == 0 or last:
+                self._save(self.folder.save_checkpoint)
+            elif self._snapshot_is_due():
+                self._save(self.folder.save_snapshot)
         if self.evaluate is not None and self.eval_every and (self.step % self.eval_every == 0 or last):
             self.folder.log_scalars("eval", self.step, self.evaluate(self.folder.path / "eval"))
         if self._sigterm.is_set() and not last and self.context.is_main:
             # Alone: every rank has the same state, and the others may be gone already.
-            self.folder.save_snapshot(self.step, self._state())
+            self._save(self.folder.save_snapshot)
+            self.folder.background.wait()
             raise RunError(f"{self.folder.path}: terminated at step {self.step}; the same command continues from there")
 
-    def _state(self) -> dict:
-        """All models in training, as a checkpoint holds them."""
-        return {name: value for suffix, state in self.states.items() for name, value in state.state(suffix).items()}
+    def _save(self, write: Callable[[int, dict], None]) -> None:
+        """Have the state of all models written in the background."""
+        states = [state.state(suffix) for suffix, state in self.states.items()]
+        write(self.step, {name: value for state in states for name, value in state.items()})
+        self._saved = time.monotonic()
+
+    def _snapshot_is_due(self) -> bool:
+        """Whether steps or minutes say so; by minutes only where the last one is written already."""
+        by_steps = self.snapshot_every and self.step % self.snapshot_every == 0
+        overdue = self.snapshot_seconds and time.monotonic() - self._saved > self.snapshot_seconds
+        return bool(by_steps or (overdue and not self.folder.background.busy))
 
     def _log_scalars(self) -> None:
         """Average the scalars over steps and ranks, write them, and stop a run that no longer trains."""

@@ -51,36 +51,46 @@ class GaussianDiffusion:
     def __init__(self, betas: np.ndarray, timestep_map: list[int]):
         self.timestep_map = timestep_map
         self.alphas_cumprod = np.cumprod(1 - betas)[timestep_map]
-        previous = np.append(1.0, self.alphas_cumprod[:-1])
-        self.betas = 1 - self.alphas_cumprod / previous
-        self.posterior_variance = self.betas * (1 - previous) / (1 - self.alphas_cumprod)
-        # Posterior mean of x_{t-1} given x_0 and x_t (DDPM eq. 7).
-        self.posterior_mean_x0 = self.betas * np.sqrt(previous) / (1 - self.alphas_cumprod)
-        self.posterior_mean_xt = (1 - previous) * np.sqrt(1 - self.betas) / (1 - self.alphas_cumprod)
-        self.alphas_cumprod_prev = previous
+        self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
+        self.betas = 1 - self.alphas_cumprod / self.alphas_cumprod_prev
+        kept, noisy, previous = self.alphas_cumprod, 1 - self.alphas_cumprod, self.alphas_cumprod_prev
+        variance = self.betas * (1 - previous) / noisy  # of the posterior; 0 at the first index
+        self.tables = {
+            "timestep": np.array(timestep_map),
+            "sqrt_alpha_bar": np.sqrt(kept),
+            "sqrt_one_minus_alpha_bar": np.sqrt(noisy),
+            "x0_of_xt": np.sqrt(1 / kept),
+            "x0_of_noise": np.sqrt(1 / kept - 1),
+            # Posterior mean of x_{t-1} given x_0 and x_t (DDPM eq. 7).
+            "posterior_mean_x0": self.betas * np.sqrt(previous) / noisy,
+            "posterior_mean_xt": (1 - previous) * np.sqrt(1 - self.betas) / noisy,
+            "smallest_log_variance": np.log(np.append(variance[1:2], variance[1:])),
+            "largest_log_variance": np.log(self.betas),
+        }
+        self._copies: dict[tuple[str, torch.device], torch.Tensor] = {}
 
     @property
     def num_timesteps(self) -> int:
         """Number of steps n."""
         return len(self.timestep_map)
 
-    def _at(self, values: np.ndarray, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """values[t] shaped to broadcast against x: (B, 1, 1, 1)."""
-        return torch.as_tensor(values, device=t.device)[t].to(x.dtype).view(-1, 1, 1, 1)
+    def _table(self, name: str, device: torch.device) -> torch.Tensor:
+        """A table (n,) on the device, where it stays: no step of training waits for a copy."""
+        if (name, device) not in self._copies:
+            self._copies[name, device] = torch.as_tensor(self.tables[name], device=device)
+        return self._copies[name, device]
+
+    def _at(self, name: str, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """A table's values at the steps t (B,), shaped to broadcast against x: (B, 1, 1, 1)."""
+        return self._table(name, t.device)[t].to(x.dtype).view(-1, 1, 1, 1)
 
     def q_sample(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Diffuse x0 to step t (B,) (DDPM eq. 4)."""
-        return (
-            self._at(np.sqrt(self.alphas_cumprod), t, x0) * x0
-            + self._at(np.sqrt(1 - self.alphas_cumprod), t, x0) * noise
-        )
+        return self._at("sqrt_alpha_bar", t, x0) * x0 + self._at("sqrt_one_minus_alpha_bar", t, x0) * noise
 
     def predict_x0(self, x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
         """E[x_0 | x_t] from the predicted noise."""
-        return (
-            self._at(np.sqrt(1 / self.alphas_cumprod), t, x) * x
-            - self._at(np.sqrt(1 / self.alphas_cumprod - 1), t, x) * eps
-        )
+        return self._at("x0_of_xt", t, x) * x - self._at("x0_of_noise", t, x) * eps
 
     def training_losses(
         self,
@@ -97,7 +107,7 @@ class GaussianDiffusion:
         """
         noise = torch.randn_like(x) if noise is None else noise
         x_t = self.q_sample(x, t, noise)
-        times = torch.as_tensor(self.timestep_map, device=t.device)[t]
+        times = self._table("timestep", t.device)[t]
         out = model(x_t, times, **(model_kwargs or {})).to(x.dtype)
         eps, sigma = (out, None) if out.shape[1] == x.shape[1] else out.chunk(2, dim=1)
         mse = (noise - eps).square().flatten(1).mean(1)
@@ -112,10 +122,9 @@ class GaussianDiffusion:
         """One term of the bound, (B,) bits per dimension: KL of the posteriors; the decoder's likelihood at t = 0."""
 
         def posterior_mean(x0: torch.Tensor) -> torch.Tensor:
-            return self._at(self.posterior_mean_x0, t, x_t) * x0 + self._at(self.posterior_mean_xt, t, x_t) * x_t
+            return self._at("posterior_mean_x0", t, x_t) * x0 + self._at("posterior_mean_xt", t, x_t) * x_t
 
-        smallest = np.log(np.append(self.posterior_variance[1:2], self.posterior_variance[1:]))  # t = 0 has variance 0
-        low, high = self._at(smallest, t, x_t), self._at(np.log(self.betas), t, x_t)
+        low, high = self._at("smallest_log_variance", t, x_t), self._at("largest_log_variance", t, x_t)
         mean, logvar = posterior_mean(self.predict_x0(x_t, t, eps)), low + (sigma + 1) / 2 * (high - low)
         kl = normal_kl(posterior_mean(x0), low, mean, logvar)
         nll = -discretized_gaussian_log_likelihood(x0, mean, logvar)

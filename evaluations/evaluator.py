@@ -203,7 +203,7 @@ def evaluate(
 def show(result: dict) -> None:
     """Print ADM's five lines and FID with its sample count; without ADM's network every line says so."""
     name, adm = result["provenance"]["features"], result["provenance"]["adm"]
-    label = " (digit-classifier features, not ADM)" if name == "digits" else ""
+    label = "" if name == "inception" else f" ({name} features, not ADM)"
     for title, key in (
         ("Inception Score", "inception_score"), ("FID", "fid"), ("sFID", "sfid"),
         ("Precision", "precision"), ("Recall", "recall"),

@@ -101,9 +101,11 @@ class InceptionFeatures(Extractor):
 
 
 def extractor(name: str, device: torch.device | str = "cpu", inception_weights: str | Path | None = None) -> Extractor:
-    """The extractor of that name ("inception" or "digits"), on the device. Raises ``UserError`` on wrong weights."""
+    """The extractor of that name, one of ``NAMES``, on the device. Raises ``UserError`` on wrong weights."""
     if name == "inception":
         return InceptionFeatures(device, inception_weights)
     if inception_weights:
         raise UserError(f"--inception-weights {inception_weights}: of no use with --features {name}, leave it out")
-    return DigitsFeatures(device)
+    if name == "digits":
+        return DigitsFeatures(device)
+    raise ValueError(f"features {name!r} are none of {', '.join(NAMES)}")

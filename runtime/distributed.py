@@ -115,6 +115,19 @@ def keep_freed_memory() -> None:
             libc.mallopt(mmap_threshold, 2**25)
 
 
+def wrapped(module: nn.Module, context: DistributedContext) -> nn.Module:
+    """The module in DDP, or itself where this process is alone."""
+    if context.world_size == 1:
+        return module
+    return DistributedDataParallel(
+        module,
+        device_ids=[context.device] if context.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,  # the gradients lie where they are sent from: no copy of them
+        # Buffers that are not saved are constants, the same everywhere; others change and follow the main rank's.
+        broadcast_buffers=len(module.state_dict()) > len(list(module.parameters())),
+    )
+
+
 def unwrapped(module: nn.Module) -> Any:
     """The module inside DDP, or the module itself."""
     return module.module if isinstance(module, DistributedDataParallel) else module

@@ -94,6 +94,11 @@ class WriteBehind:
         self.wait()
         self._writing = self._thread.submit(write, *args)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a write is under way."""
+        return self._writing is not None and not self._writing.done()
+
     def wait(self) -> None:
         """Wait for the write under way; raises its error."""
         writing, self._writing = self._writing, None

@@ -152,6 +152,30 @@ def load_student(
     return model.eval(), {**config, "model": model.config, "provenance": config["provenance"] | details}
 
 
+def student_config(
+    student: ARD,
+    *,
+    vae: str | None,
+    provenance: dict,
+    grid: str,
+    solver_indices: list[int],
+    target: str,
+    training: dict,
+) -> dict:
+    """The config of a run that trains a student: it rebuilds the student, and says what was trained on and how.
+
+    ``provenance`` is that of the trajectories, the next three say which points of them the student learns.
+    """
+    points = {"grid": grid, "solver_indices": solver_indices, "target": target}
+    return {
+        "kind": "student",
+        "model": student.config,
+        "vae": vae,
+        "provenance": provenance | points,
+        "training": training,
+    }
+
+
 def add_student_options(group: OptionGroup) -> None:
     """``--ckpt-path``, and what the authors' commands say of the student in it besides."""
     group.add_argument(

@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from models import model_name
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
-from runtime.files import write_text
+from runtime.files import WriteBehind, write_text
 from runtime.provenance import differences, with_current_keys
 from stores import checkpoints
 
@@ -28,6 +29,7 @@ class RunFolder:
         """``UserError`` when ``run_dir`` holds another run."""
         self.config, self.context = config, context
         self._curves: Any = None
+        self.background = WriteBehind()
         self.path = Path(
             context.broadcast_object(str(find_run(config, results_dir, run_dir)) if context.is_main else "")
         )
@@ -42,15 +44,21 @@ class RunFolder:
         return (files[-1], checkpoints.load(files[-1], "--run-dir")) if files else None
 
     def save_checkpoint(self, step: int, state: dict) -> None:
-        """Write ``checkpoints/0050000.pt``, which makes an older snapshot superfluous."""
-        self._save(f"{step:07d}.pt", step, state)
-        (self.path / "checkpoints/latest.pt").unlink(missing_ok=True)
+        """Write ``checkpoints/0050000.pt``, which makes an older snapshot superfluous.
+
+        Waits for a copy of the state to the host only, and for an earlier write; the file is written in a thread.
+        """
+        self.background.submit(self._write_checkpoint, f"{step:07d}.pt", step, host_copy(state))
 
     def save_snapshot(self, step: int, state: dict) -> None:
-        """Write ``checkpoints/latest.pt``, to resume from."""
-        self._save("latest.pt", step, state)
+        """Write ``checkpoints/latest.pt``, to resume from, in the same way."""
+        self.background.submit(self._write, "latest.pt", step, host_copy(state))
 
-    def _save(self, name: str, step: int, state: dict) -> None:
+    def _write_checkpoint(self, name: str, step: int, state: dict) -> None:
+        self._write(name, step, state)
+        (self.path / "checkpoints/latest.pt").unlink(missing_ok=True)
+
+    def _write(self, name: str, step: int, state: dict) -> None:
         checkpoints.save(self.path / "checkpoints" / name, {"config": self.config, "step": step} | state)
 
     def log(self, text: str) -> None:
@@ -68,13 +76,14 @@ class RunFolder:
                 self._curves.add_scalar(name, value, step)
 
     @contextmanager
-    def open_curves(self, step: int) -> Iterator[None]:
-        """Tensorboard's files, of the main rank, while steps after ``step`` are logged."""
+    def open(self, step: int) -> Iterator[None]:
+        """Tensorboard's files and the thread that writes, while steps after ``step`` are logged and saved."""
         from torch.utils.tensorboard import SummaryWriter  # seconds to import
 
         self._curves = SummaryWriter(str(self.path), purge_step=step + 1) if self.context.is_main else None
         try:
-            yield
+            with WriteBehind() as self.background:
+                yield
         finally:
             if self._curves is not None:
                 self._curves.close()
@@ -107,3 +116,12 @@ def read_config(folder: Path) -> dict | None:
     """A run's config, None where there is none."""
     path = folder / "config.json"
     return with_current_keys(json.loads(path.read_text())) if path.is_file() else None
+
+
+def host_copy(state: Any) -> Any:
+    """Nested dicts and lists with their tensors copied to the host, where training does not change them any more."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: host_copy(value) for name, value in state.items()}
+    return [host_copy(value) for value in state] if isinstance(state, list) else state
