@@ -28,11 +28,11 @@ def run(args: argparse.Namespace) -> None:
     ode = TeacherODE(teacher, **chosen(args, ODE_OPTIONS))
     config["provenance"] |= ode.provenance
     context = distributed.setup(args.device)
-    job = SamplingJob(teacher, config, args.teacher, **chosen(args, SAMPLING_OPTIONS))
+    job = SamplingJob(teacher, config, args.teacher, context, **chosen(args, SAMPLING_OPTIONS))
     if args.dry_run:
         cli.show_plan(job.plan, args)
         return
-    sampler, writer = job.start(ode.sample, context)
+    sampler, writer = job.start(ode.sample)
     with writer:
         for indices in writer.missing_batches(args.per_proc_batch_size):
             latents, images, y = sampler(indices)

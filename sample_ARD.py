@@ -28,7 +28,7 @@ def build_parser() -> cli.Parser:
 def run(args: argparse.Namespace) -> None:
     student, config = checkpoints.load_named_student(weights=args.weights, **chosen(args, checkpoints.STUDENT_OPTIONS))
     context = distributed.setup(args.device)
-    job = SamplingJob(student, config, args.ckpt_path, **chosen(args, SAMPLING_OPTIONS))
+    job = SamplingJob(student, config, args.ckpt_path, context, **chosen(args, SAMPLING_OPTIONS))
     if args.dry_run:
         cli.show_plan(job.plan, args)
         return
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     def draw(noise: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return student.sample(noise, y)[:, -1]
 
-    sampler, writer = job.start(draw, context)
+    sampler, writer = job.start(draw)
     with writer:
         for indices in writer.missing_batches(args.per_proc_batch_size):
             latents, images, y = sampler(indices)

@@ -4,6 +4,7 @@ for indices in writer.missing_batches(batch_size):   # the loop stands in the sc
     writer.write(indices, *sampler(indices))
 """
 
+import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +14,17 @@ import torch
 from models import DiT
 from runtime.cli import Parser, UserError, add_dry_run_option, not_negative, positive
 from runtime.distributed import DistributedContext, add_device_option
-from runtime.precision import add_compile_option, add_precision_option, autocast, cast_weights, compile_blocks
+from runtime.precision import (
+    COMPUTED,
+    CUDAGraph,
+    add_compile_option,
+    add_precision_option,
+    autocast,
+    cast_weights,
+    compile_blocks,
+)
 from runtime.randomness import LABEL_POLICIES, labels, noise
-from runtime.vae import VAE, Pixels, load_vae, resolve_name
+from runtime.vae import VAE, Pixels, decoder_precision, load_vae, resolve_name
 from stores.images import to_uint8
 from stores.samples import SampleWriter, save_grid
 
@@ -25,7 +34,7 @@ Draw = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # What ``SamplingJob`` takes of the options.
 SAMPLING_OPTIONS = (
     *("out", "num_samples", "seed", "label_policy", "class_labels", "weights", "vae", "vae_precision"),
-    *("save_latents", "per_proc_batch_size", "precision", "compile"),
+    *("save_latents", "per_proc_batch_size", "precision", "compile", "cuda_graph"),
 )
 
 
@@ -41,7 +50,12 @@ def add_sampling_options(parser: Parser) -> None:
     )
     group.add_argument("--weights", choices=("ema", "raw"), default="ema", help="Use these weights of the checkpoint.")
     group.add_argument("--vae", help="Decode by ema, mse, a folder or a hub id instead of the model's own autoencoder.")
-    add_precision_option(group, "--vae-precision", "the decoder")
+    group.add_argument(
+        "--vae-precision",
+        choices=("auto", *COMPUTED),
+        default="auto",
+        help="Use this number format for the decoder; auto is bf16 on GPUs and fp32 on CPUs.",
+    )
     group.add_argument("--save-latents", action="store_true", help="Keep the samples before decoding, as float32.")
     group = parser.add_argument_group("run")
     group.add_argument(
@@ -49,6 +63,12 @@ def add_sampling_options(parser: Parser) -> None:
     )
     add_precision_option(group)
     add_compile_option(group)
+    group.add_argument(
+        "--cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="Record the sampler once and replay it, faster for small batches on GPUs; does nothing elsewhere.",
+    )
     add_dry_run_option(group)
     add_device_option(group)
 
@@ -113,6 +133,7 @@ class SamplingJob:
         model: DiT,
         config: dict,
         source: str,
+        context: DistributedContext,
         *,
         out: str | None = None,
         num_samples: int,
@@ -121,11 +142,12 @@ class SamplingJob:
         class_labels: Sequence[int] | None = None,
         weights: str = "ema",
         vae: str | None = None,
-        vae_precision: str = "fp32",
+        vae_precision: str = "auto",
         save_latents: bool = False,
         per_proc_batch_size: int = 64,
         precision: str = "fp32",
         compile: bool = False,
+        cuda_graph: bool = False,
     ):
         """``config`` is that of the checkpoint ``source``. ``UserError`` names an option that does not suit."""
         if class_labels and not all(0 <= label < max(model.num_classes, 1) for label in class_labels):
@@ -137,29 +159,31 @@ class SamplingJob:
         self.out = Path(out or f"{Path(source).with_suffix('')}-{weights}-seed{seed}-{num_samples}.npz")
         if self.out.suffix != ".npz":
             raise UserError(f"--out {self.out}: the file's name must end in .npz")
-        self.model, self.num_samples, self.compile, self.save_latents = model, num_samples, compile, save_latents
-        self.vae, self.vae_precision = vae or config["vae"], vae_precision
+        self.model, self.context, self.num_samples, self.save_latents = model, context, num_samples, save_latents
+        self.compile, self.cuda_graph = compile, cuda_graph
+        self.vae, self.vae_precision = vae or config["vae"], decoder_precision(vae_precision, context.device)
         self.drawing: dict[str, Any] = {
             "seed": seed,
             "label_policy": label_policy,
             "class_labels": class_labels,
             "precision": precision,
         }
-        self.drawing["fill_up_to"] = per_proc_batch_size if compile else 0
+        self.drawing["fill_up_to"] = per_proc_batch_size if compile or cuda_graph else 0
         self.provenance = config["provenance"] | {
             "sample_seed": seed,
             "sample_labels": class_labels or label_policy,
             "sample_precision": precision,
             "weights": weights,
             "decoder": resolve_name(self.vae),
-            "decoder_precision": vae_precision,
+            "decoder_precision": self.vae_precision,
         }
         self.plan = self.provenance | {"out": str(self.out), "count": num_samples}
 
-    def start(self, draw: Draw, context: DistributedContext) -> tuple[Sampler, SampleWriter]:
+    def start(self, draw: Draw) -> tuple[Sampler, SampleWriter]:
         """What draws samples by index with ``draw``, and what writes them; the model is on its device then."""
-        vae = load_vae(self.vae, context.device, self.vae_precision)
-        cast_weights(self.model.to(context.device), self.drawing["precision"])
+        device = self.context.device
+        vae = load_vae(self.vae, device, self.vae_precision, self.compile)
+        cast_weights(self.model.to(device), self.drawing["precision"])
         if self.compile:
             compile_blocks(self.model)
         shape = self.model.latent_shape
@@ -168,7 +192,9 @@ class SamplingJob:
             self.num_samples,
             shape[1] * vae.factor,
             self.provenance,
-            context,
+            self.context,
             latent_shape=shape if self.save_latents else None,
         )
-        return Sampler(draw, self.model, vae, context.device, **self.drawing), writer
+        if self.cuda_graph:
+            draw = CUDAGraph(draw, device)
+        return Sampler(draw, self.model, vae, device, **self.drawing), writer

@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import platform
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from evaluations.metrics import frechet_distance, full_precision, inception_scor
 from runtime import cli, distributed
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
-from runtime.files import file_sha256
+from runtime.files import file_sha256, read_ahead
 from runtime.provenance import with_current_keys
 
 K = 3  # neighbours, ADM's choice
@@ -35,12 +36,15 @@ PUBLISHED_COUNT = 50_000  # FID falls with the number of samples; published valu
 
 
 def extract(images: Images, network: Extractor, batch_size: int, context: DistributedContext) -> dict[str, Any]:
-    """Features of all images on every rank: name -> (N, width) float32; each rank extracts its share."""
+    """Features of all images on every rank: name -> (N, width) float32; each rank extracts its share.
+
+    The next batch is read while the network works.
+    """
     table = {name: np.zeros((images.count, width), dtype=np.float32) for name, width in network.widths.items()}
     rows = context.share(images.count)
     progress = tqdm(total=len(rows), desc=images.path.name, disable=None if context.is_main else True)
-    with full_precision(), progress:
-        for start, batch in images.batches(rows, batch_size):
+    with nullcontext() if network.tf32 else full_precision(), progress:
+        for start, batch in read_ahead(images.batches(rows, batch_size)):
             outputs = network(batch)
             for name, values in table.items():
                 values[start : start + len(batch)] = outputs[name]
@@ -59,7 +63,7 @@ def features(
     Complete on the main rank. The other ranks' may be empty.
     """
     path = images.path.with_name(f"{images.path.stem}.{network.name}.features.npz")
-    key = json.dumps(dict(images=digest, weights=network.weights_sha256))
+    key = json.dumps(dict(images=digest, weights=network.weights_sha256) | (dict(tf32=True) if network.tf32 else {}))
     kept = read_cache(path, key) if cache and context.is_main else None
     if context.broadcast_object(kept is not None):
         return kept or {}
@@ -137,6 +141,7 @@ class Evaluation:
             resolution=[self.samples.width, self.samples.height],
             features=self.network.name,
             weights_sha256=self.network.weights_sha256,
+            tf32=self.network.tf32,
             adm=self.network.adm,
             stored_statistics=sorted(self.stored),
             neighbours=K,
@@ -189,6 +194,7 @@ def evaluate(
     cache: bool = True,
     allow_few: bool = False,
     floor: bool = False,
+    tf32: bool = False,
 ) -> dict:
     """All figures of a file of samples against a reference file: what the command prints, for other scripts.
 
@@ -196,7 +202,7 @@ def evaluate(
     floor (if asked for) and provenance. Raises ``UserError`` on files and weights that do not serve.
     """
     context = context or DistributedContext()
-    network = extractor(features, context.device, inception_weights)
+    network = extractor(features, context.device, inception_weights, tf32)
     return Evaluation(reference_path, samples_path, network, allow_few).run(batch_size, context, cache, floor)
 
 
@@ -211,7 +217,11 @@ def show(result: dict) -> None:
         if result[key] is not None:
             print(f"{title}{label}: {result[key]:.6g}")
     count = f"{result['count'] // 1000}K" if result["count"] % 1000 == 0 else str(result["count"])
-    unknown = " (not ADM: these are not the published Inception weights)" if name == "inception" and not adm else ""
+    unknown = (
+        " (not ADM: other Inception weights than the published ones, or TF32)"
+        if name == "inception" and not adm
+        else ""
+    )
     print(f"FID-{count}{label}{unknown}: {result['fid']:.6g}")
     if "floor" in result:
         print(f"FID floor{label}, the reference against {result['count']} draws from itself: {result['floor']:.6g}")
@@ -227,7 +237,7 @@ def run(args: argparse.Namespace) -> None:
     context = distributed.setup(args.device)
     if not context.is_main:
         context.barrier()  # the main rank goes first, in case that the weights have to be fetched
-    network = extractor(args.features, context.device, args.inception_weights)
+    network = extractor(args.features, context.device, args.inception_weights, args.tf32)
     if context.is_main:
         context.barrier()
     evaluation = Evaluation(args.reference, args.samples, network, args.allow_few)
@@ -261,6 +271,9 @@ def build_parser() -> cli.Parser:
     group.add_argument("--batch-size", type=cli.positive, default=64, help="Images of a rank at once.")
     group.add_argument(
         "--cache", action=argparse.BooleanOptionalAction, default=True, help="Keep the features beside the files."
+    )
+    group.add_argument(
+        "--tf32", action="store_true", help="Let GPUs take products in TF32: faster, and not ADM's figures any more."
     )
     distributed.add_device_option(group)
     group = parser.add_argument_group("figures")

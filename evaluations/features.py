@@ -28,6 +28,7 @@ class Extractor:
     widths: dict[str, int]
     weights_sha256: str
     adm = False
+    tf32 = False  # on GPUs, take products in TF32
 
     def check_size(self, width: int, height: int) -> None:
         """Raise ``UserError`` if the network does not read images of this size (pixels)."""
@@ -68,7 +69,7 @@ class InceptionFeatures(Extractor):
     name, widths = "inception", dict(pool=2048, spatial=17 * 17 * 7, probs=1008)
     PUBLISHED = "6726825d"  # the published weights' SHA-256 starts so, and their file name ends so
 
-    def __init__(self, device: torch.device | str = "cpu", weights: str | Path | None = None):
+    def __init__(self, device: torch.device | str = "cpu", weights: str | Path | None = None, tf32: bool = False):
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
         if weights:
@@ -86,7 +87,8 @@ class InceptionFeatures(Extractor):
             raise UserError(wrong + " (names or shapes differ)") from None
         self.device = device
         self.weights_sha256 = file_sha256(weights)
-        self.adm = self.weights_sha256.startswith(self.PUBLISHED)
+        self.adm = self.weights_sha256.startswith(self.PUBLISHED) and not tf32
+        self.tf32 = tf32
         self.model.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
 
     def _keep_spatial(self, module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
@@ -100,12 +102,19 @@ class InceptionFeatures(Extractor):
         return {name: value.cpu().numpy() for name, value in outputs.items()}
 
 
-def extractor(name: str, device: torch.device | str = "cpu", inception_weights: str | Path | None = None) -> Extractor:
+def extractor(
+    name: str,
+    device: torch.device | str = "cpu",
+    inception_weights: str | Path | None = None,
+    tf32: bool = False,
+) -> Extractor:
     """The extractor of that name, one of ``NAMES``, on the device. Raises ``UserError`` on wrong weights."""
     if name == "inception":
-        return InceptionFeatures(device, inception_weights)
+        return InceptionFeatures(device, inception_weights, tf32)
     if inception_weights:
         raise UserError(f"--inception-weights {inception_weights}: of no use with --features {name}, leave it out")
+    if tf32:
+        raise UserError(f"--tf32: of no use with --features {name}, leave it out")
     if name == "digits":
         return DigitsFeatures(device)
     raise ValueError(f"features {name!r} are none of {', '.join(NAMES)}")

@@ -94,6 +94,7 @@ def setup(device: str = "auto") -> DistributedContext:
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True  # the autoencoder and Inception see few shapes, many times
     else:
         keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():

@@ -3,11 +3,11 @@
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock
@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
+
+Item = TypeVar("Item")
 
 
 @contextlib.contextmanager
@@ -76,6 +78,17 @@ def cached_download(url: str, option: str, hash_prefix: str | None = None) -> Pa
     except (OSError, RuntimeError) as error:  # no network (urllib's errors are OSErrors), or another hash
         raise UserError(f"{option}: cannot download it ({error}); fetch {url} to {path}") from None
     return path
+
+
+def read_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The items in order, each made in a thread while the one before it is used."""
+    end: Any = object()
+    iterator = iter(items)
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        following = thread.submit(next, iterator, end)
+        while (item := following.result()) is not end:
+            following = thread.submit(next, iterator, end)
+            yield item
 
 
 class WriteBehind:

@@ -2,7 +2,7 @@
 
 import argparse
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
@@ -74,6 +74,47 @@ def inference_copy(model: Module, precision: str) -> Module:
     copied = copy.deepcopy(model)
     cast_weights(copied, precision)
     return copied
+
+
+class CUDAGraph:
+    """A function of tensors that is recorded once as a CUDA graph and replayed: one launch in place of thousands.
+
+    The first call fixes the shapes. Calls with others, on other devices, or where recording is not possible run the
+    function as it is. Recorded at a call inside ``torch.no_grad`` and autocast, whose state it keeps.
+    """
+
+    def __init__(self, function: Callable[..., torch.Tensor], device: torch.device):
+        self.function, self.possible = function, device.type == "cuda"
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: tuple[torch.Tensor, ...] = ()
+        self.output = torch.empty(0)
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """What ``function(*inputs)`` returns."""
+        if self.possible and self.graph is None:
+            self._record(inputs)
+        if self.graph is None or [x.shape for x in inputs] != [x.shape for x in self.inputs]:
+            return self.function(*inputs)
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        return self.output.clone()
+
+    def _record(self, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.inputs = tuple(x.clone() for x in inputs)
+        try:
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(3):  # compiles, and lets libraries choose their kernels, before anything is recorded
+                    self.function(*self.inputs)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.output = self.function(*self.inputs)
+            self.graph = graph
+        except RuntimeError:  # something in the function waits for the device
+            self.possible = False
 
 
 def prepare_blocks(model: DiT, *, compile: bool, checkpoint_activations: bool) -> None:

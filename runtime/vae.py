@@ -31,7 +31,8 @@ class Pixels:
 class VAE:
     """diffusers' AutoencoderKL with latents scaled to unit variance by the factor in its own config."""
 
-    def __init__(self, name: str, device: torch.device, precision: str = "fp32"):
+    def __init__(self, name: str, device: torch.device, precision: str = "fp32", compile: bool = False):
+        """``compile``: the decoder, at the first call; from then on it takes ``IMAGES_AT_ONCE`` latents at a time."""
         path, fetch = NAMES.get(name, name), ""
         if re.fullmatch(HUB_ID, path):
             fetch = f", or fetch it where there is a network: hf download {path} --local-dir FOLDER"
@@ -60,7 +61,9 @@ class VAE:
                 f"(config.json and diffusion_pytorch_model.safetensors){fetch} ({str(error).splitlines()[0]})"
             ) from None
         self.model = self.model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-        self.name, self.dtype = path, DTYPES[precision]
+        self.name, self.dtype, self.compiled = path, DTYPES[precision], compile
+        if compile:
+            self.model.decoder.compile(dynamic=False)
         self.scale = self.model.config.scaling_factor
         self.factor = 2 ** (len(self.model.config.block_out_channels) - 1)
         self.channels, self.image_channels = self.model.config.latent_channels, self.model.config.in_channels
@@ -76,8 +79,10 @@ class VAE:
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """latents: (B, C, h, w) scaled -> images (B, 3, h * f, w * f), about [-1, 1], float32."""
-        parts = (latents / self.scale).to(self.dtype).split(IMAGES_AT_ONCE)
-        return torch.cat([self.model.decode(z).sample.float() for z in parts])
+        z = (latents / self.scale).to(self.dtype)
+        if self.compiled:  # made for one size: the last part is filled up
+            z = torch.cat([z, z.new_zeros(-len(z) % IMAGES_AT_ONCE, *z.shape[1:])])
+        return torch.cat([self.model.decode(part).sample.float() for part in z.split(IMAGES_AT_ONCE)])[: len(latents)]
 
 
 def resolve_name(name: str | None) -> str | None:
@@ -85,6 +90,11 @@ def resolve_name(name: str | None) -> str | None:
     return None if name in (None, "none") else NAMES.get(name, name)
 
 
-def load_vae(name: str | None, device: torch.device, precision: str = "fp32") -> VAE | Pixels:
+def decoder_precision(given: str, device: torch.device) -> str:
+    """What ``--vae-precision`` stands for: "auto" is bf16 on GPUs, where decoding costs more than sampling, or fp32."""
+    return given if given != "auto" else "bf16" if device.type == "cuda" else "fp32"
+
+
+def load_vae(name: str | None, device: torch.device, precision: str = "fp32", compile: bool = False) -> VAE | Pixels:
     """The autoencoder of that name ("ema", "mse", a hub id or a folder); None or "none" is pixel space."""
-    return Pixels() if name is None or resolve_name(name) is None else VAE(name, device, precision)
+    return Pixels() if name is None or resolve_name(name) is None else VAE(name, device, precision, compile)
