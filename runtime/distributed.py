@@ -5,6 +5,7 @@ functions below.
 """
 
 import ctypes
+import inspect
 import os
 import signal
 import sys
@@ -120,12 +121,16 @@ def wrapped(module: nn.Module, context: DistributedContext) -> nn.Module:
     """The module in DDP, or itself where this process is alone."""
     if context.world_size == 1:
         return module
+    # Buffers that are not saved are constants, the same everywhere; others change and follow the main rank's.
+    changing_buffers = len(module.state_dict()) > len(list(module.parameters()))
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.15
+    sync: Any = {name: changing_buffers}
     return DistributedDataParallel(
         module,
         device_ids=[context.device] if context.device.type == "cuda" else None,
         gradient_as_bucket_view=True,  # the gradients lie where they are sent from: no copy of them
-        # Buffers that are not saved are constants, the same everywhere; others change and follow the main rank's.
-        broadcast_buffers=len(module.state_dict()) > len(list(module.parameters())),
+        **sync,
     )
 
 

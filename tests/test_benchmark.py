@@ -1,175 +1,12 @@
-"""What is there for speed changes no result: compiled blocks, recomputed activations, writing in a thread."""
+"""The benchmark: every stage is measured, every case of a GPU runs, FLOPs are those of the work."""
 
-import copy
 import json
-import os
-import platform
 import shlex
-import threading
-from functools import partial
 
-import numpy as np
 import pytest
-import torch
-from conftest import ROOT, SMALL, call, losses, random_teacher, spawn
+from helpers import call, refused
 
-from models_ard import ARD
-from runtime.files import WriteBehind
-from runtime.precision import compile_blocks
-from stores import checkpoints
-
-
-@pytest.fixture
-def quick_compiler(monkeypatch):
-    """torch.compile with all but code generation, which takes a minute on a CPU."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-
-
-def student(mask: str = "M4") -> ARD:
-    return ARD.from_teacher(random_teacher(), mask=mask, history_layers=2)
-
-
-def gradients(model: ARD, batch: int = 3) -> list[torch.Tensor]:
-    """Predictions and all gradients of a fixed loss."""
-    torch.manual_seed(0)
-    model.zero_grad()
-    predictions = model(torch.randn(batch, model.steps, 1, 8, 8), torch.arange(batch))
-    predictions.square().mean().backward()
-    return [predictions.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
-
-
-def test_recomputed_activations_give_the_same_gradients():
-    plain = student()
-    saving = copy.deepcopy(plain)
-    saving.checkpoint_activations = True
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
-        wanted, few = gradients(plain), len(kept)
-        found = gradients(saving)
-    assert len(kept) - few < few / 2
-    assert len(wanted) == len(found) and all(torch.equal(a, b) for a, b in zip(wanted, found))
-
-
-def test_compiled_blocks_give_the_same_gradients_without_recompiling(quick_compiler):
-    plain = student()
-    compiled = copy.deepcopy(plain)
-    compile_blocks(compiled)
-    assert list(compiled.state_dict()) == list(plain.state_dict())
-    assert copy.deepcopy(compiled).blocks[0]._compiled_call_impl is None  # as the EMA is made
-    wanted = gradients(plain)
-    gradients(compiled)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for a, b in zip(wanted, gradients(compiled)):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("mask", ["M2", "M4"])
-def test_compiled_sampling_is_the_same(mask, quick_compiler):
-    plain = student(mask)
-    compiled = copy.deepcopy(plain)
-    compile_blocks(compiled)
-    noise, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 4])
-    compiled.sample(noise, y)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        torch.testing.assert_close(compiled.sample(noise, y), plain.sample(noise, y), rtol=0, atol=1e-6)
-
-
-def test_trainers_take_both_options(store, tmp_path, quick_compiler):
-    fast = ("--compile", "--checkpoint-activations")
-    for name, options in {"plain": (), "fast": fast}.items():
-        call("train_ARD.py", "--data-path", store, *SMALL, "--iterations", 3, "--run-dir", tmp_path / name, *options)
-    np.testing.assert_allclose(losses(tmp_path / "fast"), losses(tmp_path / "plain"), rtol=1e-5)
-    plain, fast = (checkpoints.load(tmp_path / run / "checkpoints/0000003.pt", "") for run in ("plain", "fast"))
-    assert list(plain["ema"]) == list(fast["ema"]) and plain["config"] == fast["config"]
-
-
-@pytest.mark.slow
-def test_compiled_blocks_train_on_two_ranks_as_plain_ones_on_one(store, tmp_path):
-    script = tmp_path / "quickly_compiled.py"
-    script.write_text(
-        "import functools, torch, train_ARD\n"
-        "from runtime import cli\n"
-        "torch.compile = functools.partial(torch.compile, backend='aot_eager')\n"
-        "cli.main(train_ARD.build_parser(), train_ARD.run)\n"
-        "assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 2  # blocks with history and without\n"
-    )
-    options = ("--data-path", store, *SMALL, "--iterations", 3)
-    call("train_ARD.py", *options, "--run-dir", tmp_path / "plain")
-    done = spawn(script, *options, "--compile", "--device", "cpu", "--run-dir", tmp_path / "fast", ranks=2,
-                 env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    np.testing.assert_allclose(losses(tmp_path / "fast"), losses(tmp_path / "plain"), rtol=1e-5)
-
-
-def test_compiled_sampler_fills_up_its_last_batch(student_file, tmp_path, quick_compiler, monkeypatch):
-    seen = set()
-    monkeypatch.setattr(ARD, "sample", lambda self, z, y, sample=ARD.sample: seen.add(len(z)) or sample(self, z, y))
-    for name, options in {"plain": (), "fast": ("--compile",)}.items():
-        seen.clear()
-        call("sample_ARD.py", "--ckpt-path", student_file, "--num-samples", 11, "--per-proc-batch-size", 4,
-             "--save-latents", "--out", tmp_path / f"{name}.npz", *options)  # fmt: skip
-    assert seen == {4}
-    with np.load(tmp_path / "plain.npz") as plain, np.load(tmp_path / "fast.npz") as fast:
-        np.testing.assert_allclose(plain["latents"], fast["latents"], atol=1e-5)
-        assert (plain["arr_1"] == fast["arr_1"]).all() and len(fast["arr_0"]) == 11
-
-
-def test_writing_keeps_the_order_and_runs_beside_the_making():
-    written, threads = [], set()
-
-    def write(item, made):
-        threads.add(threading.get_ident())
-        written.append((item, made))
-
-    with WriteBehind() as behind:
-        for item in range(20):
-            behind.submit(write, item, item**2)
-    assert written == [(i, i**2) for i in range(20)]
-    assert len(threads) == 1 and threading.get_ident() not in threads
-
-
-@pytest.mark.parametrize("culprit", ["make", "write"])
-def test_errors_of_both_sides_surface_and_nothing_is_written_after_them(culprit):
-    written = []
-
-    def make(item):
-        if culprit == "make" and item == 3:
-            raise RuntimeError("cannot make 3")
-        return item
-
-    def write(item, made):
-        if culprit == "write" and item == 3:
-            raise OSError("cannot write 3")
-        written.append(item)
-
-    with pytest.raises((RuntimeError, OSError), match=f"cannot {culprit} 3"), WriteBehind() as behind:
-        for item in range(10):
-            behind.submit(write, item, make(item))
-    assert written == [0, 1, 2]
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-def test_freed_memory_is_used_again(tmp_path):
-    script = tmp_path / "freed.py"
-    script.write_text(
-        "import resource, torch\n"
-        "from runtime import distributed\n"
-        "def pages():\n"
-        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "    [torch.ones(2**21) for _ in range(20)]\n"
-        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "returned = [pages() for _ in range(4)]\n"
-        "distributed.setup('cpu')\n"
-        "kept = [pages() for _ in range(10)]\n"
-        "print(returned, kept)\n"
-        "assert max(kept[-3:]) < min(returned) / 10\n"
-    )
-    # By default glibc adapts its threshold to what it has seen; a given one returns each tensor's memory every time.
-    done = spawn(script, env=os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": str(2**20)})
-    assert done.returncode == 0, done.stdout + done.stderr
-
+import benchmark
 
 NANO = ("--model", "DiT-Nano/2", "--input-size", 4, "--batch-size", 3, "--repeats", 2)
 BENCHMARKS = {
@@ -180,14 +17,19 @@ BENCHMARKS = {
 }
 
 
+def reports(out: str) -> list[dict]:
+    """The lines of JSON in what a benchmark has printed."""
+    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+
+
 @pytest.mark.parametrize("command", BENCHMARKS)
-def test_benchmark_measures_each_stage(command, capsys):
+def test_each_stage_is_measured(command, capsys):
     call("benchmark.py", command, *BENCHMARKS[command], "--device", "cpu")
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    lines = reports(capsys.readouterr().out)
     assert len(lines) == (2 if "--vs" in BENCHMARKS[command] else 1)
     for line in lines:
-        assert 0 < line["fastest"] <= line["seconds"] <= line["slowest"] and line["peak_memory_gb"] > 0
-        assert ("mfu" in line) == (command != "store")
+        assert 0 < line["fastest"] <= line["seconds"] <= line["slowest"] and 0 < line["cpu_seconds"] <= line["seconds"]
+        assert ("mfu" in line) == (command != "store") == (line.get("peak_memory_gb", 0) > 0)
     if command == "sample":
         plain, variant = lines
         assert (plain["stack"], plain["steps"], variant["stack"], variant["steps"]) == (2, 4, 0, 2)
@@ -196,15 +38,78 @@ def test_benchmark_measures_each_stage(command, capsys):
         assert lines[0]["over_files"] > 0 and lines[0]["over_copy"] > 0
 
 
-def test_every_gpu_case_is_a_command_line():
-    from benchmark import GPU_CASES, build_parser
+STUDENT = "--model DiT-Nano/2 --input-size 4 --batch-size 3 --stack 2 --repeats 1"
+TINY = {
+    "train": STUDENT,
+    "gan": STUDENT,
+    "sample": STUDENT,
+    "ddp": STUDENT + " --no-compile",  # in a process of its own, with the real compiler, it takes a minute
+    "trajectories": "--model DiT-Nano/2 --input-size 4 --batch-size 3 --repeats 1",
+    "decode": "--width 4 --input-size 4 --batch-size 3 --repeats 1",
+    "features": "--image-size 8 --batch-size 3 --repeats 1",
+    "store": "--rows 20 --batch-size 4 --repeats 1",
+    "metrics": "--samples 20 --reference 30 --repeats 1",
+}
+CHANGES = {"--stack 0": {"stack": 0}, "--no-compile": {"compile": False}, "--cuda-graph": {"cuda_graph": True}}
+CHANGES |= {"--tf32": {"tf32": True}}
 
-    for line in GPU_CASES.strip().splitlines():
-        build_parser().parse_args([*shlex.split(line), "--device", "cuda"])
+
+SLOW = ("gan", "features", "ddp")
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # of diffusers' code
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param(line, marks=[pytest.mark.slow] if line.startswith(SLOW) else [])
+        for line in benchmark.GPU_CASES.strip().splitlines()
+    ],
+)
+def test_every_gpu_case_runs_with_a_tiny_model(line, quick_compiler, monkeypatch, capfd):
+    command, *options = shlex.split(line)
+    monkeypatch.setattr(benchmark, "GPU_CASES", f"{line} {TINY[command]}\n")  # of two values the later one counts
+    call("benchmark.py", "gpu", "--device", "cpu")
+    out = capfd.readouterr().out
+    found = reports(out)
+    variants = [option.removeprefix("--vs=") for option in options if option.startswith("--vs=")]
+    names = {"metrics": ["frechet", "precision_recall"], "ddp": ["train"]}
+    names = names.get(command, [command, *(f"{command} {variant}" for variant in variants)])
+    assert [case["case"] for case in found] == names, out
+    for variant in variants:
+        assert CHANGES[variant].items() <= found[1].items() and not CHANGES[variant].items() <= found[0].items()
+    if "--compile" in options and command != "ddp":
+        assert found[0]["compile"] and quick_compiler()
+    if "precision" in found[0]:
+        assert {case["precision"] for case in found} == {"bf16"} and found[0]["mfu"] > 0
+    assert found[0].get("checkpoint_activations", False) == ("--checkpoint-activations" in options)
+    assert all(case["batch_size"] == 3 for case in found if command in benchmark.CASES or command == "ddp")
+
+
+def test_a_case_that_fails_costs_none_of_the_others(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "GPU_CASES", f"sample {TINY['sample']} --stack 7\nstore {TINY['store']}\n")
+    call("benchmark.py", "gpu", "--device", "cpu")
+    out = capsys.readouterr().out
+    assert "history layers 7 must be between 0" in out and [case["case"] for case in reports(out)] == ["store"]
+    call("benchmark.py", "gpu", "--device", "cpu", "--minutes", 0)
+    out = capsys.readouterr().out
+    assert not reports(out) and out.count("not started") == 2
+
+
+def test_the_table_shows_every_line_of_a_run(tmp_path, capsys):
+    lines = [{"case": "sample", "batch_size": 3, "seconds": 0.12345, "mfu": 0.5}, {"case": "store"}]
+    where = {"on": "CPU", "torch": "2.0", "date": "2025-01-01"}
+    text = "\n".join(["to read", *(json.dumps(line | where) for line in lines)])
+    (tmp_path / "run.txt").write_text(text)
+    call("benchmark.py", "report", tmp_path / "run.txt")
+    out = capsys.readouterr().out
+    assert "| sample | 3 | - | 0.123 |" in out and "| store | - |" in out and "CPU, torch 2.0, 2025-01-01" in out
+    for broken, words in (("to read", "holds no line of a benchmark"), (text[:-5], "a line of it is damaged")):
+        (tmp_path / "run.txt").write_text(broken)
+        assert words in refused(capsys, "benchmark.py", "report", tmp_path / "run.txt")
 
 
 def test_a_training_step_counts_as_three_forwards(capsys):
     for command in ("train", "sample"):
         call("benchmark.py", command, *NANO, "--stack", 0, "--device", "cpu")
-    train, sample = (json.loads(x)["tflops"] for x in capsys.readouterr().out.splitlines() if x.startswith("{"))
+    train, sample = (case["tflops"] for case in reports(capsys.readouterr().out))
     assert 2.8 < train / sample < 3.2

@@ -1,12 +1,29 @@
-"""Bad input gets one sentence that names option and value, exit code 2, no traceback, and nothing is written."""
+"""Command lines from end to end: mistakes end in one sentence and write nothing, and what must work does.
+
+A sentence names option and value; the exit code is 2 and there is no traceback.
+"""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import SMALL, call, random_teacher, save_teacher, spawn
+from helpers import (
+    NANO_TEACHER,
+    SHIPPED_TEACHER,
+    SMALL,
+    arrays,
+    call,
+    random_teacher,
+    refused,
+    save_teacher,
+    spawn,
+    state_of,
+)
 
 from stores import checkpoints
+from stores.samples import read_provenance
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +53,7 @@ def bad(tmp_path_factory, store, teacher_file, student_file):
 
 
 TRAIN = ("train_ARD.py", *SMALL, "--iterations", 2, "--run-dir", "OUT", "--data-path", "STORE")
-TEACH = (
-    "train.py",
-    *SMALL[2:],
-    "--iterations",
-    2,
-    "--run-dir",
-    "OUT",
-    "--model",
-    "DiT-Nano/2",
-    "--data-path",
-    "digits",
-)
+TEACH = ("train.py", *NANO_TEACHER, "--iterations", 2, "--run-dir", "OUT", "--data-path", "digits")
 DUMP = ("sample_trajectory.py", "--num-trajectories", 4, "--teacher", "TEACHER", "--out", "OUT")
 SAMPLE = ("sample_ARD.py", "--num-samples", 4, "--ckpt-path", "STUDENT", "--out", "OUT.npz")
 TEACHER_SAMPLE = ("sample.py", "--num-samples", 4, "--teacher", "TEACHER", "--out", "OUT.npz")
@@ -70,7 +76,7 @@ CASES = {
     "other files": (TRAIN, ["--run-dir", "BAD/notes"], "--run-dir BAD/notes"),
     "no such device": (TRAIN, ["--device", "tpu"], "--device tpu"),
     "no such gpu": (TRAIN, ["--device", "cuda:77"], "--device cuda:77"),
-    "size not divisible": (TEACH, ["--model", "DiT-Nano/4", "--image-size", 8, "--data-path", "BAD/none"], "BAD/none"),
+    "missing images": (TEACH, ["--image-size", 8, "--data-path", "BAD/none"], "--data-path BAD/none: no such folder"),
     "no classes": (TEACH, ["--data-path", "BAD/notes", "--image-size", 8], "sub-folder"),
     "no image size": (TEACH, ["--data-path", "BAD/notes"], "--image-size"),
     "missing teacher": (DUMP, ["--teacher", "BAD/none.pt"], "--teacher BAD/none.pt"),
@@ -93,7 +99,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_sentence_and_nothing_written(case, bad, store, teacher_file, student_file, tmp_path, capsys):
+def test_a_mistake_ends_in_one_sentence_and_nothing_is_written(
+    case, bad, store, teacher_file, student_file, tmp_path, capsys
+):
     names = {"BAD": bad, "STORE": store, "TEACHER": teacher_file, "STUDENT": student_file, "OUT": tmp_path / "out"}
 
     def fill(word) -> str:
@@ -102,35 +110,97 @@ def test_one_sentence_and_nothing_written(case, bad, store, teacher_file, studen
         return str(word)
 
     command, changes, expected = CASES[case]
-    before = {path for folder in (bad, tmp_path, store) for path in folder.rglob("*")}
-    with pytest.raises(SystemExit) as stop:
-        call(*(fill(word) for word in command), *(fill(word) for word in changes))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert error.count("\n") == 1 and "error: " in error and fill(expected) in error
-    assert {path for folder in (bad, tmp_path, store) for path in folder.rglob("*")} == before
-
-
-@pytest.mark.slow
-def test_no_traceback_in_a_real_process(bad, store):
-    done = spawn("train_ARD.py", "--data-path", store, "--stack", 99)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--stack 99" in done.stderr
-
-
-def test_image_size_that_the_patches_do_not_divide(tmp_path, capsys):
-    from PIL import Image
-
-    for name in ("cat", "dog"):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        Image.new("RGB", (20, 30)).save(tmp_path / "images" / name / "1.png")
-    with pytest.raises(SystemExit) as stop:
-        call("train.py", "--model", "DiT-Nano/2", "--data-path", tmp_path / "images", "--image-size", 9)
-    assert stop.value.code == 2 and "size 9 is not divisible" in capsys.readouterr().err
+    before = state_of(bad, tmp_path, store)
+    error = refused(capsys, *(fill(word) for word in command), *(fill(word) for word in changes))
+    assert fill(expected) in error and state_of(bad, tmp_path, store) == before
 
 
 @pytest.mark.parametrize("command", [TRAIN, TEACH, DUMP, SAMPLE, TEACHER_SAMPLE], ids=lambda command: command[0])
 def test_dry_run_prints_the_plan_and_writes_nothing(command, store, teacher_file, student_file, tmp_path, capsys):
     names = {"STORE": store, "TEACHER": teacher_file, "STUDENT": student_file, "OUT": tmp_path / "out"}
     call(*(names.get(word, tmp_path / word if word == "OUT.npz" else word) for word in command), "--dry-run")
-    assert isinstance(json.loads(capsys.readouterr().out), dict)
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["options"]["dry_run"] is True and plan.keys() > {"options"}
     assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_about_images_and_latents_are_named(latent_store, image_folder, autoencoder, tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "out"
+    train, encoder = ("--run-dir", run, *NANO_TEACHER), ("--out", out, "--num-workers", 0)
+    here, vae = ("--data-path", image_folder, "--image-size", 8), ("--vae", autoencoder)
+    cases = [
+        ("train.py", ("--data-path", latent_store, "--vae", "mse", *train), f"holds latents of {autoencoder}"),
+        ("train.py", ("--data-path", latent_store, "--vae", "none", *train), f"holds latents of {autoencoder}"),
+        ("train.py", ("--data-path", latent_store, "--image-size", 16, *train), "have 8 pixels"),
+        ("train.py", ("--data-path", image_folder, *train), "needs --image-size"),
+        ("train.py", (*here, "--vae", tmp_path / "nothing", *train), "nothing: no such folder"),
+        ("train.py", ("--data-path", "digits", *vae, *train), "takes images of 3 channels, these have 1"),
+        ("train.py", ("--data-path", image_folder, "--image-size", 9, *vae, *train), "must be a multiple of 2"),
+        ("train_ARD.py", ("--data-path", latent_store, "--run-dir", run), "holds no trajectories"),
+        ("encode_latents.py", (*here, "--vae", "none", *encoder), "need no encoding"),
+        ("encode_latents.py", (*here, "--vae", image_folder, *encoder), "cannot load the autoencoder"),
+        ("encode_latents.py", ("--data-path", tmp_path / "nothing", *vae, *encoder), "no such folder"),
+        ("encode_latents.py", (*here, *vae, "--out", image_folder), "the folder holds other files"),
+    ]
+    before = state_of(tmp_path, latent_store, image_folder, autoencoder)
+    for script, options, message in cases:
+        assert message in refused(capsys, script, *options)
+    assert state_of(tmp_path, latent_store, image_folder, autoencoder) == before
+
+
+#################################################################################
+#                            Commands that must work                            #
+#################################################################################
+
+
+@pytest.fixture(scope="module")
+def six_layers(tmp_path_factory) -> Path:
+    """A store of the shipped teacher, which is six blocks deep, as --stack=6 needs."""
+    folder = tmp_path_factory.mktemp("six") / "store"
+    call("sample_trajectory.py", "--teacher", SHIPPED_TEACHER, "--out", folder, "--num-trajectories", 64)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_authors_commands_run_as_they_are(ranks, six_layers, tmp_path):
+    small = ("--data-path", six_layers, "--iterations", 2, "--results-dir", tmp_path)
+    done = spawn("train_ARD.py", "--model", "DiT-Micro/2", "--global-batch-size=64", "--stack=6", *small, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    weights = tmp_path / "000-DiT-Micro-2/checkpoints/0000002.pt"
+    config = checkpoints.load(weights, "")["config"]
+    assert config["model"]["history_layers"] == 6 and config["model"]["mask"] == "M4" and config["model"]["steps"] == 4
+    done = spawn("sample_ARD.py", "--stack=6", f"--ckpt_path={weights}", "--num-samples", 5, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    assert arrays(weights.parent / "0000002-ema-seed0-5.npz")["arr_0"].shape == (5, 8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(input_size=6, in_channels=3, num_classes=0),
+        dict(input_size=10, in_channels=3, num_classes=7, class_dropout_prob=0.0),
+        dict(input_size=6, in_channels=1, num_classes=2, learn_sigma=False),
+    ],
+    ids=["unconditional", "ten pixels without a null label", "no sigma"],
+)
+def test_a_model_of_any_shape_goes_from_teacher_to_samples(shape, tmp_path, capsys):
+    path, data = save_teacher(tmp_path / "teacher.pt", random_teacher(**shape)), tmp_path / "store"
+    guided = bool(shape["num_classes"]) and shape.get("class_dropout_prob") != 0
+    dump = ("--teacher", path, "--out", data, "--num-trajectories", 8, "--solver-steps", 5, "--steps", 2)
+    sample = ("--teacher", path, "--out", tmp_path / "teacher.npz", "--num-samples", 4, "--solver-steps", 5)
+    if not guided:
+        assert "--cfg-scale 1.5: this teacher has no null label" in refused(capsys, "sample_trajectory.py", *dump)
+        assert "--cfg-scale 1.5: this teacher has no null label" in refused(capsys, "sample.py", *sample)
+    scale = ("--cfg-scale", 1.5 if guided else 1)
+    call("sample_trajectory.py", *dump, *scale)
+    call("sample.py", *sample, *scale)
+    call("train_ARD.py", "--data-path", data, "--steps", 2, "--stack", 1, "--global-batch-size", 4, "--iterations", 2,
+         "--sample-every", 2, "--run-dir", tmp_path / "run")  # fmt: skip
+    call("sample_ARD.py", "--ckpt-path", tmp_path / "run" / "checkpoints" / "0000002.pt", "--num-samples", 4,
+         "--out", tmp_path / "student.npz")  # fmt: skip
+    for name in ("teacher", "student"):
+        found = arrays(tmp_path / f"{name}.npz")
+        assert found["arr_0"].shape == (4, shape["input_size"], shape["input_size"], 3)
+        assert (found["arr_1"] == np.arange(4) % max(shape["num_classes"], 1)).all()
+    assert read_provenance(tmp_path / "student.npz")["student"]["num_classes"] == shape["num_classes"]

@@ -11,10 +11,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, call
+from helpers import GOLDEN, SHIPPED_TEACHER, call, scalars
 
-CURVES = Path(__file__).parent / "golden" / "curves.json"
-TEACHER = ROOT / "assets/digits_teacher.pt"
+CURVES = GOLDEN / "curves.json"
 SHOWN = {
     "R": ("loss", "grad_norm"),
     "R+D": ("regression", "g_loss", "gan_weight", "loss", "grad_norm", "d_loss", "d_grad_norm"),
@@ -24,17 +23,11 @@ SHOWN = {
 TOLERANCE = {"R": 1e-3, "R+D": 3e-2}
 
 
-def scalars(run: Path) -> list[dict[str, float]]:
-    """What a run logged at each step."""
-    lines = [line.split() for line in (run / "log.txt").read_text().splitlines() if line.startswith("step ")]
-    return [dict(zip(words[2::2], map(float, words[3::2]))) for words in lines]
-
-
 def train(folder: Path) -> dict[str, dict[str, list[float]]]:
     """Dump 64 trajectories of the shipped teacher, train on them, fine-tune: the scalars of each of the 30 steps."""
     data = ("--data-path", folder / "store")
     common = (*data, "--iterations", 30, "--log-every", 1, "--sample-every", 0, "--device", "cpu")
-    call("sample_trajectory.py", "--teacher", TEACHER, "--out", folder / "store", "--num-trajectories", 64)
+    call("sample_trajectory.py", "--teacher", SHIPPED_TEACHER, "--out", folder / "store", "--num-trajectories", 64)
     call("train_ARD.py", *common, "--stack", 2, "--global-batch-size", 16, "--lr", 1e-3, "--ema-decay", 0.9,
          "--run-dir", folder / "R")  # fmt: skip
     call("train_ARD_gan.py", *common, "--ckpt-path", folder / "R/checkpoints/0000030.pt", "--real-data-path", "digits",

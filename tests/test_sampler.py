@@ -1,25 +1,16 @@
-"""Samplers: exact counts, independence of batch size and ranks, continuation after kill -9."""
+"""Samplers: exact counts, functions of index and seed alone, whatever the batch size, the ranks and the compiler."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, spawn
+from helpers import arrays, call, spawn
 
+from models_ard import ARD
 from runtime.randomness import labels, noise
 from stores import checkpoints
-from stores.images import from_uint8, to_uint8
-
-
-def arrays(path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+from stores.images import to_uint8
 
 
 def test_samples_are_those_of_the_model(student_file, tmp_path):
@@ -54,49 +45,24 @@ def test_batch_size_and_ranks_do_not_matter(script, option, student_file, teache
     assert len(np.unique(first["latents"].reshape(70, -1), axis=0)) == 70  # nothing twice
 
 
-@pytest.mark.slow
-def test_killed_sampling_continues_and_loses_nothing(teacher_file, tmp_path):
-    common = ["--teacher", str(teacher_file), "--num-samples", "600", "--per-proc-batch-size", "20"]
-    common += ["--solver-steps", "10", "--out"]
-    command = [sys.executable, str(ROOT / "sample.py"), *common, str(tmp_path / "killed.npz")]
-    process = subprocess.Popen(command, cwd=ROOT)
-    done, deadline = tmp_path / "killed.partial/done.npy", time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if (tmp_path / "killed.partial/provenance.json").exists() and np.load(done).sum() >= 20:
-            break
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert 20 <= np.load(done).sum() < 600 and not (tmp_path / "killed.npz").exists()
-    call("sample.py", *common, tmp_path / "killed.npz")
-    call("sample.py", *common, tmp_path / "whole.npz")
-    killed, whole = arrays(tmp_path / "killed.npz"), arrays(tmp_path / "whole.npz")
-    assert np.abs(killed["arr_0"].astype(int) - whole["arr_0"]).max() <= 1
-    assert (killed["arr_1"] == whole["arr_1"]).all()
+def test_the_compiled_sampler_fills_up_its_last_batch(student_file, tmp_path, quick_compiler, monkeypatch):
+    sizes, sample = [], ARD.sample
+    monkeypatch.setattr(ARD, "sample", lambda self, z, y: sizes.append(len(z)) or sample(self, z, y))
+    for name, options in {"plain": (), "fast": ("--compile",)}.items():
+        call("sample_ARD.py", "--ckpt-path", student_file, "--num-samples", 11, "--per-proc-batch-size", 4,
+             "--save-latents", "--out", tmp_path / f"{name}.npz", *options)  # fmt: skip
+    assert sizes == [4, 4, 3, 4, 4, 4] and quick_compiler()
+    plain, fast = arrays(tmp_path / "plain.npz"), arrays(tmp_path / "fast.npz")
+    np.testing.assert_allclose(plain["latents"], fast["latents"], atol=1e-5)
+    assert (plain["arr_1"] == fast["arr_1"]).all() and len(fast["arr_0"]) == 11
 
 
-def test_chosen_classes(student_file, tmp_path):
+def test_chosen_classes_are_taken_in_turn(student_file, tmp_path):
     call("sample_ARD.py", "--ckpt-path", student_file, "--num-samples", 5, "--class-labels", 3, 7,
          "--out", tmp_path / "s.npz")  # fmt: skip
     assert arrays(tmp_path / "s.npz")["arr_1"].tolist() == [3, 7, 3, 7, 3]
 
 
-def test_finished_samples_are_left_alone_and_others_refused(student_file, tmp_path, capsys):
-    command = ("sample_ARD.py", "--ckpt-path", student_file, "--out", tmp_path / "s.npz", "--num-samples")
-    call(*command, 4)
-    before = (tmp_path / "s.npz").stat().st_mtime_ns
-    call(*command, 4)
-    assert (tmp_path / "s.npz").stat().st_mtime_ns == before
-    with pytest.raises(SystemExit) as stop:
-        call(*command, 5)
-    assert stop.value.code == 2 and "count is 4 there and 5 here" in capsys.readouterr().err
-
-
-def test_default_name_lies_beside_the_checkpoint(student_file):
+def test_the_default_name_lies_beside_the_checkpoint(student_file):
     call("sample_ARD.py", "--ckpt_path", student_file, "--num-samples", 2, "--stack", 2, "--mask", "M4", "--steps", 4)
     assert (student_file.parent / "0000003-ema-seed0-2.npz").exists()
-
-
-def test_uint8_survives_the_round_trip():
-    every = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_uint8(from_uint8(every)), every)

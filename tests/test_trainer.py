@@ -1,63 +1,140 @@
-"""Trainers: resume, kill -9, ranks, accumulation, non-finite steps."""
+"""The training state and the loop that all trainers share: resume, kill -9, ranks, accumulation, non-finite steps."""
 
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, call, losses, spawn
-from hypothesis import given
+from helpers import SMALL, assert_equal, call, checkpoint, losses, scalars, spawn, start
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.cli import UserError
 from runtime.distributed import DistributedContext
-from runtime.randomness import Shuffle, labels, noise
 from stores import checkpoints
+from stores.runs import RunFolder
 from trainer import TrainState
 
-
-def assert_equal(a, b):
-    """Two checkpoints' contents are the same to the bit."""
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    else:
-        assert a == b
+#################################################################################
+#                              The training state                               #
+#################################################################################
 
 
-def test_resumed_run_equals_uninterrupted_run(tmp_path, store):
+@settings(max_examples=30, deadline=None)
+@given(accumulation=st.integers(1, 5), more=st.integers(0, 8), seed=st.integers(0, 2**16))
+def test_uneven_micro_batches_add_up_to_the_mean_over_the_batch(accumulation, more, seed):
+    torch.manual_seed(seed)
+    size, module = accumulation + more, torch.nn.Linear(3, 2)
+    batch = {"x": torch.randn(size, 3), "weight": torch.rand(size)}
+
+    def per_sample(part):
+        return part["weight"] * module(part["x"]).square().mean(1)
+
+    wanted = torch.autograd.grad(per_sample(batch).mean(), list(module.parameters()))
+    options = {"lr": 0.1, "clip": 1e9, "global_batch_size": size, "accumulation": accumulation}
+    state, seen = TrainState(module, DistributedContext(), **options), []
+    for part in state.micro_batches(batch):
+        state.backward({"loss": per_sample(part), "weight": part["weight"]})
+        seen.append(part["x"])
+    assert len(seen) == accumulation and torch.equal(torch.cat(seen), batch["x"])
+    for parameter, gradient in zip(module.parameters(), wanted):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        means = {"loss": per_sample(batch).mean(), "weight": batch["weight"].mean()}
+    means["grad_norm"] = torch.cat([gradient.flatten() for gradient in wanted]).norm()
+    found = state.step()
+    assert found.keys() == means.keys()
+    for name, value in means.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(UserError, match=r"--global-batch-size 3: must be at least ranks x --accumulation = 4"):
+        TrainState(torch.nn.Linear(1, 1), DistributedContext(), lr=1, clip=1, global_batch_size=3, accumulation=4)
+
+
+def test_the_average_follows_the_weights_and_the_gradient_is_clipped():
+    module = torch.nn.Linear(3, 1)
+    state = TrainState(module, DistributedContext(), lr=0.1, clip=0.5, ema_decay=0.75, global_batch_size=1)
+    before = module.weight.clone()
+    state.backward({"loss": 100 * module(torch.ones(1, 3))[:, 0]})
+    assert state.step()["grad_norm"].item() == pytest.approx(200)  # before clipping
+    moments = [state.optimizer.state[parameter]["exp_avg"] for parameter in module.parameters()]
+    assert torch.cat([moment.flatten() for moment in moments]).norm().item() == pytest.approx(0.1 * 0.5, rel=1e-4)
+    torch.testing.assert_close(state.ema.weight, 0.75 * before + 0.25 * module.weight)
+
+
+def test_non_finite_gradients_are_skipped_and_counted():
+    module = torch.nn.Linear(3, 1)
+    network = TrainState(module, DistributedContext(), lr=0.1, clip=1.0, ema_decay=0.5, global_batch_size=2)
+    module(torch.ones(2, 3)).sum().backward()
+    network.step()
+    before = [parameter.clone() for parameter in module.parameters()]
+    for count in (1, 2):
+        module(torch.full((2, 3), float("nan"))).sum().backward()
+        network.step()
+        assert all(torch.equal(a, b) for a, b in zip(before, module.parameters()))
+        assert network.skipped == count and network.skipped_in_a_row == count
+    module(torch.ones(2, 3)).sum().backward()
+    network.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, module.parameters()))
+    assert network.skipped == 2 and network.skipped_in_a_row == 0
+    assert all(parameter.isfinite().all() for parameter in network.ema.parameters())
+
+
+#################################################################################
+#                                     Runs                                      #
+#################################################################################
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, store):
     options = ("--data-path", store, *SMALL)
     call("train_ARD.py", *options, "--run-dir", tmp_path / "whole", "--iterations", 6)
     call("train_ARD.py", *options, "--run-dir", tmp_path / "parts", "--iterations", 3)
     call("train_ARD.py", *options, "--run-dir", tmp_path / "parts", "--iterations", 6)
-    whole, parts = (checkpoints.load(tmp_path / run / "checkpoints/0000006.pt", "") for run in ("whole", "parts"))
+    whole, parts = checkpoint(tmp_path / "whole", 6), checkpoint(tmp_path / "parts", 6)
     assert_equal(whole, parts)
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert set(whole) == {"config", "step", "model", "ema", "opt"}
 
 
-def test_teacher_training_resumes_to_the_bit(tmp_path):
-    options = ("--model", "DiT-Nano/2", "--data-path", "digits", *SMALL[2:])
-    call("train.py", *options, "--run-dir", tmp_path / "whole", "--iterations", 4)
-    call("train.py", *options, "--run-dir", tmp_path / "parts", "--iterations", 2)
-    call("train.py", *options, "--run-dir", tmp_path / "parts", "--iterations", 4)
-    whole, parts = (checkpoints.load(tmp_path / run / "checkpoints/0000004.pt", "") for run in ("whole", "parts"))
-    assert_equal(whole, parts)
+def test_a_finished_run_is_left_alone(tmp_path, store, capsys):
+    command = ("train_ARD.py", "--data-path", store, *SMALL, "--run-dir", tmp_path / "run", "--iterations", 2)
+    call(*command)
+    before = (tmp_path / "run/checkpoints/0000002.pt").read_bytes()
+    call(*command)
+    assert "already at step 2, nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "run/checkpoints/0000002.pt").read_bytes() == before and len(losses(tmp_path / "run")) == 2
+
+
+def test_snapshots_previews_and_kept_checkpoints_come_when_they_are_due(tmp_path, store):
+    call("train_ARD.py", "--data-path", store, *SMALL, "--iterations", 7, "--ckpt-every", 5, "--snapshot-every", 2,
+         "--sample-every", 3, "--log-every", 4, "--run-dir", tmp_path)  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0000005.pt", "0000007.pt"]
+    assert sorted(path.stem for path in (tmp_path / "samples").iterdir()) == ["0000003", "0000006", "0000007"]
+    assert len(scalars(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("minutes, every, steps", [(0, 0, set()), (1e-9, 0, {1, 2, 3}), (60, 2, {2})])
+def test_snapshots_come_by_minutes_and_by_steps(tmp_path, store, monkeypatch, minutes, every, steps):
+    saved, save = [], RunFolder.save_snapshot
+    monkeypatch.setattr(
+        RunFolder, "save_snapshot", lambda run, step, state: saved.append(step) or save(run, step, state)
+    )
+    monkeypatch.setattr("runtime.files.WriteBehind.busy", False)  # the last one is on disk already
+    call("train_ARD.py", "--data-path", store, *SMALL, "--iterations", 4, "--snapshot-minutes", minutes,
+         "--snapshot-every", every, "--run-dir", tmp_path)  # fmt: skip
+    assert set(saved) == steps and [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0000004.pt"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("blow, every", [(signal.SIGKILL, 5), (signal.SIGTERM, 1000)])
-def test_killed_run_continues_by_the_same_command(tmp_path, store, blow, every):
+def test_a_killed_run_is_continued_by_the_same_command(tmp_path, store, blow, every):
     options = ["--data-path", store, *SMALL, "--snapshot-every", every, "--num-workers", 1]
     runs = tmp_path / "runs"
-    command = [ROOT / "train_ARD.py", *options, "--results-dir", runs, "--iterations", 4000]
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = start("train_ARD.py", *options, "--results-dir", runs, "--iterations", 4000)
     for line in process.stdout:
         if line.startswith("step 0000007"):
             break
@@ -70,8 +147,7 @@ def test_killed_run_continues_by_the_same_command(tmp_path, store, blow, every):
     last = stopped_at + 5
     for folder in (("--results-dir", runs), ("--run-dir", tmp_path / "whole")):
         call("train_ARD.py", *options, *folder, "--iterations", last)
-    resumed = checkpoints.load(runs / f"000-DiT-Nano-2/checkpoints/{last:07d}.pt", "")
-    assert_equal(resumed, checkpoints.load(tmp_path / f"whole/checkpoints/{last:07d}.pt", ""))
+    assert_equal(checkpoint(runs / "000-DiT-Nano-2", last), checkpoint(tmp_path / "whole", last))
     assert not snapshot.exists() and len(list(runs.iterdir())) == 1
 
 
@@ -97,53 +173,10 @@ def test_uneven_shares_of_a_batch_are_weighted_right(tmp_path, store):
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), atol=1e-4)
 
 
-def test_non_finite_gradients_are_skipped_and_counted():
-    module = torch.nn.Linear(3, 1)
-    network = TrainState(module, DistributedContext(), lr=0.1, clip=1.0, ema_decay=0.5, global_batch_size=2)
-    module(torch.ones(2, 3)).sum().backward()
-    network.step()
-    before = [parameter.clone() for parameter in module.parameters()]
-    for count in (1, 2):
-        module(torch.full((2, 3), float("nan"))).sum().backward()
-        network.step()
-        assert all(torch.equal(a, b) for a, b in zip(before, module.parameters()))
-        assert network.skipped == count and network.skipped_in_a_row == count
-    module(torch.ones(2, 3)).sum().backward()
-    network.step()
-    assert not any(torch.equal(a, b) for a, b in zip(before, module.parameters()))
-    assert network.skipped == 2 and network.skipped_in_a_row == 0
-    assert all(parameter.isfinite().all() for parameter in network.ema.parameters())
-
-
-def test_run_that_no_longer_trains_stops_with_a_sentence(tmp_path, store, capsys):
+def test_a_run_that_no_longer_trains_stops_with_a_sentence(tmp_path, store, capsys):
     with pytest.raises(SystemExit) as stop:
         call("train_ARD.py", "--data-path", store, *SMALL[:-1], 1e38, "--iterations", 50, "--max-bad-steps", 3,
              "--run-dir", tmp_path / "run")  # fmt: skip
     assert stop.value.code == 1
     error = capsys.readouterr().err
     assert "non-finite" in error and error.count("\n") == 1
-
-
-@given(count=st.integers(1, 50), seed=st.integers(0, 2**32), epochs=st.integers(1, 3), batch=st.integers(1, 70))
-def test_every_epoch_has_every_row_once(count, seed, epochs, batch):
-    shuffle, total = Shuffle(count, seed), count * epochs
-    rows = np.concatenate([shuffle.rows(i, min(i + batch, total)) for i in range(0, total, batch)])
-    assert (np.sort(rows.reshape(epochs, count), axis=1) == np.arange(count)).all()
-    middle = total // 2  # a resumed order is the same order
-    assert (Shuffle(count, seed).rows(middle, total) == rows[middle:]).all()
-
-
-@given(seed=st.integers(0, 2**32), indices=st.lists(st.integers(0, 2**40), min_size=1, max_size=5))
-def test_noise_and_labels_depend_on_seed_and_index_alone(seed, indices):
-    together = noise(seed, "sample", indices, (1, 2, 2))
-    apart = torch.cat([noise(seed, "sample", [i], (1, 2, 2)) for i in indices])
-    assert torch.equal(together, apart)
-    assert not torch.equal(together, noise(seed + 1, "sample", indices, (1, 2, 2)))
-    assert not torch.equal(together, noise(seed, "trajectory", indices, (1, 2, 2)))
-    random = labels(seed, indices, 7, "random")
-    assert random.tolist() == [labels(seed, [i], 7, "random").item() for i in indices]
-
-
-def test_balanced_labels_are_balanced():
-    assert torch.bincount(labels(0, range(70), 7)).tolist() == [10] * 7
-    assert labels(3, range(4), 0).tolist() == [0, 0, 0, 0]

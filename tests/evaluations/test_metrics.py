@@ -1,9 +1,8 @@
 """The metrics follow their definitions: ADM's own figures, independent computations, and what holds for any data."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
+from helpers import GOLDEN, arrays
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
@@ -11,14 +10,12 @@ from scipy.spatial.distance import cdist
 
 from evaluations.metrics import frechet_distance, inception_score, precision_recall, statistics
 
-GOLDEN = Path(__file__).parent / "golden" / "adm_metrics.npz"
 seeds = st.integers(0, 2**32 - 1)
 
 
 @pytest.fixture(scope="module")
 def golden():
-    with np.load(GOLDEN) as file:
-        return dict(file)
+    return arrays(GOLDEN / "adm_metrics.npz")
 
 
 def fid(a, b):
@@ -36,7 +33,7 @@ def two_sets(seed, count=60, width=5):
     return a.astype(np.float32), b.astype(np.float32)
 
 
-def test_equals_adm(golden):
+def test_metrics_equal_adms_on_its_golden_file(golden):
     assert fid(golden["ref"], golden["sample"]) == pytest.approx(float(golden["fid"]), rel=1e-4)
     assert fid(golden["ref_spatial"], golden["sample_spatial"]) == pytest.approx(float(golden["sfid"]), rel=1e-4)
     assert inception_score(golden["sample_probs"]) == pytest.approx(float(golden["inception_score"]), rel=1e-4)
@@ -64,7 +61,7 @@ def test_frechet_distance_equals_the_general_matrix_root(seed):
     assert frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
-def test_frechet_distance_of_one_dimension():
+def test_frechet_distance_of_one_dimension_is_that_of_means_and_deviations():
     one = np.ones(1)
     assert frechet_distance(one, 4 * np.eye(1), 3 * one, 9 * np.eye(1)) == pytest.approx(2**2 + (2 - 3) ** 2)
 
@@ -82,7 +79,7 @@ def test_frechet_distance_is_symmetric_not_negative_and_blind_to_rotation(seed):
 
 
 @pytest.mark.parametrize("count", [20, 300])  # with 20 images of 64 features the covariances are singular
-def test_identical_features(count):
+def test_identical_features_have_no_distance_and_cover_each_other(count):
     features = np.random.default_rng(0).normal(size=(count, 64)).astype(np.float32) + 5
     assert fid(features, features) < 1e-3
     assert precision_recall(features, features) == (1, 1)

@@ -5,23 +5,19 @@ import copy
 import json
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import call, save_teacher
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import Timesteps
+from helpers import call, save_teacher, spawn
 
 from models import DiT_models
 from models_ard import ARD
 from runtime.cli import UserError
 from stores import checkpoints, foreign_weights
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPE = dict(num_attention_heads=2, attention_head_dim=16, num_layers=3, in_channels=4, out_channels=8, sample_size=6)
 
 
@@ -63,7 +59,7 @@ def inputs():
 
 
 @torch.no_grad()
-def test_diffusers_folder_equals_diffusers_model(theirs, folder):
+def test_a_diffusers_folder_equals_diffusers_model(theirs, folder):
     """Up to diffusers' own deviation from DiT in the frequencies of the time, which this test undoes."""
     model, config = checkpoints.load_teacher(folder)
     assert config["model"] == model.config | DiT_models["DiT-Nano/2"].keywords
@@ -114,21 +110,21 @@ def test_half_precision_files_become_float32(state, tmp_path):
 
 @pytest.mark.parametrize("size, patch, side", [("XL", 2, 32), ("XL", 2, 64), ("S", 8, 32), ("Micro", 4, 20)])
 @pytest.mark.parametrize("classes, channels, learn_sigma", [(1000, 4, True), (0, 3, False)])
-def test_config_from_shapes(size, patch, side, classes, channels, learn_sigma):
+def test_the_config_follows_from_shapes(size, patch, side, classes, channels, learn_sigma):
     shape = dict(input_size=side, in_channels=channels, num_classes=classes, learn_sigma=learn_sigma)
     with torch.device("meta"):
         model = DiT_models[f"DiT-{size}/{patch}"](**shape)
     assert foreign_weights.dit_config(model.state_dict(), "file") == model.config
 
 
-def test_official_name_is_found_in_the_cache(state, tmp_path, monkeypatch):
+def test_an_official_name_is_found_in_the_cache(state, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     saved(tmp_path / "hub" / "checkpoints" / "DiT-XL-2-256x256.pt", state)  # the name says where, the shapes what
     assert checkpoints.load_teacher("DiT-XL-2-256x256.pt")[1]["provenance"]["teacher"] == "DiT-XL-2-256x256.pt"
 
 
-def test_hub_id_is_found_in_the_cache(folder, tmp_path, monkeypatch):
+def test_a_hub_id_is_found_in_the_cache(folder, tmp_path, monkeypatch):
     repository, revision = tmp_path / "hub" / "models--facebook--DiT-XL-2-256", "0" * 40
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(revision)
@@ -140,15 +136,6 @@ def test_hub_id_is_found_in_the_cache(folder, tmp_path, monkeypatch):
     assert found["teacher_hash"] == checkpoints.load_teacher(folder)[1]["provenance"]["teacher_hash"]
 
 
-def offline(*command, **environment):
-    """Run python from the root without a network, with these caches."""
-    nowhere = {"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    environment = {**os.environ, **nowhere, **{name: str(value) for name, value in environment.items()}}
-    return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-
-
 @pytest.mark.parametrize(
     "teacher, tells",
     [
@@ -156,17 +143,19 @@ def offline(*command, **environment):
         ("facebook/DiT-XL-2-256", ("hf download facebook/DiT-XL-2-256", "--local-dir")),
     ],
 )
-def test_offline_is_one_sentence_with_what_to_fetch(teacher, tells, tmp_path):
-    store = tmp_path / "store"
-    done = offline("sample_trajectory.py", "--teacher", teacher, "--out", store, "--num-trajectories", 1,
-                   TORCH_HOME=tmp_path, HF_HOME=tmp_path)  # fmt: skip
+def test_offline_ends_in_one_sentence_with_what_to_fetch(teacher, tells, tmp_path):
+    store, nowhere = tmp_path / "store", "http://127.0.0.1:9"
+    caches = {"TORCH_HOME": str(tmp_path), "HF_HOME": str(tmp_path)}
+    no_network = {"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": nowhere, "https_proxy": nowhere}
+    done = spawn("sample_trajectory.py", "--teacher", teacher, "--out", store, "--num-trajectories", 1,
+                 env=os.environ | caches | no_network)  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert f"--teacher {teacher}: " in done.stderr and not store.exists()
     for text in tells:
         assert text.replace("CACHE", str(tmp_path)) in done.stderr
 
 
-def test_missing_file_is_one_sentence_with_what_would_be_right():
+def test_a_missing_file_ends_in_one_sentence_with_what_would_be_right():
     with pytest.raises(UserError, match=r"^--teacher missing.pt: no such file; .*DiT-XL-2-512x512.pt$"):
         checkpoints.load_teacher("missing.pt")
 
@@ -266,7 +255,7 @@ def authors_state(student):
 
 
 @torch.no_grad()
-def test_authors_student(student, authors_state, tmp_path):
+def test_the_authors_student_is_read_with_what_its_options_add(student, authors_state, tmp_path):
     options = argparse.Namespace(model="DiT-Nano/2")
     path = saved(tmp_path / "0300000.pt", {"model": authors_state, "ema": authors_state, "opt": {}, "args": options})
     loaded, config = checkpoints.load_student(path, given={"history_layers": 2})
@@ -292,7 +281,7 @@ def test_authors_student(student, authors_state, tmp_path):
         checkpoints.load_teacher(saved(path, authors_state))
 
 
-def test_sampling_from_the_authors_student(authors_state, tmp_path, capsys):
+def test_the_authors_student_is_sampled_by_the_authors_command(authors_state, tmp_path, capsys):
     state = dict(authors_state)
     path = saved(tmp_path / "0300000.pt", state)
     call("sample_ARD.py", f"--ckpt_path={path}", "--stack=2", "--mask=M3", "--num-samples=3", "--dry-run")

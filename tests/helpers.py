@@ -1,0 +1,211 @@
+"""What several tests share: ways to run the scripts, small models and files, what a run has logged."""
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models import DiT, DiT_models
+from runtime import cli
+from runtime.files import file_sha256
+from stores import checkpoints
+from stores.images import digits_images
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests/golden"
+SHIPPED_TEACHER = ROOT / "assets/digits_teacher.pt"
+SMALL = ("--stack", 2, "--global-batch-size", 8, "--log-every", 1, "--sample-every", 0, "--lr", 1e-3)
+NANO_TEACHER = ("--model", "DiT-Nano/2", *SMALL[2:])  # of train.py, as SMALL is of train_ARD.py
+
+#################################################################################
+#                                 Running scripts                               #
+#################################################################################
+
+
+def call(script: str, *argv) -> None:
+    """Run a script's command line in this process: its parser and its ``run``, as its last lines do."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    cli.main(module.build_parser(), module.run, [str(argument) for argument in argv])
+
+
+def words(script: str | Path, *argv, ranks: int = 0) -> list[str]:
+    """The command that runs a script, or a module by its dotted name, in its own process or under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    what = [str(ROOT / script)] if str(script).endswith(".py") else ["-m", str(script)]
+    return [sys.executable, *torchrun, *what, *(str(argument) for argument in argv)]
+
+
+def spawn(script: str | Path, *argv, ranks: int = 0, **options) -> subprocess.CompletedProcess:
+    """Run it from the root of the repository until it ends; output is captured as text."""
+    command = words(script, *argv, ranks=ranks)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, **options)
+
+
+def start(script: str | Path, *argv) -> subprocess.Popen:
+    """Run it from the root of the repository and do not wait; its standard output is a pipe of text."""
+    return subprocess.Popen(words(script, *argv), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def refused(capsys, script: str, *argv) -> str:
+    """The one sentence with which a command ends, with exit code 2 and nothing on standard output."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call(script, *argv)
+    out, error = capsys.readouterr()
+    assert stop.value.code == 2 and out == "", out + error
+    assert error.count("\n") == 1 and "error: " in error, error
+    return error
+
+
+def gan_options(store: Path, student_file: Path, **changes) -> list:
+    """The command line of a short run of train_ARD_gan.py."""
+    chosen = {"data_path": store, "real_data_path": "digits", "ckpt_path": student_file, "global_batch_size": 12,
+              "gan_warmup": 0, "log_every": 1, "sample_every": 0, "ema_decay": 0.9, "bn_group": 3}  # fmt: skip
+    chosen |= changes
+    flags = [[f"--{name.replace('_', '-')}"] + ([] if value is True else [value]) for name, value in chosen.items()]
+    return [part for flag in flags for part in flag]
+
+
+#################################################################################
+#                            Small models and files                             #
+#################################################################################
+
+
+def random_teacher(seed: int = 0, std: float = 0.05, **shape) -> DiT:
+    """A Nano teacher, of 8x8 digits unless told otherwise, in which nothing is zero as it would be initially."""
+    torch.manual_seed(seed)
+    teacher = DiT_models["DiT-Nano/2"](**dict(input_size=8, in_channels=1, num_classes=10) | shape).eval()
+    for parameter in teacher.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=std)
+    return teacher
+
+
+def save_teacher(path: Path, teacher: DiT, vae: Path | None = None) -> Path:
+    """Write a teacher as train.py would, without what only its training needs."""
+    config = {"kind": "teacher", "model": teacher.config, "vae": str(vae) if vae else None}
+    config |= {"provenance": {"data": "random"}, "training": {}}
+    checkpoints.save(path, {"config": config, "step": 0, "ema": teacher.state_dict()})
+    return path
+
+
+def save_autoencoder(folder: Path) -> Path:
+    """A tiny AutoencoderKL in diffusers' layout: 4 latent channels, half the side, a scaling factor of its own."""
+    from diffusers import AutoencoderKL  # seconds to import
+
+    torch.manual_seed(0)
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    model = AutoencoderKL(**blocks, block_out_channels=(8, 16), norm_num_groups=4, scaling_factor=0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def draw_digits(count: int, seed: int = 0, noise: float = 0.0) -> np.ndarray:
+    """``count`` digits drawn with replacement, noised (in grey levels of 255): (count, 8, 8, 3) uint8."""
+    rng = np.random.default_rng(seed)
+    images = digits_images()[0][rng.integers(0, 1797, count)].permute(0, 2, 3, 1).numpy()
+    noised = np.rint(images + noise * rng.standard_normal(images.shape)).clip(0, 255).astype(np.uint8)
+    return noised.repeat(3, axis=3)
+
+
+def write_images(path: Path, images: np.ndarray, **members) -> Path:
+    """Write images in ADM's format."""
+    np.savez(path, arr_0=images, **members)
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All that a flat folder holds."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def state_of(*folders: Path) -> dict[Path, tuple[int, int]]:
+    """Everything below some folders with its size and time, to see that nothing was written."""
+    paths = [path for folder in folders for path in folder.rglob("*")]
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an .npz."""
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
+#################################################################################
+#                        Artefacts of an earlier version                        #
+#################################################################################
+
+
+def with_old_keys(config: dict) -> dict:
+    """A config or a provenance by the names of the first version, which called the solver's indices points."""
+    names = {"solver_indices": "points"}
+    return {names.get(key, key): with_old_keys(v) if isinstance(v, dict) else v for key, v in config.items()}
+
+
+def as_old_store(store: Path, out: Path) -> Path:
+    """A copy of a store as the first version would have written it: other keys, so other sizes and checksums."""
+    out.mkdir(parents=True)
+    manifest = json.loads((store / "manifest.json").read_text())
+    provenance = json.dumps(with_old_keys(manifest["provenance"]))
+    for shard in manifest["shards"]:
+        path = out / shard["file"]
+        save_file(load_file(store / shard["file"]), path, metadata={"provenance": provenance})
+        shard |= {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    (out / "manifest.json").write_text(json.dumps({"provenance": json.loads(provenance), "shards": manifest["shards"]}))
+    return out
+
+
+def as_old_run(run: Path, out: Path) -> Path:
+    """A copy of a run's folder as the first version would have written it."""
+    shutil.copytree(run, out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(with_old_keys(config), indent=2))
+    for file in (out / "checkpoints").iterdir():
+        content = checkpoints.load(file, "")
+        checkpoints.save(file, content | {"config": with_old_keys(content["config"])})
+    return out
+
+
+#################################################################################
+#                                What runs leave                                #
+#################################################################################
+
+
+def scalars(run: Path, kind: str = "step") -> list[dict[str, float]]:
+    """What a run logged at each step, or in each line of another kind."""
+    lines = [line.split() for line in (run / "log.txt").read_text().splitlines() if line.startswith(f"{kind} ")]
+    return [dict(zip(line[2::2], map(float, line[3::2]))) for line in lines]
+
+
+def losses(run: Path) -> list[float]:
+    """The loss that a run logged at each step."""
+    return [step["loss"] for step in scalars(run)]
+
+
+def checkpoint(run: Path, step: int) -> dict:
+    """The content of a run's checkpoint."""
+    return checkpoints.load(run / "checkpoints" / f"{step:07d}.pt", "")
+
+
+def assert_equal(a, b) -> None:
+    """Two checkpoints' contents are the same to the bit."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for one, other in zip(a, b):
+            assert_equal(one, other)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b

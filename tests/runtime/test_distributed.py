@@ -1,0 +1,88 @@
+"""Processes and devices: shares of the work, memory that stays with a process, devices that are not there."""
+
+import os
+import platform
+import signal
+
+import pytest
+import torch
+from helpers import ROOT, spawn
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.cli import UserError
+from runtime.distributed import DistributedContext, notice_sigterm, setup
+
+
+def ranks(world_size: int) -> list[DistributedContext]:
+    return [DistributedContext(rank, world_size) for rank in range(world_size)]
+
+
+@given(world_size=st.integers(1, 40), count=st.integers(0, 300))
+def test_shares_lose_nothing_hold_nothing_twice_and_differ_by_one_at_most(world_size, count):
+    shares = [context.share(count) for context in ranks(world_size)]
+    assert [index for share in shares for index in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@given(world_size=st.integers(1, 9), batch=st.integers(1, 40), first=st.integers(0, 10**6), steps=st.integers(1, 4))
+def test_the_steps_of_all_ranks_together_are_the_global_batches_in_order(world_size, batch, first, steps):
+    indices = [
+        index
+        for step in range(first, first + steps)
+        for context in ranks(world_size)
+        for index in context.step_indices(step, batch)
+    ]
+    assert indices == list(range(first * batch, (first + steps) * batch))
+
+
+@given(world_size=st.integers(1, 9), batch=st.integers(1, 40))
+def test_a_ranks_share_is_as_large_in_every_step(world_size, batch):
+    for context in ranks(world_size):
+        assert {len(context.step_indices(step, batch)) for step in range(5)} == {len(context.share(batch))}
+
+
+def test_a_single_process_is_the_main_one_and_waits_for_nobody():
+    context = DistributedContext()
+    assert context.is_main and not DistributedContext(1, 2).is_main
+    assert context.all_reduce(torch.ones(2)).tolist() == [1, 1] and context.broadcast_object("mine") == "mine"
+    context.barrier()
+    assert context.describe_batch(8) == "global batch 8 = 8 on each of 1 x cpu"
+    assert DistributedContext(0, 3).describe_batch(8) == "global batch 8 = 2 or 3 on each of 3 x cpu"
+
+
+@pytest.mark.parametrize("device", ["tpu", "mps:0", "cuda:77"])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(UserError, match=f"^--device {device}: "):
+        setup(device)
+    assert setup("cpu").device.type == "cpu"
+
+
+def test_sigterm_is_noticed_within_the_block_only():
+    before = signal.getsignal(signal.SIGTERM)
+    with notice_sigterm() as told:
+        assert not told.is_set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert told.wait(10)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_is_used_again_by_the_process(tmp_path):
+    script = tmp_path / "freed.py"
+    script.write_text(
+        "import resource, torch\n"
+        "from runtime import distributed\n"
+        "def pages():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    [torch.ones(2**21) for _ in range(20)]\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "returned = [pages() for _ in range(4)]\n"
+        "distributed.setup('cpu')\n"
+        "kept = [pages() for _ in range(10)]\n"
+        "print(returned, kept)\n"
+        "assert max(kept[-3:]) < min(returned) / 10\n"
+    )
+    # By default glibc adapts its threshold to what it has seen; a given one returns each tensor's memory every time.
+    done = spawn(script, env=os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": str(2**20)})
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,62 @@
+"""Where artefacts come from: keys of earlier versions, hashes of weights, differences in words."""
+
+import pytest
+import torch
+from helpers import with_old_keys
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.cli import UserError
+from runtime.provenance import differences, require_same, weights_hash, with_current_keys
+
+leaves = st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.lists(st.integers(), max_size=3)
+names = st.sampled_from(["solver_indices", "steps", "teacher", "model"])
+configs = st.recursive(
+    st.dictionaries(names, leaves), lambda inner: st.dictionaries(names, leaves | inner), max_leaves=9
+)
+
+
+def test_keys_of_earlier_versions_are_renamed_at_any_depth():
+    old = {"points": [6, 25], "step": 3, "provenance": {"points": [1], "teacher": {"points": None}}, "list": ["points"]}
+    new = {"solver_indices": [6, 25], "step": 3, "list": ["points"]}
+    new["provenance"] = {"solver_indices": [1], "teacher": {"solver_indices": None}}
+    assert with_current_keys(old) == new and "points" in old
+
+
+@given(config=configs)
+def test_a_config_of_today_stays_and_one_of_then_becomes_it(config):
+    assert with_current_keys(config) == config == with_current_keys(with_old_keys(config))
+
+
+def without_none(config: dict) -> dict:
+    return {key: without_none(v) if isinstance(v, dict) else v for key, v in config.items() if v is not None}
+
+
+@given(found=configs, wanted=configs)
+def test_configs_differ_in_words_exactly_where_they_differ_in_values(found, wanted):
+    """A value that is missing counts as None."""
+    assert (differences(found, wanted) == "") == (without_none(found) == without_none(wanted))
+    assert differences(found, without_none(found)) == ""
+
+
+def test_differences_name_the_key_and_both_values():
+    found, wanted = {"a": 1, "b": {"c": "x", "d": 2}}, {"a": 1, "b": {"c": "y", "d": 2}, "e": None, "f": 3}
+    assert differences(found, wanted) == "b.c is 'x' there and 'y' here, f is None there and 3 here"
+    with pytest.raises(UserError, match=r"^these differ: f is None there and 3 here$"):
+        require_same("these differ", found, {"a": 1, "f": 3})
+    require_same("these differ", found, {"a": 1})  # what only the other has does not count
+
+
+def test_the_hash_names_names_shapes_and_values_but_not_the_format():
+    state = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(1)}
+    others = (
+        {"a": state["a"] + 1e-6, "b": state["b"]},
+        {"a": state["a"].view(3, 2), "b": state["b"]},
+        {"c": state["a"], "b": state["b"]},
+        {"a": state["a"]},
+    )
+    assert len({weights_hash(content) for content in (state, *others)}) == 5
+    assert weights_hash({name: state[name].half() for name in "ba"}) == weights_hash(state)
+    assert len(weights_hash(state)) == 16 and weights_hash({"a": state["a"].T.contiguous().T, "b": state["b"]}) == (
+        weights_hash(state)
+    )

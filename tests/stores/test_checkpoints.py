@@ -1,0 +1,71 @@
+"""Checkpoints: what is shipped, slim copies, strict loading, students of any version."""
+
+import pytest
+import torch
+from helpers import SHIPPED_TEACHER, as_old_run, assert_equal, call, random_teacher, refused, save_teacher
+
+from runtime.cli import UserError
+from stores import checkpoints
+
+
+def test_the_shipped_teacher_says_how_it_was_made():
+    content = checkpoints.load(SHIPPED_TEACHER, "")
+    assert set(content) == {"config", "step", "ema"} and content["step"] == 12_000
+    assert SHIPPED_TEACHER.stat().st_size < 5e6
+    assert content["config"]["training"]["lr"] == 5e-4 and content["config"]["provenance"]["data"] == "digits"
+
+
+def test_a_teacher_survives_the_file_with_its_hash(tmp_path):
+    teacher = random_teacher()
+    save_teacher(tmp_path / "teacher.pt", teacher)
+    loaded, config = checkpoints.load_teacher(tmp_path / "teacher.pt")
+    assert_equal(loaded.state_dict(), teacher.state_dict())
+    assert loaded.config == teacher.config and not loaded.training
+    other, _ = checkpoints.load_teacher(save_teacher(tmp_path / "other.pt", random_teacher(seed=1)))
+    hashes = [checkpoints.weights_hash(model.state_dict()) for model in (teacher, other)]
+    assert config["provenance"]["teacher_hash"] == hashes[0] != hashes[1]
+
+
+def test_a_slim_copy_is_the_same_student_and_nothing_is_overwritten(student_file, tmp_path, capsys):
+    slim = tmp_path / "slim.pt"
+    call("stores.checkpoints", "slim", student_file, slim)
+    whole, small = checkpoints.load(student_file, ""), checkpoints.load(slim, "")
+    assert_equal(small, {name: whole[name] for name in ("config", "step", "ema")})
+    assert slim.stat().st_size < student_file.stat().st_size / 3
+    ours, theirs = (checkpoints.load_student(file)[0].state_dict() for file in (student_file, slim))
+    assert_equal(ours, theirs)
+    with pytest.raises(UserError, match="has no raw weights"):
+        checkpoints.load_student(slim, weights="raw")
+    before = slim.read_bytes()
+    assert "the file is there already" in refused(capsys, "stores.checkpoints", "slim", student_file, slim)
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "foreign.pt")
+    foreign = ("slim", tmp_path / "foreign.pt", tmp_path / "new.pt")
+    assert "no checkpoint of this project's trainers" in refused(capsys, "stores.checkpoints", *foreign)
+    assert slim.read_bytes() == before and not (tmp_path / "new.pt").exists()
+
+
+def test_weights_must_fit_exactly_and_be_finite():
+    model, state = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3).state_dict()
+    broken = {
+        "missing: bias": {"weight": state["weight"]},
+        "unexpected: extra": state | {"extra": torch.zeros(1)},
+        r"misshapen: weight \(3, 1\) instead of \(3, 2\)": state | {"weight": torch.zeros(3, 1)},
+        r"NaN or infinite values \(first in bias\)": state | {"bias": torch.full((3,), torch.inf)},
+    }
+    before = model.weight.clone()
+    for message, content in broken.items():
+        with pytest.raises(UserError, match=rf"^--ckpt-path x.pt: .*{message}"):
+            checkpoints.load_weights(model, content, "--ckpt-path x.pt")
+    assert torch.equal(model.weight, before)
+    checkpoints.load_weights(model, state, "")
+    assert torch.equal(model.weight, state["weight"])
+
+
+def test_a_student_of_an_earlier_version_is_todays_student(student_file, tmp_path):
+    old = as_old_run(student_file.parent.parent, tmp_path / "old") / "checkpoints" / student_file.name
+    assert "points" in torch.load(old, weights_only=True)["config"]["provenance"]
+    (ours, config), (theirs, other) = checkpoints.load_student(student_file), checkpoints.load_student(old)
+    assert config == other and config["provenance"]["solver_indices"] == [6, 12, 19, 25]
+    assert_equal(ours.state_dict(), theirs.state_dict())
+    with pytest.raises(UserError, match="history_layers is 2 there and 3 here"):
+        checkpoints.load_student(old, given={"history_layers": 3})

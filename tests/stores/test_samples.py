@@ -1,0 +1,98 @@
+"""Sample files: finished ones are left alone, others refused, broken-off ones continued, whoever began them."""
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import arrays, call, refused, start, with_old_keys
+from PIL import Image
+
+from runtime.cli import UserError
+from runtime.distributed import DistributedContext
+from stores.samples import SampleWriter, read_provenance, save_grid
+
+PROVENANCE = {"seed": 3, "teacher": {"solver_indices": [6, 25]}}
+
+
+def fill(path, count: int, stop_after: int | None = None, provenance: dict = PROVENANCE) -> list[int]:
+    """Write grey samples, of which number i has the grey i, four at a time; the indices that were asked for."""
+    asked = []
+    with SampleWriter(path, count, 4, provenance, DistributedContext(), latent_shape=(1, 2, 2)) as writer:
+        for indices in writer.missing_batches(4):
+            if stop_after is not None and len(asked) >= stop_after:
+                raise RuntimeError("power cut")
+            grey = torch.tensor(indices) / 127.5 - 1
+            images, latents = grey.view(-1, 1, 1, 1).expand(-1, 1, 4, 4), grey.view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+            writer.write(indices, latents, images, torch.tensor(indices) % 10)
+            asked += indices
+    return asked
+
+
+def test_a_file_that_broke_off_is_continued_and_nothing_is_drawn_twice(tmp_path):
+    path = tmp_path / "new" / "samples.npz"
+    with pytest.raises(RuntimeError, match="power cut"):
+        fill(path, 10, stop_after=8)
+    assert not path.exists()
+    done = np.load(path.with_suffix(".partial") / "done.npy")
+    assert done[:4].all() and not done[8:].any()  # the write under way may or may not have ended
+    assert fill(path, 10) == np.flatnonzero(done == 0).tolist()
+    found = arrays(path)
+    assert (found["arr_0"] == np.arange(10)[:, None, None, None]).all() and found["arr_0"].shape == (10, 4, 4, 3)
+    assert found["arr_1"].tolist() == list(range(10)) and found["latents"].shape == (10, 1, 2, 2)
+    assert sorted(file.name for file in path.parent.iterdir()) == ["samples.npz", "samples.png"]
+    assert fill(path, 10) == []
+
+
+def test_samples_of_an_earlier_version_are_taken_for_what_they_are(tmp_path):
+    path = tmp_path / "samples.npz"
+    with pytest.raises(RuntimeError, match="power cut"):
+        fill(path, 10, stop_after=4)
+    note = path.with_suffix(".partial") / "provenance.json"
+    note.write_text(json.dumps(with_old_keys(json.loads(note.read_text()))))
+    assert fill(path, 10)  # continued
+    np.savez(path, **arrays(path) | {"provenance": np.array(json.dumps(with_old_keys(read_provenance(path))))})
+    assert "points" in str(arrays(path)["provenance"]) and read_provenance(path) == PROVENANCE | {"count": 10}
+    assert fill(path, 10) == []
+    with pytest.raises(UserError, match=r"the samples there are others: teacher.solver_indices is \[6, 25\] there"):
+        fill(path, 10, provenance=PROVENANCE | {"teacher": {"solver_indices": [25]}})
+
+
+def test_small_images_are_enlarged_by_whole_factors(tmp_path):
+    images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(-1, 1, 8, 8) * 40
+    save_grid(tmp_path / "grid.png", images, columns=3)
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.size == (6 * (3 * 9 + 1), 6 * (2 * 9 + 1))
+        assert [picture.getpixel((6 * (9 * i + 5), 6 * 5))[0] for i in range(3)] == [0, 40, 80]
+
+
+def test_finished_samples_are_left_alone_and_others_refused(student_file, tmp_path, capsys):
+    command = ("sample_ARD.py", "--ckpt-path", student_file, "--out", tmp_path / "s.npz", "--num-samples")
+    call(*command, 4)
+    before = (tmp_path / "s.npz").stat().st_mtime_ns
+    call(*command, 4)
+    assert (tmp_path / "s.npz").stat().st_mtime_ns == before
+    assert "count is 4 there and 5 here" in refused(capsys, *command, 5)
+
+
+@pytest.mark.slow
+def test_killed_sampling_is_continued_and_loses_nothing(teacher_file, tmp_path):
+    common = ["--teacher", teacher_file, "--num-samples", 600, "--per-proc-batch-size", 20]
+    common += ["--solver-steps", 10, "--out"]
+    process = start("sample.py", *common, tmp_path / "killed.npz")
+    done, deadline = tmp_path / "killed.partial/done.npy", time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (tmp_path / "killed.partial/provenance.json").exists() and np.load(done).sum() >= 20:
+            break
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert 20 <= np.load(done).sum() < 600 and not (tmp_path / "killed.npz").exists()
+    call("sample.py", *common, tmp_path / "killed.npz")
+    call("sample.py", *common, tmp_path / "whole.npz")
+    killed, whole = arrays(tmp_path / "killed.npz"), arrays(tmp_path / "whole.npz")
+    assert np.abs(killed["arr_0"].astype(int) - whole["arr_0"]).max() <= 1
+    assert (killed["arr_1"] == whole["arr_1"]).all()

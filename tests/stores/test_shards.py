@@ -1,0 +1,68 @@
+"""Folders of shards: every row where it belongs, damage that is found, a store that broke off."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import contents
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.cli import UserError
+from runtime.distributed import DistributedContext
+from stores.latents import LatentStore
+from stores.shards import ShardStore, ShardWriter
+
+
+def write(folder, count: int, rows_per_shard: int, fail_at: int | None = None):
+    """A store in which the value of row i is i."""
+    provenance = {"count": count, "rows_per_shard": rows_per_shard, "num_classes": 2}
+    with ShardWriter(folder, provenance, DistributedContext(), unit="row") as writer:
+        for rows in writer.missing_shards():
+            if fail_at is not None and fail_at in rows:
+                raise RuntimeError("power cut")
+            numbers = torch.tensor(rows)
+            writer.write(rows, {"value": numbers.float(), "label": numbers % 2})
+    return writer
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data(), count=st.integers(1, 12), rows_per_shard=st.integers(1, 14))
+def test_any_rows_are_found_in_shards_of_any_size(tmp_path_factory, data, count, rows_per_shard):
+    folder = tmp_path_factory.mktemp("store")
+    write(folder, count, rows_per_shard)
+    store = ShardStore(folder)
+    assert len(store) == count and len(store.shards) == -(-count // rows_per_shard)
+    rows = data.draw(st.lists(st.integers(0, count - 1), max_size=20))
+    found = [store.arrays[shard]["value"][row] for shard, row in store.locate(np.array(rows, dtype=int))]
+    assert found == rows and store.verify("DIR") > 0
+
+
+def test_a_writer_that_broke_off_is_continued_and_a_finished_store_left_alone(tmp_path):
+    with pytest.raises(RuntimeError, match="power cut"):
+        write(tmp_path / "parts", 10, 3, fail_at=7)
+    assert {"shard-00000.safetensors"} <= contents(tmp_path / "parts").keys()
+    with pytest.raises(UserError, match="unfinished"):
+        ShardStore(tmp_path / "parts")
+    whole, parts = write(tmp_path / "whole", 10, 3), write(tmp_path / "parts", 10, 3)
+    assert not whole.complete and not parts.complete and contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert write(tmp_path / "whole", 10, 3, fail_at=0).complete  # nothing is asked for, so nothing fails
+    with pytest.raises(UserError, match="holds data of another run: count is 10 there and 11 here"):
+        write(tmp_path / "whole", 11, 3)
+
+
+def test_damaged_stores_are_refused(latent_store, tmp_path):
+    copy = tmp_path / "store"
+    shutil.copytree(latent_store, copy)
+    shard = copy / "shard-00002.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match="checksum differs"):
+        LatentStore(copy).verify("DIR")
+    shard.write_bytes(whole[:-10])
+    with pytest.raises(UserError, match=r"shard-00002.safetensors: \d+ bytes, the manifest says"):
+        LatentStore(copy)
+    (copy / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="not a manifest"):
+        LatentStore(copy)
