@@ -216,17 +216,23 @@ def measure_store(options: dict, repeats: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         cases = speed.store_cases(options, Path(folder))
         warmup = max(2, options["rows"] // options["batch_size"])
-        times = time_in_turns([case.work for case in cases.values()], repeats, cpu, warmup)
+        with PeakMemory(cpu) as memory:
+            times = time_in_turns([case.work for case in cases.values()], repeats, cpu, warmup)
     store, files, copy = times[:, :, 0].T
-    more = {"over_files": statistics.median(files / store), "over_copy": statistics.median(store / copy)}
+    more = {
+        "peak_memory_gb": memory.bytes / 1e9,
+        "over_files": statistics.median(files / store),
+        "over_copy": statistics.median(store / copy),
+    }
     report("store", options, cases["store"], times[:, 0], cpu, more)
 
 
 def measure_metrics(options: dict, repeats: int, device: torch.device) -> None:
     """The slow figures of the evaluator, one after another."""
     for name, case in speed.metrics_cases(options, device).items():
-        times = time_in_turns([case.work], repeats, device, warmup=0)
-        report(name, options, case, times[:, 0], device, {})
+        with PeakMemory(device) as memory:
+            times = time_in_turns([case.work], repeats, device, warmup=0)
+        report(name, options, case, times[:, 0], device, {"peak_memory_gb": memory.bytes / 1e9})
 
 
 def measure_everything(device: str, minutes: float) -> None:

@@ -1,7 +1,6 @@
 """What makes it fast, seen in traces: memory layouts, graphs, generated code. No clock is read here."""
 
 import copy
-import os
 import re
 from functools import partial
 
@@ -59,7 +58,6 @@ def test_tokens_lie_one_after_another_before_and_after_every_block(compiled, qui
 @pytest.fixture
 def alone():
     """A process group of this process only, so that DDP is the real one."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -80,8 +78,8 @@ def test_a_block_in_ddp_is_one_graph_at_the_papers_width(cut_by_ddp, alone, monk
     model = ARD.from_teacher(teacher, history_layers=2)
     compile_blocks(model)
     in_ddp = wrapped(model, DistributedContext(world_size=2))
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", cut_by_ddp or torch._dynamo.config.optimize_ddp)
-    in_ddp(torch.randn(1, 4, 4, 4, 4), torch.tensor([3])).sum().backward()
+    with torch._dynamo.config.patch(optimize_ddp=cut_by_ddp or torch._dynamo.config.optimize_ddp):
+        in_ddp(torch.randn(1, 4, 4, 4, 4), torch.tensor([3])).sum().backward()
     assert len(graphs) == (6 if cut_by_ddp else 2)  # blocks with history and without
 
 

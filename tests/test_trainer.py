@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -138,10 +139,12 @@ def test_a_killed_run_is_continued_by_the_same_command(tmp_path, store, blow, ev
     for line in process.stdout:
         if line.startswith("step 0000007"):
             break
+    snapshot, deadline = runs / "000-DiT-Nano-2/checkpoints/latest.pt", time.monotonic() + 60
+    while blow == signal.SIGKILL and not snapshot.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)  # it is written in the background
     os.kill(process.pid, blow)
     process.communicate()
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 1}[blow]
-    snapshot = runs / "000-DiT-Nano-2/checkpoints/latest.pt"
     stopped_at = checkpoints.load(snapshot, "")["step"]
     assert 5 <= stopped_at < 4000
     last = stopped_at + 5
