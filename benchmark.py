@@ -82,7 +82,9 @@ def build_parser() -> cli.Parser:
             continue
         distributed.add_device_option(command)
         if name == "gpu":
-            command.add_argument("--minutes", type=float, default=8.0, help="Start no case after so many minutes.")
+            command.add_argument(
+                "--minutes", type=cli.not_negative_number, default=8.0, help="Start no case after so many minutes."
+            )
             continue
         models = name in ("train", "gan", "sample", "trajectories", "ddp")
         if models:

@@ -40,7 +40,7 @@ def build_parser() -> cli.Parser:
     )
     group.add_argument("--unconditional", action="store_true", help="Use no classes; an image folder may be flat then.")
     group.add_argument("--model", required=True, choices=DiT_models, metavar="NAME", help=", ".join(DiT_models))
-    group.add_argument("--label-dropout", type=float, default=0.1, help="Rate of the null label in training.")
+    group.add_argument("--label-dropout", type=cli.fraction, default=0.1, help="Rate of the null label in training.")
     group.add_argument("--hflip", action=argparse.BooleanOptionalAction, default=True, help="Mirror images at random.")
     add_training_options(parser, lr=1e-4, batch=256, iterations=400_000)
     return parser

@@ -67,10 +67,12 @@ def build_parser() -> cli.Parser:
         help="Mirror real images at random; without it, do as in the teacher's training.",
     )
     group = parser.add_argument_group("discriminator")
-    group.add_argument("--gan-weight", type=float, default=10.0, help="GAN loss: this times the adaptive weight.")
+    group.add_argument(
+        "--gan-weight", type=cli.not_negative_number, default=10.0, help="GAN loss: this times the adaptive weight."
+    )
     group.add_argument("--gan-warmup", type=cli.not_negative, default=3000, help="First steps, without the GAN loss.")
     group.add_argument("--rollout", action="store_true", help="Judge predictions from the student's own history.")
-    group.add_argument("--d-lr", type=float, default=1e-3, help="Learning rate of the heads (AdamW).")
+    group.add_argument("--d-lr", type=cli.positive_number, default=1e-3, help="Learning rate of the heads (AdamW).")
     group.add_argument(
         "--d-time", type=cli.not_negative, default=0, help="Diffuse images to this time 0..999 first; 0 is clean."
     )

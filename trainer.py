@@ -23,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from runtime.cli import Parser, RunError, UserError, add_dry_run_option, not_negative, positive
+from runtime import cli
+from runtime.cli import RunError, UserError, not_negative, positive
 from runtime.distributed import DistributedContext, add_device_option, ignore_sigterm, notice_sigterm, wrapped
 from runtime.precision import add_compile_option, add_precision_option
 from stores import checkpoints
@@ -35,19 +36,19 @@ RESULT_OPTIONS = ("global_batch_size", "lr", "clip", "ema_decay", "precision", "
 STATE_OPTIONS = ("lr", "clip", "ema_decay", "global_batch_size", "accumulation")
 RUN_OPTIONS = (
     *("results_dir", "run_dir", "iterations", "global_batch_size", "log_every", "sample_every", "ckpt_every"),
-    *("snapshot_minutes", "snapshot_every", "num_workers", "max_bad_steps"),
+    *("snapshot_minutes", "snapshot_every", "keep", "num_workers", "max_bad_steps"),
 )
 
 
-def add_training_options(parser: Parser, *, lr: float, batch: int, iterations: int) -> None:
+def add_training_options(parser: cli.Parser, *, lr: float, batch: int, iterations: int) -> None:
     """The options that every trainer has, in groups; the defaults that differ are arguments."""
     group = parser.add_argument_group("optimisation")
     group.add_argument("--global-batch-size", type=positive, default=batch, help="Samples of a step over all ranks.")
     group.add_argument("--accumulation", type=positive, default=1, help="Micro-batches of a rank in a step.")
     group.add_argument("--iterations", type=positive, default=iterations, help="Optimiser steps in all.")
-    group.add_argument("--lr", type=float, default=lr, help="Constant learning rate of AdamW (weight decay is 0).")
-    group.add_argument("--clip", type=float, default=1.0, help="Largest norm of the gradient.")
-    group.add_argument("--ema-decay", type=float, default=0.9999, help="Decay per step of the weights' moving average.")
+    group.add_argument("--lr", type=cli.positive_number, default=lr, help="Constant learning rate of AdamW.")
+    group.add_argument("--clip", type=cli.positive_number, default=1.0, help="Largest norm of the gradient.")
+    group.add_argument("--ema-decay", type=cli.fraction, default=0.9999, help="Decay per step of the EMA of weights.")
     add_precision_option(group, of="matrix products; weights stay fp32")
     group.add_argument("--seed", type=not_negative, default=0, help="Seed of initial weights and data order.")
     add_compile_option(group)
@@ -63,13 +64,13 @@ def add_training_options(parser: Parser, *, lr: float, batch: int, iterations: i
     group.add_argument("--log-every", type=positive, default=100, help="Steps between log lines.")
     group.add_argument("--sample-every", type=not_negative, default=10_000, help="Steps between previews, 0 for none.")
     group.add_argument("--ckpt-every", type=positive, default=50_000, help="Steps between checkpoints that are kept.")
-    group.add_argument(
-        "--snapshot-minutes", type=float, default=10.0, help="Minutes between snapshots to resume from, 0 for none."
-    )
+    minutes = "Minutes between snapshots to resume from, 0 for none."
+    group.add_argument("--snapshot-minutes", type=cli.not_negative_number, default=10.0, help=minutes)
     group.add_argument("--snapshot-every", type=not_negative, default=0, help="Steps between more of them, 0 for none.")
+    group.add_argument("--keep", type=not_negative, default=0, help="Checkpoints that are kept, 0 for all.")
     group.add_argument("--num-workers", type=not_negative, default=0, help="Processes of a rank that read data ahead.")
     group.add_argument("--max-bad-steps", type=positive, default=20, help="Non-finite steps in a row that end the run.")
-    add_dry_run_option(group)
+    cli.add_dry_run_option(group)
     add_device_option(group)
 
 
@@ -153,6 +154,10 @@ class TrainState:
         scalars, self._scalars = self._scalars | {"grad_norm": norm}, {}
         return scalars
 
+    def checksum(self) -> torch.Tensor:
+        """A number that tells weights apart: their sum in float64, a scalar on the device."""
+        return torch.stack([p.detach().double().sum() for p in self.parameters]).sum()
+
     def state(self, suffix: str = "") -> dict:
         """What a checkpoint holds of this model, under the names that DiT's checkpoints use."""
         state = {f"model{suffix}": self.raw_model.state_dict(), f"opt{suffix}": self.optimizer.state_dict()}
@@ -185,6 +190,7 @@ class Trainer:
         snapshot_minutes: float = 10.0,
         snapshot_every: int = 0,
         eval_every: int = 0,
+        keep: int = 0,
         num_workers: int = 0,
         max_bad_steps: int = 20,
         preview: Callable[[Path], None] | None = None,
@@ -202,7 +208,7 @@ class Trainer:
         self.sample_every, self.ckpt_every = sample_every, ckpt_every
         self.snapshot_seconds, self.snapshot_every = 60 * snapshot_minutes, snapshot_every
         self.eval_every, self.preview, self.evaluate = eval_every, preview, evaluate
-        self.folder = RunFolder(config, context, results_dir=results_dir, run_dir=run_dir)
+        self.folder = RunFolder(config, context, results_dir=results_dir, run_dir=run_dir, keep=keep)
         self.step = 0
         newest = self.folder.newest_checkpoint()
         if newest is not None:
@@ -210,6 +216,9 @@ class Trainer:
             for suffix, state in states.items():
                 state.load(content, str(file), suffix)
             self.step = content["step"]
+        for state in states.values():
+            if not context.agree(state.checksum()):
+                raise RunError(f"{self.folder.path}: the ranks begin step {self.step} with different weights")
         self._progress = tqdm(disable=True)
         self._sigterm = Event()
         self._saved = 0.0
@@ -264,7 +273,7 @@ class Trainer:
         if self.context.is_main:
             if self.step % self.ckpt_every == 0 or last:
                 self._save(self.folder.save_checkpoint)
-            elif self._snapshot_is_due():
+            elif self._snapshot_is_due() and not self._skipping():
                 self._save(self.folder.save_snapshot)
         if self.evaluate is not None and self.eval_every and (self.step % self.eval_every == 0 or last):
             self.folder.log_scalars("eval", self.step, self.evaluate(self.folder.path / "eval"))
@@ -295,9 +304,12 @@ class Trainer:
         skipped = sum(int(state.skipped) for state in self.states.values())
         self.folder.log_scalars("step", self.step, scalars | ({"skipped": skipped} if skipped else {}))
         self._sums, self._summed, self._since = {}, 0, time.perf_counter()
-        in_a_row = max(int(state.skipped_in_a_row) for state in self.states.values())
-        if in_a_row >= self.max_bad_steps:
+        if self._skipping() >= self.max_bad_steps:
             raise RunError(
-                f"the last {in_a_row} steps had non-finite gradients (step {self.step}); the weights are as before "
-                f"them and {self.folder.path}/checkpoints holds the last good state; lower --lr or --clip, or use fp32"
+                f"the last {self._skipping()} steps had non-finite gradients (step {self.step}) and changed nothing; "
+                f"{self.folder.path}/checkpoints is from before them; begin another run with a lower --lr or --clip"
             )
+
+    def _skipping(self) -> int:
+        """How many steps in a row had non-finite gradients by now."""
+        return max(int(state.skipped_in_a_row) for state in self.states.values())

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from diffusion import create_diffusion
 from models import DiT
-from runtime.cli import OptionGroup, UserError, positive
+from runtime.cli import OptionGroup, UserError, not_negative_number, positive
 from runtime.distributed import DistributedContext
 from runtime.precision import autocast
 from runtime.randomness import labels, noise
@@ -21,7 +21,9 @@ ODE_OPTIONS = ("solver_steps", "cfg_scale", "cfg_channels")
 def add_ode_options(group: OptionGroup) -> None:
     """The options of the teacher's probability-flow ODE, ``ODE_OPTIONS``."""
     group.add_argument("--solver-steps", type=positive, default=25, help="Solve the ODE in this many DDIM steps.")
-    group.add_argument("--cfg-scale", type=float, default=1.5, help="Guide by this scale; 1 is no guidance.")
+    group.add_argument(
+        "--cfg-scale", type=not_negative_number, default=1.5, help="Guide by this scale; 1 is no guidance."
+    )
     group.add_argument(
         "--cfg-channels", type=positive, default=3, help="Guide only the first channels; DiT's samples have 3 of 4."
     )

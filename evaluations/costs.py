@@ -101,7 +101,9 @@ def count_stages(tflops: float, steps: int, mask: str, stack: int) -> list[dict[
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="evaluations.costs", description="Count what each stage of the ImageNet path costs.")
-    parser.add_argument("--tflops", type=float, default=300.0, help="Rate of a GPU, in 1e12 operations per second.")
+    parser.add_argument(
+        "--tflops", type=cli.positive_number, default=300.0, help="Rate of a GPU, in 1e12 operations per second."
+    )
     parser.add_argument("--steps", type=cli.positive, default=4, help="S, the student's steps.")
     parser.add_argument("--mask", choices=MASKS, default="M4", help="What a step sees.")
     parser.add_argument("--stack", type=cli.not_negative, default=6, help="N, the lower blocks that see history.")

@@ -4,14 +4,22 @@ Nothing in here knows about diffusion; a script is ``cli.main(build_parser(), ru
 """
 
 import argparse
+import contextlib
+import errno
 import json
+import math
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 OptionGroup = argparse._ArgumentGroup | argparse.ArgumentParser  # whatever has ``add_argument``
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 class UserError(Exception):
@@ -70,15 +78,46 @@ def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[s
     """Parse the command line and run; ``UserError`` (exit code 2) and ``RunError`` (1) become one line on stderr."""
     args = parser.parse_args(argv)
     try:
-        run(args)
+        with _sigterm_as_error():
+            run(args)
+    except KeyboardInterrupt:
+        fail(parser, "interrupted; the same command continues what it can", 130)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        fail(parser, f"{error.strerror}{where}; make room and run the same command again", 1)
     except (UserError, RunError) as error:
         if getattr(args, "preset", None) and args.dry_run:
             show_plan({"not_checked": str(error)} | parser.estimate(args), args)
             return
         # The error of a data worker comes with its traceback, whose last line names the class and the text.
         text = str(error).splitlines()[-1].removeprefix(f"{__name__}.{type(error).__name__}: ")
-        print(f"{parser.prog}: error: {text}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        fail(parser, text, 2 if isinstance(error, UserError) else 1)
+
+
+def fail(parser: Parser, text: str, code: int) -> NoReturn:
+    """End with one line on stderr and this exit code."""
+    print(f"{parser.prog}: error: {text}", file=sys.stderr)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def _sigterm_as_error() -> Iterator[None]:
+    """SIGTERM, which clusters send before they take a machine away, raises ``RunError``; a second one kills."""
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise RunError("terminated; the same command continues what it can")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_command(args: argparse.Namespace) -> None:
@@ -121,6 +160,37 @@ def not_negative(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} must not be negative")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} must be a finite number")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    value = _finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return value
+
+
+def not_negative_number(text: str) -> float:
+    """argparse type: a finite number of at least 0."""
+    value = _finite(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} must not be negative")
+    return value
+
+
+def fraction(text: str) -> float:
+    """argparse type: a number of at least 0 and below 1."""
+    value = _finite(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 0 and below 1")
     return value
 
 

@@ -9,11 +9,13 @@ import inspect
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
 from threading import Event
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
@@ -21,6 +23,10 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime.cli import OptionGroup, UserError
+
+IMPATIENCE = timedelta(minutes=15)  # a rank that trains on without the others is hung after this
+PATIENCE = timedelta(hours=12)  # a rank that writes or hashes files may take this long
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -52,9 +58,9 @@ class DistributedContext:
         return f"global batch {global_batch_size} = {each} on each of {self.world_size} x {self.device.type}"
 
     def barrier(self) -> None:
-        """Wait for all ranks. For file input and output only."""
+        """Wait for all ranks. For file input and output only, which may take hours (``PATIENCE``)."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=_patient_group())
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum of the tensor over all ranks, in place."""
@@ -62,12 +68,32 @@ class DistributedContext:
             dist.all_reduce(tensor)
         return tensor
 
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """What ``work()`` returns in the main rank, on every rank; a ``UserError`` of it is raised on every rank."""
+        outcome: tuple[bool, Any] = (True, None)
+        if self.is_main:
+            try:
+                outcome = True, work()
+            except UserError as error:
+                outcome = False, str(error)
+        done, value = self.broadcast_object(outcome)
+        if not done:
+            raise UserError(value)
+        return value
+
+    def agree(self, value: torch.Tensor) -> bool:
+        """Whether a number is the same on all ranks, to the bit; said alike on every rank."""
+        extremes = torch.stack([value, -value]).to(self.device)
+        if self.world_size > 1:
+            dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+        return bool(extremes[0] == -extremes[1])
+
     def broadcast_object(self, value: Any) -> Any:
         """The main rank's value (any small Python object) on every rank."""
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
+        dist.broadcast_object_list(box, src=0, group=_patient_group())
         return box[0]
 
 
@@ -99,8 +125,16 @@ def setup(device: str = "auto") -> DistributedContext:
     else:
         keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", init_method="env://")
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method="env://", timeout=IMPATIENCE)
+        _patient_group()
     return DistributedContext(rank, world_size, chosen)
+
+
+@cache
+def _patient_group() -> Any:
+    """All ranks, over gloo on the processors: waits for a rank that is at work on files, where training would not."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def keep_freed_memory() -> None:
@@ -158,7 +192,8 @@ def ignore_sigterm(worker: int) -> None:
 def finish(context: DistributedContext) -> None:
     """Leave the process group; call once at the end of a script."""
     if context.world_size > 1:
-        dist.barrier()
+        context.barrier()
+        _patient_group.cache_clear()
         dist.destroy_process_group()
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import platform
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -10,12 +11,13 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
 
+LOCK = ".lock"  # in a folder that somebody is at work in
 Item = TypeVar("Item")
 
 
@@ -59,6 +61,39 @@ def file_sha256(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+_claims: dict[Path, FileLock] = {}  # what this process holds
+
+
+def claim(folder: Path, option: str) -> None:
+    """Hold a folder, made if need be, for this process alone. ``UserError`` says who else holds it now.
+
+    The lock lies in the folder as ``LOCK`` and ends with the process, however that ends, or with ``release``. Where a
+    file system knows no locks, nothing is held.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = (folder / LOCK).absolute()
+    if path in _claims:
+        return
+    lock = FileLock(path, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        holder = path.read_text() or "another process"
+        raise UserError(f"{option} {folder}: {holder} is at work there; wait for it, or give another folder") from None
+    except (OSError, NotImplementedError):
+        return
+    path.write_text(f"process {os.getpid()} on {platform.node()}")
+    _claims[path] = lock
+
+
+def release(folder: Path) -> None:
+    """Give up a folder that this process has claimed."""
+    path = (folder / LOCK).absolute()
+    if path in _claims:
+        path.unlink(missing_ok=True)
+        _claims.pop(path).release()
 
 
 def cached_download(url: str, option: str, hash_prefix: str | None = None) -> Path:

@@ -6,6 +6,7 @@ samples/  log.txt      previews, log lines; beside them tensorboard's files
 """
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from models import model_name
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
-from runtime.files import WriteBehind, write_text
+from runtime.files import LOCK, WriteBehind, claim, release, write_text
 from runtime.provenance import differences, with_current_keys
 from stores import checkpoints
 
@@ -25,23 +26,57 @@ from stores import checkpoints
 class RunFolder:
     """The folder of a run: found if this very config began it, made otherwise."""
 
-    def __init__(self, config: dict, context: DistributedContext, *, results_dir: str, run_dir: str | None):
-        """``UserError`` when ``run_dir`` holds another run."""
-        self.config, self.context = config, context
+    def __init__(
+        self,
+        config: dict,
+        context: DistributedContext,
+        *,
+        results_dir: str = "results",
+        run_dir: str | None = None,
+        keep: int = 0,
+    ):
+        """``keep``: how many of the numbered checkpoints stay, 0 for all. ``UserError`` when ``run_dir`` holds another
+        run, or when another job is at work in this one.
+        """
+        self.config, self.context, self.keep = config, context, keep
         self._curves: Any = None
         self.background = WriteBehind()
-        self.path = Path(
-            context.broadcast_object(str(find_run(config, results_dir, run_dir)) if context.is_main else "")
-        )
-        if context.is_main and not (self.path / "config.json").exists():
-            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            write_text(self.path / "config.json", json.dumps(config, indent=2))
-        context.barrier()
+        self.path = Path(context.on_main(lambda: begin(config, results_dir, run_dir)))
 
     def newest_checkpoint(self) -> tuple[Path, dict] | None:
-        """The state to resume from, the snapshot if there is one, and its file; None in a new run."""
-        files = sorted((self.path / "checkpoints").glob("*.pt"))
-        return (files[-1], checkpoints.load(files[-1], "--run-dir")) if files else None
+        """The state to resume from, the snapshot if there is one, and its file; None in a new run.
+
+        The main rank chooses, the newest that is whole, and all ranks take that one. ``UserError`` on every rank where
+        none is whole, or where a rank does not find the same file, as with results on disks of single nodes.
+        """
+        choice = self.context.on_main(self._newest_whole)
+        if choice is None:
+            return None
+        name, size = choice
+        path = self.path / "checkpoints" / name
+        here = path.is_file() and path.stat().st_size == size
+        absent = torch.tensor(float(not here), device=self.context.device)
+        if self.context.all_reduce(absent):
+            raise UserError(
+                f"--run-dir {self.path}: {int(absent)} of {self.context.world_size} ranks do not find the main rank's "
+                f"checkpoint {name}; give a folder that all nodes share"
+            )
+        return path, checkpoints.load(path, "--run-dir")
+
+    def _newest_whole(self) -> tuple[str, int] | None:
+        """Name and size of the newest checkpoint that can be read. ``UserError`` if there are some, but none can."""
+        files = sorted((self.path / "checkpoints").glob("*.pt"), reverse=True)
+        for path in files:
+            try:
+                if {"step", "config"} <= checkpoints.load(path, "--run-dir").keys():
+                    return path.name, path.stat().st_size
+                reason = f"{path}: no checkpoint of a run"
+            except UserError as error:
+                reason = str(error)
+            self.log(f"warning: {reason}; trying the one before it")
+        if files:
+            raise UserError(f"--run-dir {self.path}: none of its checkpoints can be read; remove them to start anew")
+        return None
 
     def save_checkpoint(self, step: int, state: dict) -> None:
         """Write ``checkpoints/0050000.pt``, which makes an older snapshot superfluous.
@@ -57,6 +92,9 @@ class RunFolder:
     def _write_checkpoint(self, name: str, step: int, state: dict) -> None:
         self._write(name, step, state)
         (self.path / "checkpoints/latest.pt").unlink(missing_ok=True)
+        if self.keep:
+            for path in sorted((self.path / "checkpoints").glob("[0-9]*.pt"))[: -self.keep]:
+                path.unlink()
 
     def _write(self, name: str, step: int, state: dict) -> None:
         checkpoints.save(self.path / "checkpoints" / name, {"config": self.config, "step": step} | state)
@@ -87,17 +125,39 @@ class RunFolder:
         finally:
             if self._curves is not None:
                 self._curves.close()
+            if self.context.is_main:
+                release(self.path)
 
     def preview(self, step: int) -> Path:
         """Where the preview of a step goes."""
         return self.path / "samples" / f"{step:07d}.png"
 
 
+def begin(config: dict, results_dir: str, run_dir: str | None) -> str:
+    """The folder of the run that this config began, else a new one, claimed for this process."""
+    while True:
+        folder = find_run(config, results_dir, run_dir)
+        try:
+            claim(folder, "--run-dir")
+        except UserError:
+            if run_dir or read_config(folder) == config:
+                raise
+            time.sleep(0.1)  # another run has just taken this number
+            continue
+        if read_config(folder) in (None, config):
+            break
+        release(folder)  # another run was here between the look and the claim
+    if not (folder / "config.json").exists():
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        write_text(folder / "config.json", json.dumps(config, indent=2))
+    return str(folder)
+
+
 def find_run(config: dict, results_dir: str, run_dir: str | None) -> Path:
-    """The folder of the run that this config began, else a new one: ``results/000-DiT-XL-2``."""
+    """The folder of the run that this config began, else of a new one: ``results/000-DiT-XL-2``."""
     if run_dir:
         folder = Path(run_dir)
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
             found = read_config(folder)
             if found is None:
                 raise UserError(f"--run-dir {folder}: the folder holds other files than a run, give a new one")
@@ -113,9 +173,11 @@ def find_run(config: dict, results_dir: str, run_dir: str | None) -> Path:
 
 
 def read_config(folder: Path) -> dict | None:
-    """A run's config, None where there is none."""
-    path = folder / "config.json"
-    return with_current_keys(json.loads(path.read_text())) if path.is_file() else None
+    """A run's config, None where there is none, or none that can be read."""
+    try:
+        return with_current_keys(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def host_copy(state: Any) -> Any:

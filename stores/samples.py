@@ -17,7 +17,7 @@ from torchvision.utils import make_grid
 
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
-from runtime.files import SharedWriter, atomic_write, write_text
+from runtime.files import SharedWriter, atomic_write, claim, release, write_text
 from runtime.provenance import require_same, with_current_keys
 from stores.images import to_uint8
 
@@ -68,9 +68,9 @@ class SampleWriter(SharedWriter):
         if self.complete:
             return self
         self.context.barrier()  # everybody has looked before the main rank begins
+        self.context.on_main(lambda: claim(self.folder, "--out"))
         if self.context.is_main and not self._note.exists():
             dtypes = {"arr_0": np.uint8, "arr_1": np.int64, "done": np.uint8, "latents": np.float32}
-            self.folder.mkdir(parents=True, exist_ok=True)
             for name, shape in self._shapes.items():
                 np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", dtypes[name], shape)
             write_text(self._note, json.dumps(self.provenance))
@@ -110,6 +110,7 @@ class SampleWriter(SharedWriter):
                     archive.write(file, file.name)
         first = torch.from_numpy(self._arrays["arr_0"][:100].copy())
         save_grid(self.path.with_suffix(".png"), first.permute(0, 3, 1, 2), columns=10)
+        release(self.folder)
         shutil.rmtree(self.folder)
 
 

@@ -7,6 +7,7 @@ Row i of the store is row i modulo rows-per-shard of shard i // rows-per-shard, 
 ranks writes the same files, and a run that broke off is continued. The manifest comes last and says that all is there.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,18 +15,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 
 from runtime.cli import UserError, existing_folder
 from runtime.distributed import DistributedContext
-from runtime.files import SharedWriter, atomic_write, file_sha256, write_text
+from runtime.files import LOCK, SharedWriter, atomic_write, claim, file_sha256, release, write_text
 from runtime.provenance import require_same, with_current_keys
 
 
 def shard_name(number: int) -> str:
     """File name of a shard."""
     return f"shard-{number:05d}.safetensors"
+
+
+def note_of(shard: Path) -> Path:
+    """Where rows, bytes and hash of a shard stand until the manifest takes them over."""
+    return shard.with_suffix(".json")
 
 
 def shard_provenance(path: Path) -> dict:
@@ -54,10 +60,10 @@ class ShardWriter(SharedWriter):
         anything else.
         """
         super().__init__(context)
-        self.folder, self.provenance, self.unit = Path(folder), provenance, unit
+        self.folder, self.provenance, self.unit, self.option = Path(folder), provenance, unit, option
         count, self.rows_per_shard = provenance["count"], provenance["rows_per_shard"]
         shards = [range(i, min(i + self.rows_per_shard, count)) for i in range(0, count, self.rows_per_shard)]
-        names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        names = {path.name for path in self.folder.iterdir()} - {LOCK} if self.folder.is_dir() else set()
         names = context.broadcast_object(names)  # one list for all: no rank must see what a faster one has begun
         if names and not any(name.startswith("shard-") for name in names):
             raise UserError(f"{option} {folder}: the folder holds other files, give a new one")
@@ -66,14 +72,22 @@ class ShardWriter(SharedWriter):
             require_same(
                 f"{option} {folder}: holds data of another run", shard_provenance(self.folder / name), provenance
             )
+        self._paths = [self.folder / shard_name(number) for number in range(len(shards))]
+        unknown = present - {path.name for path in self._paths}
+        if unknown:
+            raise UserError(
+                f"{option} {folder}: holds shards that are not of this run, {min(unknown)} first; remove them"
+            )
         self.complete = len(present) == len(shards) and "manifest.json" in names
         missing = [rows for number, rows in enumerate(shards) if shard_name(number) not in present]
         self._mine = missing[context.rank :: context.world_size]
 
     def __enter__(self) -> "ShardWriter":
+        if self.complete and self.context.is_main:
+            self._remove_notes()  # of a run that ended just before
         if not self.complete:
             self.context.barrier()  # everybody has looked before anybody writes
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.context.on_main(lambda: claim(self.folder, self.option))
             self.start_progress(sum(len(rows) for rows in self._mine), self.unit)
         return self
 
@@ -86,19 +100,34 @@ class ShardWriter(SharedWriter):
         self.submit(self._write, rows.start // self.rows_per_shard, tensors)
 
     def _write(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
-        with atomic_write(self.folder / shard_name(number)) as partial:
-            contiguous = {name: value.contiguous() for name, value in tensors.items()}
-            save_file(contiguous, partial, metadata={"provenance": json.dumps(self.provenance)})
+        contiguous = {name: value.contiguous() for name, value in tensors.items()}
+        content = save(contiguous, metadata={"provenance": json.dumps(self.provenance)})
+        path = self.folder / shard_name(number)
+        # What is hashed is what was meant to be written, by the rank that wrote it, while it is in memory.
+        note = {"rows": len(tensors["label"]), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        write_text(note_of(path), json.dumps(note))
+        with atomic_write(path) as partial:
+            partial.write_bytes(content)
 
     def close(self) -> None:
-        """Write the manifest."""
+        """Write the manifest, from the notes that each rank left of its shards."""
         shards = []
-        for path in tqdm(sorted(self.folder.glob("shard-*.safetensors")), desc="checksums", unit="shard", disable=None):
-            with safe_open(path, "pt") as file:
-                rows = file.get_slice("label").get_shape()[0]
-            shards.append({"file": path.name, "rows": rows, "bytes": path.stat().st_size, "sha256": file_sha256(path)})
+        for path in self._paths:
+            if note_of(path).is_file():
+                note = json.loads(note_of(path).read_text())
+            else:  # a shard of an earlier version
+                with safe_open(path, "pt") as file:
+                    note = {"rows": file.get_slice("label").get_shape()[0]}
+                note |= {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            shards.append({"file": path.name, **note})
         content = {"provenance": self.provenance, "shards": shards}
         write_text(self.folder / "manifest.json", json.dumps(content, indent=2))
+        self._remove_notes()
+        release(self.folder)
+
+    def _remove_notes(self) -> None:
+        for path in self._paths:
+            note_of(path).unlink(missing_ok=True)
 
 
 class ShardStore:
@@ -108,7 +137,7 @@ class ShardStore:
 
     def __init__(self, folder: str | Path, option: str = "--data-path"):
         """``UserError`` naming ``option`` when the store is missing, unfinished or truncated."""
-        self.folder = existing_folder(option, folder)
+        self.folder, self.option = existing_folder(option, folder), option
         manifest = self.folder / "manifest.json"
         if not manifest.is_file():
             shards = len(list(self.folder.glob("shard-*.safetensors")))
@@ -129,6 +158,13 @@ class ShardStore:
                 self.tensors.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         self.arrays = [{name: value.numpy() for name, value in tensors.items()} for tensors in self.tensors]
         self._first_row = np.cumsum([0] + [shard["rows"] for shard in self.shards])
+
+    def __getstate__(self) -> tuple[str, str]:
+        """A store travels to data workers as its path, and is mapped anew there."""
+        return str(self.folder.absolute()), self.option
+
+    def __setstate__(self, state: tuple[str, str]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
 
     def __len__(self) -> int:
         return int(self._first_row[-1])

@@ -54,7 +54,7 @@ CHANGES = {"--stack 0": {"stack": 0}, "--no-compile": {"compile": False}, "--cud
 CHANGES |= {"--tf32": {"tf32": True}}
 
 
-SLOW = ("gan", "features", "ddp")
+SLOW = ("gan", "features", "ddp", "train", "trajectories", "decode")
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # of diffusers' code

@@ -39,7 +39,9 @@ def test_a_preset_is_the_default_and_options_override_it(store, tmp_path, capsys
     assert "ard-n7" in refused(capsys, *command[:4], "ard-n7", "--dry-run") and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script", [pytest.param(script, marks=[pytest.mark.slow] if "gan" in script else []) for script in SCRIPTS]
+)
 def test_a_preset_can_be_looked_at_without_weights_and_data(script, capsys):
     for name, values in preset(script).items():
         call(script, "--preset", name, "--dry-run")

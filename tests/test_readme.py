@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 import torch
 from helpers import ROOT
 
@@ -28,6 +29,7 @@ def test_the_files_that_the_readme_links_to_exist():
         assert path.startswith("https://") or (ROOT / path).exists(), path
 
 
+@pytest.mark.slow
 def test_the_table_of_costs_is_what_the_command_counts(capsys):
     from evaluations import costs
     from runtime import cli
