@@ -47,6 +47,7 @@ def build_parser() -> cli.Parser:
     group.add_argument("--data-path", help="Train on this trajectory store of sample_trajectory.py.")
     group.add_argument("--teacher", help="Checkpoint of the teacher; without it, the one that the store names.")
     group.add_argument("--online", action="store_true", help="Make trajectories in each step instead of reading them.")
+    group.add_argument("--vae", help="Load the teacher's autoencoder from this folder or hub id instead of by name.")
     add_ode_options(parser.add_argument_group("the teacher's ODE, with --online"))
     group = parser.add_argument_group("student")
     group.add_argument("--model", choices=DiT_models, metavar="NAME", help="The teacher's size, checked if given.")
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
         batches = OnlineBatches(source, solver_indices, args.target, precision=args.precision, **order)
     else:
         batches = TrajectoryBatches(source, solver_indices, args.target, **order)
-    vae = load_vae(teacher_config["vae"] if args.sample_every else None, context.device)
+    vae = load_vae((args.vae or teacher_config["vae"]) if args.sample_every else None, context.device)
 
     config = checkpoints.student_config(
         student,

@@ -60,6 +60,7 @@ def build_parser() -> cli.Parser:
     group.add_argument(
         "--real-data-path", required=True, help='Real images: the word "digits", an image folder, or a latent store.'
     )
+    group.add_argument("--vae", help="Load the teacher's autoencoder from this folder or hub id instead of by name.")
     group.add_argument(
         "--hflip",
         action=argparse.BooleanOptionalAction,
@@ -120,11 +121,14 @@ class GanBatches(Dataset):
 
 
 def open_real(
-    path: str, teacher: DiT, vae_name: str | None, device: torch.device, *, needs_decoder: bool
+    path: str, teacher: DiT, vae_name: str | None, device: torch.device, *, given: str | None, needs_decoder: bool
 ) -> tuple[Source, VAE | Pixels]:
-    """The source of real images and the autoencoder; ``UserError`` where they do not suit the teacher."""
+    """The source of real images and the autoencoder; ``UserError`` where they do not suit the teacher.
+
+    ``given`` is where to load the autoencoder ``vae_name`` from instead.
+    """
     encoded = is_store(path)  # then the autoencoder is needed for pictures only
-    vae = load_vae(vae_name if not encoded or needs_decoder else None, device)
+    vae = load_vae((given or vae_name) if not encoded or needs_decoder else None, device)
     image_size = None if encoded or path == "digits" else teacher.input_size * vae.factor
     source = open_source(path, image_size, teacher.num_classes == 0, "--real-data-path")
     found = {"classes": source.num_classes, "latent shape": latent_shape(source, vae)}
@@ -162,6 +166,11 @@ def run(args: argparse.Namespace) -> None:
     store = TrajectoryStore(args.data_path)
     teacher, teacher_config = store.load_teacher(args.teacher)
     origin = start["provenance"]
+    if not {*SAME_TEACHER, "grid", "solver_indices", "target"} <= origin.keys():
+        raise UserError(
+            f"--ckpt-path {args.ckpt_path}: does not say which trajectories it was trained on; give a student that "
+            "train_ARD.py trained"
+        )
     require_same(
         f"--data-path {args.data_path}: not the trajectories that the student was trained on",
         store.provenance,
@@ -173,6 +182,7 @@ def run(args: argparse.Namespace) -> None:
         teacher,
         teacher_config["vae"],
         context.device,
+        given=args.vae,
         needs_decoder=bool(args.sample_every or args.eval_every),
     )
     hflip = teacher_config["training"].get("hflip", True) if args.hflip is None else args.hflip

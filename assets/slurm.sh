@@ -7,8 +7,10 @@
 #SBATCH --cpus-per-task=64
 #SBATCH --time=48:00:00
 #SBATCH --requeue
+#SBATCH --signal=TERM@120
 
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun .venv/bin/torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" \
-    --rdzv_endpoint="$MASTER_ADDR:29500" train_ARD.py --preset ard-n6-m4-s4 --precision bf16 --num-workers 4 \
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" .venv/bin/torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 \
+    --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$MASTER_ADDR:29500" \
+    train_ARD.py --preset ard-n6-m4-s4 --precision bf16 --num-workers 4 \
     --data-path data/trajectories --run-dir results/ard-n6-m4-s4

@@ -52,7 +52,8 @@ class TrajectoryStore(ShardStore):
 
     def load_teacher(self, path: str | None = None) -> tuple[DiT, dict]:
         """The teacher whose trajectories these are, from ``path`` or where the store says; another one is refused."""
-        teacher, config = checkpoints.load_teacher(path or self.provenance["teacher"])
+        weights = self.provenance["teacher_weights"]
+        teacher, config = checkpoints.load_teacher(path or self.provenance["teacher"], weights=weights)
         mine = {name: config["provenance"][name] for name in ("teacher_hash", "vae")}
         require_same(f"--data-path {self.folder}: these trajectories are another teacher's", self.provenance, mine)
         return teacher, config
