@@ -186,15 +186,7 @@ class SamplingJob:
         cast_weights(self.model.to(device), self.drawing["precision"])
         if self.compile:
             compile_blocks(self.model)
-        shape = self.model.latent_shape
-        writer = SampleWriter(
-            self.out,
-            self.num_samples,
-            shape[1] * vae.factor,
-            self.provenance,
-            self.context,
-            latent_shape=shape if self.save_latents else None,
-        )
+        writer = SampleWriter(self.out, self.num_samples, self.provenance, self.context, self.save_latents)
         if self.cuda_graph:
             draw = CUDAGraph(draw, device)
         return Sampler(draw, self.model, vae, device, **self.drawing), writer

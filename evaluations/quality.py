@@ -40,7 +40,7 @@ class PeriodicEvaluator:
         eval_samples: int = 2048,
     ):
         """Refuses here, with a ``UserError``, what could not be evaluated later; ``image_size`` in pixels."""
-        self.sampler, self.context, self.image_size, self.samples = sampler, context, image_size, eval_samples
+        self.sampler, self.context, self.samples = sampler, context, eval_samples
         if not eval_reference:
             raise UserError("--eval-every: needs --eval-reference, an .npz of real images")
         self.reference, self.features = eval_reference, eval_features
@@ -64,7 +64,7 @@ class PeriodicEvaluator:
         if self.context.is_main:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that broke off
         self.context.barrier()
-        with SampleWriter(file, self.samples, self.image_size, {}, self.context) as writer:
+        with SampleWriter(file, self.samples, {}, self.context) as writer:
             for indices in writer.missing_batches(64):
                 writer.write(indices, *self.sampler(indices))
         result = evaluate(self.reference, file, self.features, context=self.context)

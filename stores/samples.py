@@ -1,12 +1,16 @@
-"""The one owner of sample files: ADM's .npz, written in place by many ranks, resumable; PNG grids.
+"""The one owner of sample files: ADM's .npz, filled by many ranks, resumable; PNG grids.
 
 ``arr_0`` (N, H, W, 3) uint8 images, ``arr_1`` (N,) int64 labels, ``provenance`` JSON text; on request ``latents``
-(N, C, h, w) float32, the samples before decoding and rounding.
+(N, C, h, w) float32, the samples before decoding and rounding. While it is being filled:
+
+    samples.partial/provenance.json              what it will hold
+    samples.partial/00000064-00000128.npz        the samples 64 .. 127, written by one rank, whole or not at all
 """
 
 import json
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,93 +29,133 @@ from stores.images import to_uint8
 class SampleWriter(SharedWriter):
     """Fills ``path`` with exactly ``count`` samples, by any number of ranks, and writes a PNG grid of the first 100.
 
-    with SampleWriter(path, count, image_size, provenance, context) as writer:
+    with SampleWriter(path, count, provenance, context) as writer:
         for indices in writer.missing_batches(64):      # this rank's part of what is not there yet
             writer.write(indices, latents, images, y)   # in a thread, while the next batch is drawn
 
     Leaving the block without an error packs the .npz. ``complete`` says that it was there from the start, with the same
-    provenance; another one is refused. A run that broke off is continued; no sample is drawn twice.
+    provenance; another one is refused. A run that broke off is continued; no sample is drawn twice. Ranks on several
+    nodes share nothing but the folder of the file.
     """
 
     def __init__(
         self,
         path: str | Path,
         count: int,
-        image_size: int,
         provenance: dict,
         context: DistributedContext,
-        latent_shape: tuple[int, ...] | None = None,
+        keep_latents: bool = False,
     ):
-        """``image_size``: pixels of a side; ``latent_shape`` (C, h, w) if latents are to be kept. ``UserError`` where
-        ``path`` or the unfinished samples beside it are those of another run.
-        """
+        """``UserError`` where ``path`` or the unfinished samples beside it are those of another run."""
         super().__init__(context)
-        self.path = Path(path)
+        self.path, self.count, self.keep_latents = Path(path), count, keep_latents
         self.folder = self.path.with_suffix(".partial")
         self.provenance = provenance | {"count": count}
         self.complete = self.path.exists()
-        self._shapes = {"arr_0": (count, image_size, image_size, 3), "arr_1": (count,), "done": (count,)}
-        if latent_shape is not None:
-            self._shapes["latents"] = (count, *latent_shape)
-        self._note = self.folder / "provenance.json"  # written last: its presence says that the arrays are there
+        self._note = self.folder / "provenance.json"
         if self.complete:
             require_same(f"--out {path}: the samples there are others", read_provenance(path), self.provenance)
-        elif self._note.exists():
-            found = with_current_keys(json.loads(self._note.read_text()))
-            require_same(
-                f"--out {path}: {self.folder} holds the unfinished samples of another run", found, self.provenance
-            )
-        self._arrays: dict[str, np.ndarray] = {}
-        self._mine: list[int] = []
+        else:
+            found = self._noted()
+            if found is not None:
+                unfinished = f"--out {path}: {self.folder} holds the unfinished samples of another run"
+                require_same(unfinished, found, self.provenance)
+            elif self._parts():
+                raise UserError(f"--out {path}: {self.folder} does not say whose samples it holds; remove it")
+        self._missing: list[int] = []
+
+    def _noted(self) -> dict | None:
+        """What the unfinished samples say of themselves; None where there are none, or nothing that can be read."""
+        try:
+            return with_current_keys(json.loads(self._note.read_text()))
+        except (OSError, ValueError, AttributeError):
+            return None
 
     def __enter__(self) -> "SampleWriter":
         if self.complete:
             return self
         self.context.barrier()  # everybody has looked before the main rank begins
-        self.context.on_main(lambda: claim(self.folder, "--out"))
-        if self.context.is_main and not self._note.exists():
-            dtypes = {"arr_0": np.uint8, "arr_1": np.int64, "done": np.uint8, "latents": np.float32}
-            for name, shape in self._shapes.items():
-                np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", dtypes[name], shape)
-            write_text(self._note, json.dumps(self.provenance))
-        self.context.barrier()
-        self._arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r+") for name in self._shapes}
-        missing = np.flatnonzero(self._arrays["done"] == 0)
-        self._mine = missing[self.context.rank :: self.context.world_size].tolist()
-        self.context.barrier()  # everybody has read "done" before anybody changes it
-        self.start_progress(len(self._mine), "sample")
+        done = self.context.on_main(self._begin)
+        self._missing = sorted(set(range(self.count)) - done)
+        own = self.context.share(len(self._missing))
+        self.start_progress(len(own), "sample")
         return self
 
+    def _begin(self) -> set[int]:
+        """Claim the folder; the samples that are there already."""
+        claim(self.folder, "--out")
+        if self._noted() is None:
+            write_text(self._note, json.dumps(self.provenance))
+        return {i for part in self._parts() for i in range_of(part)}
+
+    def _parts(self) -> list[Path]:
+        """The finished parts, in the order of their samples."""
+        return sorted(self.folder.glob("*-*.npz"))
+
     def missing_batches(self, batch_size: int) -> Iterator[list[int]]:
-        """The sample indices that this rank has to draw, ``batch_size`` at a time; none when the file is complete."""
-        for start in range(0, len(self._mine), batch_size):
-            yield self._mine[start : start + batch_size]
+        """The samples that this rank has to draw, ``batch_size`` consecutive ones at most at a time."""
+        batch: list[int] = []
+        for position in self.context.share(len(self._missing)):
+            index = self._missing[position]
+            if batch and (len(batch) == batch_size or index != batch[-1] + 1):
+                yield batch
+                batch = []
+            batch.append(index)
+        if batch:
+            yield batch
 
     def write(self, indices: list[int], latents: torch.Tensor, images: torch.Tensor, y: torch.Tensor) -> None:
-        """Store the samples ``indices``: latents (B, C, h, w), images (B, 1 or 3, H, W) in [-1, 1], labels (B,)."""
+        """Store consecutive samples: latents (B, C, h, w), images (B, 1 or 3, H, W) in [-1, 1], labels (B,)."""
         self.submit(self._write, indices, latents, images, y)
 
     def _write(self, indices: list[int], latents: torch.Tensor, images: torch.Tensor, y: torch.Tensor) -> None:
-        self._arrays["arr_0"][indices] = to_rgb(to_uint8(images))
-        self._arrays["arr_1"][indices] = y.cpu().numpy()
-        if "latents" in self._arrays:
-            self._arrays["latents"][indices] = latents.float().cpu().numpy()
-        self._arrays["done"][indices] = 1  # only now: a batch counts when it is there
+        part = {"arr_0": to_rgb(to_uint8(images)), "arr_1": y.cpu().numpy()}
+        if self.keep_latents:
+            part["latents"] = latents.float().cpu().numpy()
+        name = f"{indices[0]:08d}-{indices[-1] + 1:08d}.npz"
+        with atomic_write(self.folder / name) as partial, partial.open("wb") as file:
+            np.savez(file, **part)  # type: ignore[arg-type]
         self.progress.update(len(indices))
 
     def close(self) -> None:
-        """Stream the finished arrays into an uncompressed .npz, draw the grid, clean up."""
-        if not self._arrays["done"].all():
+        """Stream the parts into an uncompressed .npz, draw the grid, clean up."""
+        parts = self._parts()
+        if sum(len(range_of(part)) for part in parts) != self.count:
             raise UserError(f"--out {self.path}: some samples are missing in {self.folder}; run the same command again")
-        np.save(self.folder / "provenance.npy", np.array(json.dumps(self.provenance)))
+        names = ("arr_0", "arr_1", "latents") if self.keep_latents else ("arr_0", "arr_1")
+        first = {name: self._read(parts[0], name) for name in names}
         with atomic_write(self.path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            for file in sorted(self.folder.glob("*.npy")):
-                if file.stem != "done":
-                    archive.write(file, file.name)
-        first = torch.from_numpy(self._arrays["arr_0"][:100].copy())
-        save_grid(self.path.with_suffix(".png"), first.permute(0, 3, 1, 2), columns=10)
+            for name, array in first.items():
+                about = {"descr": array.dtype.str, "fortran_order": False, "shape": (self.count, *array.shape[1:])}
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array_header_1_0(member, about)
+                    for part in parts:
+                        member.write(self._read(part, name).tobytes())
+            with archive.open("provenance.npy", "w") as member:
+                np.lib.format.write_array(member, np.array(json.dumps(self.provenance)))
+        shown = [self._read(part, "arr_0") for part in parts if range_of(part).start < 100]
+        grid = torch.from_numpy(np.concatenate(shown)[:100]).permute(0, 3, 1, 2)
+        save_grid(self.path.with_suffix(".png"), grid, columns=10)
         release(self.folder)
         shutil.rmtree(self.folder)
+
+    def _read(self, part: Path, name: str) -> np.ndarray:
+        """An array of a part. ``UserError`` where the part is damaged; it is removed, to be drawn again."""
+        try:
+            with np.load(part, allow_pickle=False) as arrays:
+                array = arrays[name]
+                if len(array) == len(range_of(part)):
+                    return array
+        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError):
+            pass
+        part.unlink()
+        raise UserError(f"--out {self.path}: {part} was damaged and is removed; run the same command again")
+
+
+def range_of(part: Path) -> range:
+    """The samples that a part holds, by its name."""
+    first, end = part.stem.split("-")
+    return range(int(first), int(end))
 
 
 def read_provenance(path: str | Path) -> dict:

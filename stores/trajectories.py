@@ -138,8 +138,7 @@ def export(args: argparse.Namespace) -> None:
     vae = load_vae(store.provenance["vae"], context.device)
     target = "x0" if "x0" in store.tensors[0] else "xt"  # the last point is the sample in both
     last = [len(store.solver_indices) - 1]
-    image_size = store.latent_shape[1] * vae.factor
-    with SampleWriter(args.out, count, image_size, store.provenance, context) as writer:
+    with SampleWriter(args.out, count, store.provenance, context) as writer:
         for indices in writer.missing_batches(args.per_proc_batch_size):
             points, y = store.read(np.array(indices), target, last)
             latents = points[:, 1]

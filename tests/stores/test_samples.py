@@ -13,7 +13,7 @@ from PIL import Image
 
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
-from stores.samples import SampleWriter, read_provenance, save_grid
+from stores.samples import SampleWriter, range_of, read_provenance, save_grid
 
 PROVENANCE = {"seed": 3, "teacher": {"solver_indices": [6, 25]}}
 
@@ -21,7 +21,7 @@ PROVENANCE = {"seed": 3, "teacher": {"solver_indices": [6, 25]}}
 def fill(path, count: int, stop_after: int | None = None, provenance: dict = PROVENANCE) -> list[int]:
     """Write grey samples, of which number i has the grey i, four at a time; the indices that were asked for."""
     asked = []
-    with SampleWriter(path, count, 4, provenance, DistributedContext(), latent_shape=(1, 2, 2)) as writer:
+    with SampleWriter(path, count, provenance, DistributedContext(), keep_latents=True) as writer:
         for indices in writer.missing_batches(4):
             if stop_after is not None and len(asked) >= stop_after:
                 raise RuntimeError("power cut")
@@ -32,14 +32,19 @@ def fill(path, count: int, stop_after: int | None = None, provenance: dict = PRO
     return asked
 
 
+def finished(path) -> list[int]:
+    """The samples of an unfinished file that are there."""
+    return [i for part in sorted(path.with_suffix(".partial").glob("*-*.npz")) for i in range_of(part)]
+
+
 def test_a_file_that_broke_off_is_continued_and_nothing_is_drawn_twice(tmp_path):
     path = tmp_path / "new" / "samples.npz"
     with pytest.raises(RuntimeError, match="power cut"):
         fill(path, 10, stop_after=8)
     assert not path.exists()
-    done = np.load(path.with_suffix(".partial") / "done.npy")
-    assert done[:4].all() and not done[8:].any()  # the write under way may or may not have ended
-    assert fill(path, 10) == np.flatnonzero(done == 0).tolist()
+    done = finished(path)
+    assert done in ([0, 1, 2, 3], list(range(8)))  # the write under way may or may not have ended
+    assert fill(path, 10) == [i for i in range(10) if i not in done]
     found = arrays(path)
     assert (found["arr_0"] == np.arange(10)[:, None, None, None]).all() and found["arr_0"].shape == (10, 4, 4, 3)
     assert found["arr_1"].tolist() == list(range(10)) and found["latents"].shape == (10, 1, 2, 2)
@@ -59,6 +64,32 @@ def test_samples_of_an_earlier_version_are_taken_for_what_they_are(tmp_path):
     assert fill(path, 10) == []
     with pytest.raises(UserError, match=r"the samples there are others: teacher.solver_indices is \[6, 25\] there"):
         fill(path, 10, provenance=PROVENANCE | {"teacher": {"solver_indices": [25]}})
+
+
+def test_a_damaged_part_is_drawn_again_and_one_of_unknown_origin_refused(tmp_path):
+    path = tmp_path / "samples.npz"
+    with pytest.raises(RuntimeError, match="power cut"):
+        fill(path, 10, stop_after=8)
+    part = path.with_suffix(".partial") / "00000000-00000004.npz"
+    content = bytearray(part.read_bytes())
+    content[300] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(UserError, match="was damaged and is removed"):
+        fill(path, 10)
+    assert fill(path, 10) == [0, 1, 2, 3] and (arrays(path)["arr_0"][:, 0, 0, 0] == np.arange(10)).all()
+    with pytest.raises(RuntimeError, match="power cut"):
+        fill(tmp_path / "other.npz", 10, stop_after=8)
+    (tmp_path / "other.partial/provenance.json").write_text("")
+    with pytest.raises(UserError, match="does not say whose samples it holds"):
+        fill(tmp_path / "other.npz", 10)
+
+
+def test_ranks_share_what_is_missing_in_consecutive_batches(tmp_path):
+    writers = [SampleWriter(tmp_path / "s.npz", 10, {}, DistributedContext(rank, 3)) for rank in range(3)]
+    for writer in writers:
+        writer._missing = [0, 1, 2, 5, 6, 7, 8, 9]
+    batches = [list(writer.missing_batches(2)) for writer in writers]
+    assert batches == [[[0, 1]], [[2], [5, 6]], [[7, 8], [9]]]
 
 
 def test_small_images_are_enlarged_by_whole_factors(tmp_path):
@@ -83,14 +114,12 @@ def test_killed_sampling_is_continued_and_loses_nothing(teacher_file, tmp_path):
     common = ["--teacher", teacher_file, "--num-samples", 600, "--per-proc-batch-size", 20]
     common += ["--solver-steps", 10, "--out"]
     process = start("sample.py", *common, tmp_path / "killed.npz")
-    done, deadline = tmp_path / "killed.partial/done.npy", time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if (tmp_path / "killed.partial/provenance.json").exists() and np.load(done).sum() >= 20:
-            break
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not finished(tmp_path / "killed.npz"):
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    assert 20 <= np.load(done).sum() < 600 and not (tmp_path / "killed.npz").exists()
+    assert 20 <= len(finished(tmp_path / "killed.npz")) < 600 and not (tmp_path / "killed.npz").exists()
     call("sample.py", *common, tmp_path / "killed.npz")
     call("sample.py", *common, tmp_path / "whole.npz")
     killed, whole = arrays(tmp_path / "killed.npz"), arrays(tmp_path / "whole.npz")
