@@ -26,7 +26,7 @@ from tqdm import tqdm
 from runtime import cli
 from runtime.cli import RunError, UserError, not_negative, positive
 from runtime.distributed import DistributedContext, add_device_option, ignore_sigterm, notice_sigterm, wrapped
-from runtime.precision import add_compile_option, add_precision_option
+from runtime.precision import TRAINED, add_compile_option, add_precision_option
 from stores import checkpoints
 from stores.runs import RunFolder
 
@@ -49,7 +49,7 @@ def add_training_options(parser: cli.Parser, *, lr: float, batch: int, iteration
     group.add_argument("--lr", type=cli.positive_number, default=lr, help="Constant learning rate of AdamW.")
     group.add_argument("--clip", type=cli.positive_number, default=1.0, help="Largest norm of the gradient.")
     group.add_argument("--ema-decay", type=cli.fraction, default=0.9999, help="Decay per step of the EMA of weights.")
-    add_precision_option(group, of="matrix products; weights stay fp32")
+    add_precision_option(group, of="matrix products; weights stay fp32", choices=TRAINED)
     group.add_argument("--seed", type=not_negative, default=0, help="Seed of initial weights and data order.")
     add_compile_option(group)
     group.add_argument(

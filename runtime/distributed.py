@@ -119,8 +119,6 @@ def setup(device: str = "auto") -> DistributedContext:
             )
         chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True  # the autoencoder and Inception see few shapes, many times
     else:
         keep_freed_memory()

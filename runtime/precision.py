@@ -12,20 +12,28 @@ import torch.nn as nn
 from models import DiT
 from runtime.cli import OptionGroup
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Module = TypeVar("Module", bound=nn.Module)
-COMPUTED = ("fp32", "bf16")  # formats of matrix products
+TRAINED = ("fp32", "tf32", "bf16")  # formats of matrix products; TF32 is fp32 with 10 bits of mantissa, on GPUs only
+COMPUTED = (*TRAINED, "fp16")  # and of those that no gradient goes through
 STORED = ("fp16", "fp32")  # formats of latents on disk
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """The context in which a model runs: bf16 matrix products, or nothing for fp32."""
-    return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
+    """The context in which a model runs: products in bf16 or fp16, or as they are; on GPUs also TF32 or all of fp32."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    return nullcontext() if DTYPES[precision] == torch.float32 else torch.autocast(device.type, DTYPES[precision])
 
 
-def add_precision_option(group: OptionGroup, option: str = "--precision", of: str = "matrix products") -> None:
+def add_precision_option(
+    group: OptionGroup,
+    option: str = "--precision",
+    of: str = "matrix products",
+    choices: tuple[str, ...] = COMPUTED,
+) -> None:
     """The ``--precision`` option of a script, or one like it."""
-    group.add_argument(option, choices=COMPUTED, default="fp32", help=f"Use this number format for {of}.")
+    group.add_argument(option, choices=choices, default="fp32", help=f"Use this number format for {of}.")
 
 
 def add_compile_option(group: OptionGroup) -> None:
@@ -61,7 +69,7 @@ def cast_weights(model: nn.Module, precision: str) -> None:
     The results are the same to the bit, since autocast rounds alike; half the weights' memory and their traffic are
     saved. Linear maps and patch embeddings change, tables of labels and positions stay float32.
     """
-    if precision != "fp32":
+    if DTYPES[precision] != torch.float32:
         for module in model.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(DTYPES[precision])
@@ -69,7 +77,7 @@ def cast_weights(model: nn.Module, precision: str) -> None:
 
 def inference_copy(model: Module, precision: str) -> Module:
     """The model with its weights cast for inference, in a copy: that of a model in training stays float32."""
-    if precision == "fp32":
+    if DTYPES[precision] == torch.float32:
         return model
     copied = copy.deepcopy(model)
     cast_weights(copied, precision)

@@ -33,7 +33,12 @@ Model = TypeVar("Model", bound=DiT)
 def save(path: str | Path, content: dict) -> None:
     """Write a checkpoint, whole or not at all."""
     with atomic_write(path) as partial, partial.open("wb") as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch has its own word for a full disk, and the system's behind it
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load(path: str | Path, option: str) -> dict:
@@ -46,7 +51,8 @@ def load(path: str | Path, option: str) -> dict:
         if damaged:
             raise ValueError(f"its part {damaged} differs from its checksum")
         with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's training script saves its options so
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            mapped = zipfile.is_zipfile(path)  # then what is not looked at takes no memory
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds for truncated, foreign and pickled files
         raise UserError(f"{option} {path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict):

@@ -5,6 +5,7 @@ checkpoints/           0050000.pt, ...: kept; latest.pt: the newest snapshot, un
 samples/  log.txt      previews, log lines; beside them tensorboard's files
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -103,7 +104,7 @@ class RunFolder:
         """One line to the console and log.txt, from the main rank."""
         if self.context.is_main:
             tqdm.write(text)
-            with (self.path / "log.txt").open("a") as file:
+            with contextlib.suppress(OSError), (self.path / "log.txt").open("a") as file:  # it must not end a run
                 file.write(text + "\n")
 
     def log_scalars(self, kind: str, step: int, scalars: dict[str, float]) -> None:

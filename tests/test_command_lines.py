@@ -115,6 +115,34 @@ def test_a_mistake_ends_in_one_sentence_and_nothing_is_written(
     assert fill(expected) in error and state_of(bad, tmp_path, store) == before
 
 
+TUNE = ("train_ARD_gan.py", *SMALL, "--iterations", 2, "--run-dir", "OUT", "--data-path", "STORE",
+        "--real-data-path", "digits", "--ckpt-path", "STUDENT")  # fmt: skip
+NUMBERS = {
+    "--lr": ((TRAIN, TEACH, TUNE), ("nan", "inf", "0", "-1")),
+    "--clip": ((TRAIN, TEACH, TUNE), ("0", "-1", "nan")),
+    "--ema-decay": ((TRAIN, TEACH, TUNE), ("1", "2", "-0.1", "nan")),
+    "--snapshot-minutes": ((TRAIN, TEACH, TUNE), ("-1", "inf")),
+    "--cfg-scale": ((TRAIN, DUMP, TEACHER_SAMPLE), ("nan", "-1", "inf")),
+    "--gan-weight": ((TUNE,), ("-1", "nan")),
+    "--d-lr": ((TUNE,), ("0", "nan")),
+    "--label-dropout": ((TEACH,), ("1", "-1", "nan")),
+}
+
+
+@pytest.mark.parametrize("option", NUMBERS)
+def test_a_wrong_number_is_refused_by_every_script_that_takes_it(
+    option, store, teacher_file, student_file, tmp_path, capsys
+):
+    names = {"STORE": store, "TEACHER": teacher_file, "STUDENT": student_file, "OUT": tmp_path / "out"}
+    commands, numbers = NUMBERS[option]
+    for command in commands:
+        filled = [names.get(word, tmp_path / word if word == "OUT.npz" else word) for word in command]
+        for number in numbers:
+            error = refused(capsys, *filled, f"{option}={number}")
+            assert f"argument {option}: {number} must" in error, error
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command", [TRAIN, TEACH, DUMP, SAMPLE, TEACHER_SAMPLE], ids=lambda command: command[0])
 def test_dry_run_prints_the_plan_and_writes_nothing(command, store, teacher_file, student_file, tmp_path, capsys):
     names = {"STORE": store, "TEACHER": teacher_file, "STUDENT": student_file, "OUT": tmp_path / "out"}

@@ -86,3 +86,44 @@ def test_freed_memory_is_used_again_by_the_process(tmp_path):
     # By default glibc adapts its threshold to what it has seen; a given one returns each tensor's memory every time.
     done = spawn(script, env=os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": str(2**20)})
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+MEETING = """
+import sys
+import torch
+from runtime import distributed
+from runtime.cli import UserError
+context = distributed.setup("cpu")
+def work():
+    if sys.argv[1] == "refuse":
+        raise UserError("--out x: no")
+    return [context.rank, "done"]
+try:
+    said = context.on_main(work)
+except UserError as error:
+    said = str(error)
+weights = torch.tensor([0.1, 0.2]).double().sum()
+other = weights + context.rank * 1e-15
+nothing = torch.tensor(float("nan"))
+with open(f"{sys.argv[2]}/{context.rank}", "w") as file:
+    print(said, context.agree(weights), context.agree(other), context.agree(nothing), file=file)
+distributed.finish(context)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case, said", [("refuse", "--out x: no"), ("return", "[0, 'done']")])
+def test_ranks_hear_what_the_main_rank_found_and_whether_they_agree(case, said, tmp_path):
+    script = tmp_path / "meeting.py"
+    script.write_text(MEETING)
+    done = spawn(script, case, tmp_path, ranks=2, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    for rank in "01":
+        assert (tmp_path / rank).read_text() == f"{said} True False False\n"
+
+
+def test_a_single_process_agrees_with_itself():
+    context = DistributedContext()
+    assert context.agree(torch.tensor(0.1)) and context.on_main(lambda: 3) == 3
+    with pytest.raises(UserError, match="^--out x: no$"):
+        context.on_main(lambda: (_ for _ in ()).throw(UserError("--out x: no")))

@@ -1,13 +1,27 @@
 """Files: whole or not at all, beside computing, by all ranks together, fetched once."""
 
 import hashlib
+import os
+import signal
 import threading
 
 import pytest
+from helpers import ROOT, start
 
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
-from runtime.files import SharedWriter, WriteBehind, atomic_write, cached_download, file_sha256, read_ahead, write_text
+from runtime.files import (
+    LOCK,
+    SharedWriter,
+    WriteBehind,
+    atomic_write,
+    cached_download,
+    claim,
+    file_sha256,
+    read_ahead,
+    release,
+    write_text,
+)
 
 #################################################################################
 #                            Whole or not at all                                #
@@ -46,6 +60,57 @@ def test_what_is_there_is_replaced_and_its_checksum_is_sha256(tmp_path):
     write_text(tmp_path / "file.txt", "new")
     assert (tmp_path / "file.txt").read_text() == "new"
     assert file_sha256(tmp_path / "file.txt") == hashlib.sha256(b"new").hexdigest()
+
+
+#################################################################################
+#                            One process in a folder                            #
+#################################################################################
+
+
+@pytest.fixture
+def held(tmp_path, monkeypatch):
+    """A folder that another process holds, and that process."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    script, folder = tmp_path / "hold.py", tmp_path / "folder"
+    script.write_text(
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from runtime.files import claim\n"
+        "claim(Path(sys.argv[1]), '--out')\n"
+        "print('held', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    process = start(script, folder)
+    assert process.stdout.readline() == "held\n"
+    yield folder, process
+    process.kill()
+    process.communicate()
+
+
+def test_a_folder_that_another_process_holds_is_refused_until_that_process_is_gone(held):
+    folder, holder = held
+    for _ in range(2):  # asking does not change the answer
+        with pytest.raises(UserError, match=rf"^--out {folder}: process {holder.pid} on \S+ is at work there; "):
+            claim(folder, "--out")
+    assert (folder / LOCK).exists()
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    claim(folder, "--out")
+    assert (folder / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+    release(folder)
+    assert not list(folder.iterdir())
+
+
+def test_a_process_may_claim_twice_and_releases_once(tmp_path):
+    folder = tmp_path / "new/folder"
+    claim(folder, "--out")
+    claim(folder, "--out")
+    assert [path.name for path in folder.iterdir()] == [LOCK]
+    release(folder)
+    release(folder)
+    assert not list(folder.iterdir())
+    claim(folder, "--out")
+    release(folder)
 
 
 #################################################################################
