@@ -18,7 +18,7 @@ import torch
 
 from runtime import cli
 from runtime.cli import UserError
-from stores.shards import ShardStore
+from stores.shards import ShardStore, add_store_commands
 
 KIND = "latents"  # the manifest's word for this format
 
@@ -74,9 +74,7 @@ def verify(args: argparse.Namespace) -> None:
 def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="stores.latents", description="Look after a latent store.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=cli.Parser)
-    command = commands.add_parser("verify", help="Check counts, checksums and finiteness.")
-    command.add_argument("folder", metavar="DIR", help="Folder of the store.")
-    command.set_defaults(run=verify)
+    add_store_commands(commands, verify)
     return parser
 
 

@@ -7,10 +7,12 @@ Row i of the store is row i modulo rows-per-shard of shard i // rows-per-shard, 
 ranks writes the same files, and a run that broke off is continued. The manifest comes last and says that all is there.
 """
 
+import argparse
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,6 +130,53 @@ class ShardWriter(SharedWriter):
     def _remove_notes(self) -> None:
         for path in self._paths:
             note_of(path).unlink(missing_ok=True)
+
+
+def repair(folder: str | Path, option: str) -> list[str]:
+    """Remove the shards that are not what the manifest says, and the manifest with them; the names, missing ones too.
+
+    The command that made the store then makes exactly these anew. ``UserError`` where there is no manifest.
+    """
+    folder = existing_folder(option, folder)
+    manifest = folder / "manifest.json"
+    try:
+        shards = json.loads(manifest.read_text())["shards"]
+        bad = [shard for shard in tqdm(shards, unit="shard", disable=None) if not _is_whole(folder, shard)]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{option} {manifest}: no manifest that can be read; run the command that made it") from None
+    if bad:
+        for shard in shards:  # what is known of the good ones stays known
+            note = {name: shard[name] for name in ("rows", "bytes", "sha256")}
+            write_text(note_of(folder / shard["file"]), json.dumps(note))
+        for shard in bad:
+            (folder / shard["file"]).unlink(missing_ok=True)
+            note_of(folder / shard["file"]).unlink()
+        manifest.unlink()
+    return [shard["file"] for shard in bad]
+
+
+def _is_whole(folder: Path, shard: dict) -> bool:
+    """Whether a shard has the bytes that the manifest says."""
+    path = folder / shard["file"]
+    return path.is_file() and path.stat().st_size == shard["bytes"] and file_sha256(path) == shard["sha256"]
+
+
+def add_store_commands(commands: Any, verify: Callable[[argparse.Namespace], None]) -> None:
+    """``verify`` and ``repair``, the same for every store."""
+    command = commands.add_parser("verify", help="Check counts, checksums and finiteness.")
+    command.add_argument("folder", metavar="DIR", help="Folder of the store.")
+    command.set_defaults(run=verify)
+    command = commands.add_parser("repair", help="Remove damaged shards, for the command that made them to make anew.")
+    command.add_argument("folder", metavar="DIR", help="Folder of the store.")
+    command.set_defaults(run=run_repair)
+
+
+def run_repair(args: argparse.Namespace) -> None:
+    bad = repair(args.folder, "DIR")
+    if not bad:
+        print(f"{args.folder}: ok, nothing to repair")
+    else:
+        print(f"{args.folder}: {', '.join(bad)} removed; run the command that made the store to make them anew")
 
 
 class ShardStore:

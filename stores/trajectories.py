@@ -10,6 +10,7 @@ Trajectory i is a function of (seed, i) alone. Shards are memory-mapped: a batch
 straight into one tensor.
 
     python -m stores.trajectories verify DIR
+    python -m stores.trajectories repair DIR
     python -m stores.trajectories export DIR --out teacher.npz
 """
 
@@ -23,14 +24,14 @@ from torch.utils.data import Dataset
 from diffusion.teacher_ode import TARGETS
 from models import DiT
 from runtime import cli, distributed
-from runtime.cli import UserError
+from runtime.cli import RunError, UserError
 from runtime.distributed import DistributedContext
 from runtime.provenance import require_same
 from runtime.randomness import Shuffle
 from runtime.vae import load_vae
 from stores import checkpoints
 from stores.samples import SampleWriter
-from stores.shards import ShardStore
+from stores.shards import ShardStore, add_store_commands
 
 
 class TrajectoryStore(ShardStore):
@@ -84,6 +85,10 @@ class TrajectoryStore(ShardStore):
             out[i, 0] = arrays["noise"][row]
             out[i, 1:] = arrays[target][row] if all_columns else arrays[target][row, columns]
             y[i] = arrays["label"][row]
+        if not np.isfinite(out).all():
+            bad = rows[~np.isfinite(out).all(axis=tuple(range(1, out.ndim)))]
+            files = sorted({self.shards[shard]["file"] for shard, _ in self.locate(bad)})
+            raise RunError(f"{self.folder}: NaN or infinite values in {', '.join(files)}; verify and repair the store")
         return torch.from_numpy(out).float(), torch.from_numpy(y)
 
 
@@ -149,9 +154,7 @@ def export(args: argparse.Namespace) -> None:
 def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="stores.trajectories", description="Look after a trajectory store.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=cli.Parser)
-    command = commands.add_parser("verify", help="Check counts, checksums and finiteness.")
-    command.add_argument("folder", metavar="DIR", help="Folder of the store.")
-    command.set_defaults(run=verify)
+    add_store_commands(commands, verify)
     command = commands.add_parser("export", help="Write the final samples to ADM's .npz.")
     command.add_argument("folder", metavar="DIR", help="Folder of the store.")
     command.add_argument("--out", required=True, help="Write this .npz.")

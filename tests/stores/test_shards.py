@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import contents
+from helpers import call, contents, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -66,3 +66,26 @@ def test_damaged_stores_are_refused(latent_store, tmp_path):
     (copy / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="not a manifest"):
         LatentStore(copy)
+
+
+def test_repair_removes_what_is_damaged_and_the_same_command_makes_exactly_that_anew(teacher_file, tmp_path, capsys):
+    folder = tmp_path / "store"
+    command = ("sample_trajectory.py", "--teacher", teacher_file, "--out", folder, "--num-trajectories", 50,
+               "--rows-per-shard", 20, "--per-proc-batch-size", 16)  # fmt: skip
+    call(*command)
+    wanted = {path.name: path.read_bytes() for path in folder.iterdir()}
+    call("stores.trajectories", "repair", folder)
+    assert "nothing to repair" in capsys.readouterr().out
+    flipped = bytearray(wanted["shard-00001.safetensors"])
+    flipped[len(flipped) // 2] ^= 4
+    (folder / "shard-00001.safetensors").write_bytes(flipped)
+    (folder / "shard-00002.safetensors").unlink()
+    untouched = (folder / "shard-00000.safetensors").stat().st_mtime_ns
+    call("stores.trajectories", "repair", folder)
+    assert "shard-00001.safetensors, shard-00002.safetensors removed" in capsys.readouterr().out
+    assert "unfinished (1 shards)" in refused(capsys, "stores.trajectories", "verify", folder)
+    call(*command)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == wanted
+    assert (folder / "shard-00000.safetensors").stat().st_mtime_ns == untouched
+    (folder / "manifest.json").write_text("{")
+    assert "no manifest that can be read" in refused(capsys, "stores.trajectories", "repair", folder)
