@@ -22,6 +22,7 @@ from models import DiT, DiT_models
 from presets import preset
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
+from runtime.distributed import DistributedContext
 from runtime.precision import autocast, cast_weights, compile_each, inference_copy, prepare_blocks
 from runtime.provenance import require_same
 from runtime.randomness import Shuffle, generator, noise
@@ -120,6 +121,16 @@ class GanBatches(Dataset):
         return self.trajectories[step] | real
 
 
+def check_groups(global_batch_size: int, accumulation: int, bn_group: int, context: DistributedContext) -> None:
+    """``UserError`` where the groups of the heads' norm would be cut at the borders of ranks and micro-batches."""
+    parts = context.world_size * accumulation
+    if global_batch_size % (parts * bn_group):
+        raise UserError(
+            f"--global-batch-size {global_batch_size}: {context.world_size} ranks x --accumulation {accumulation} would "
+            f"cut the groups of --bn-group {bn_group}; give a multiple of {parts * bn_group}, or smaller groups"
+        )
+
+
 def open_real(
     path: str, teacher: DiT, vae_name: str | None, device: torch.device, *, given: str | None, needs_decoder: bool
 ) -> tuple[Source, VAE | Pixels]:
@@ -177,6 +188,7 @@ def run(args: argparse.Namespace) -> None:
         {name: origin[name] for name in SAME_TEACHER},
     )
     context = distributed.setup(args.device)
+    check_groups(args.global_batch_size, args.accumulation, args.bn_group, context)
     source, vae = open_real(
         args.real_data_path,
         teacher,

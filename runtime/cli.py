@@ -30,11 +30,18 @@ class RunError(Exception):
     """Something that went wrong during the work, not in what the user gave: one sentence, exit code 1."""
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """argparse's, with the default behind an option's help only where there is one to tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in the help, and errors of one line without the usage text (exit code 2)."""
 
     def __init__(self, **kwargs: Any):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
         self.presets: dict[str, dict] = {}
         self.estimate: Callable[[argparse.Namespace], dict] = lambda args: {}
 
