@@ -126,8 +126,8 @@ def check_groups(global_batch_size: int, accumulation: int, bn_group: int, conte
     parts = context.world_size * accumulation
     if global_batch_size % (parts * bn_group):
         raise UserError(
-            f"--global-batch-size {global_batch_size}: {context.world_size} ranks x --accumulation {accumulation} would "
-            f"cut the groups of --bn-group {bn_group}; give a multiple of {parts * bn_group}, or smaller groups"
+            f"--global-batch-size {global_batch_size}: {context.world_size} ranks x --accumulation {accumulation} cut "
+            f"the groups of --bn-group {bn_group}; give a multiple of {parts * bn_group}, or smaller groups"
         )
 
 

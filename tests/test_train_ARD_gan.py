@@ -166,7 +166,7 @@ def test_dry_run_counts_the_cost_of_a_step_and_writes_nothing(store, student_fil
         ({"data_path": "absent"}, "--data-path absent"),
         ({"d_time": 1000}, "--d-time 1000: must be between 0 (clean) and 999"),
         ({"eval_every": 5}, "--eval-reference"),
-        ({"global_batch_size": 10}, "would cut the groups of --bn-group 3; give a multiple of 3"),
+        ({"global_batch_size": 10}, "cut the groups of --bn-group 3; give a multiple of 3"),
         ({"accumulation": 8}, "give a multiple of 24, or smaller groups"),
         ({"global_batch_size": 1, "accumulation": 2}, "--global-batch-size 1"),
     ],

@@ -1,5 +1,8 @@
 """Checkpoints: what is shipped, slim copies, strict loading, students of any version."""
 
+import errno
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import SHIPPED_TEACHER, as_old_run, assert_equal, call, random_teacher, refused, save_teacher
@@ -69,3 +72,30 @@ def test_a_student_of_an_earlier_version_is_todays_student(student_file, tmp_pat
     assert_equal(ours.state_dict(), theirs.state_dict())
     with pytest.raises(UserError, match="history_layers is 2 there and 3 here"):
         checkpoints.load_student(old, given={"history_layers": 3})
+
+
+def test_a_checkpoint_that_is_empty_cut_short_or_flipped_is_refused(tmp_path):
+    path = save_teacher(tmp_path / "teacher.pt", random_teacher())
+    whole = path.read_bytes()
+    assert checkpoints.damaged_member(path) is None
+    half = len(whole) // 2
+    flipped = whole[:half] + bytes([whole[half] ^ 16]) + whole[half + 1 :]
+    for content in (b"", whole[:100], whole[:half], whole[:-1], flipped, b"PK\x03\x04" + whole):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"^--teacher {path}: not a readable checkpoint \(.+\)$"):
+            checkpoints.load_teacher(path)
+    path.write_bytes(flipped)
+    assert "/data/" in checkpoints.damaged_member(path)
+    torch.save({"ema": torch.ones(2)}, path, _use_new_zipfile_serialization=False)  # as torch wrote before 1.6
+    assert checkpoints.damaged_member(path) is None and checkpoints.load(path, "")["ema"].tolist() == [1, 1]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has such a device")
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_what_was_there(tmp_path):
+    path = save_teacher(tmp_path / "teacher.pt", random_teacher())
+    before = path.read_bytes()
+    (tmp_path / "teacher.pt.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError) as full:
+        save_teacher(path, random_teacher(seed=1))
+    assert full.value.errno == errno.ENOSPC
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["teacher.pt"]

@@ -1,18 +1,21 @@
 """Folders of shards: every row where it belongs, damage that is found, a store that broke off."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from helpers import call, contents, refused
+from helpers import assert_equal, call, contents, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
+from runtime.files import file_sha256, release
 from stores.latents import LatentStore
-from stores.shards import ShardStore, ShardWriter
+from stores.shards import ShardStore, ShardWriter, note_of
+from stores.trajectories import TrajectoryBatches, TrajectoryStore
 
 
 def write(folder, count: int, rows_per_shard: int, fail_at: int | None = None):
@@ -89,3 +92,48 @@ def test_repair_removes_what_is_damaged_and_the_same_command_makes_exactly_that_
     assert (folder / "shard-00000.safetensors").stat().st_mtime_ns == untouched
     (folder / "manifest.json").write_text("{")
     assert "no manifest that can be read" in refused(capsys, "stores.trajectories", "repair", folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_a_store_goes_to_data_workers_however_they_are_started(store, method):
+    order = {"global_batch_size": 7, "seed": 3, "context": DistributedContext()}
+    batches = TrajectoryBatches(TrajectoryStore(store), [6, 12, 19, 25], "x0", **order)
+    options = {"batch_size": None, "sampler": range(2, 8)}
+    workers = torch.utils.data.DataLoader(batches, **options, num_workers=1, multiprocessing_context=method)
+    assert_equal(list(workers), list(torch.utils.data.DataLoader(batches, **options)))
+
+
+def test_an_interrupted_dump_leaves_notes_that_the_next_run_uses_and_removes(tmp_path):
+    folder = tmp_path / "store"
+    with pytest.raises(RuntimeError, match="power cut"):
+        write(folder, 10, 3, fail_at=7)
+    release(folder)
+    first = folder / "shard-00000.safetensors"
+    note = json.loads(note_of(first).read_text())
+    assert note == {"rows": 3, "bytes": first.stat().st_size, "sha256": file_sha256(first)}
+    # What the disk made of a shard is not what its hash says: the hash is of what was meant.
+    content = first.read_bytes()
+    first.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    write(folder, 10, 3)
+    assert contents(folder).keys() == {f"shard-{i:05d}.safetensors" for i in range(4)} | {"manifest.json"}
+    with pytest.raises(UserError, match="shard-00000.safetensors: checksum differs"):
+        ShardStore(folder).verify("DIR")
+    first.write_bytes(content)
+    assert ShardStore(folder).verify("DIR") > 0
+
+
+def test_notes_beside_a_finished_store_are_removed(tmp_path):
+    write(tmp_path, 4, 2)
+    before = contents(tmp_path)
+    note_of(tmp_path / "shard-00001.safetensors").write_text("{}")  # killed between the manifest and the notes
+    assert write(tmp_path, 4, 2).complete and contents(tmp_path) == before
+
+
+def test_a_shard_of_another_number_of_shards_is_refused(tmp_path):
+    write(tmp_path, 4, 2)
+    shutil.copyfile(tmp_path / "shard-00001.safetensors", tmp_path / "shard-00002.safetensors")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"holds shards that are not of this run, shard-00002.safetensors first"):
+        write(tmp_path, 4, 2)
+    assert contents(tmp_path) == before
