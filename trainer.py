@@ -52,12 +52,8 @@ def add_training_options(parser: cli.Parser, *, lr: float, batch: int, iteration
     add_precision_option(group, of="matrix products; weights stay fp32", choices=TRAINED)
     group.add_argument("--seed", type=not_negative, default=0, help="Seed of initial weights and data order.")
     add_compile_option(group)
-    group.add_argument(
-        "--checkpoint-activations",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="Compute each block's inside again in the backward pass: a third more time, far less memory.",
-    )
+    again = "Compute each block's inside again in the backward pass: a third more time, far less memory."
+    group.add_argument("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False, help=again)
     group = parser.add_argument_group("run")
     group.add_argument("--results-dir", default="results", help="Folder in which runs are numbered folders.")
     group.add_argument("--run-dir", help="This very folder instead of a numbered one.")
@@ -203,7 +199,7 @@ class Trainer:
         ``run_dir`` holds another run.
         """
         self.context, self.states, self.iterations = context, states, iterations
-        self.global_batch_size = global_batch_size
+        self.batch_sizes = context.describe_batch(global_batch_size)
         self.log_every, self.max_bad_steps, self.num_workers = log_every, max_bad_steps, num_workers
         self.sample_every, self.ckpt_every = sample_every, ckpt_every
         self.snapshot_seconds, self.snapshot_every = 60 * snapshot_minutes, snapshot_every
@@ -230,11 +226,11 @@ class Trainer:
 
         Item n of ``batches`` is this rank's whole batch of step n.
         """
+        self._evaluate_if_due()  # what a kill after the last checkpoint left undone
         if self.step >= self.iterations:
             self.folder.log(f"{self.folder.path}: already at step {self.step}, nothing to do")
             return
-        sizes = self.context.describe_batch(self.global_batch_size)
-        self.folder.log(f"{self.folder.path}: step {self.step} to {self.iterations}, {sizes}")
+        self.folder.log(f"{self.folder.path}: step {self.step} to {self.iterations}, {self.batch_sizes}")
         loader = DataLoader(
             batches,
             batch_size=None,
@@ -275,13 +271,18 @@ class Trainer:
                 self._save(self.folder.save_checkpoint)
             elif self._snapshot_is_due() and not self._skipping():
                 self._save(self.folder.save_snapshot)
-        if self.evaluate is not None and self.eval_every and (self.step % self.eval_every == 0 or last):
-            self.folder.log_scalars("eval", self.step, self.evaluate(self.folder.path / "eval"))
+        self._evaluate_if_due()
         if self._sigterm.is_set() and not last and self.context.is_main:
             # Alone: every rank has the same state, and the others may be gone already.
             self._save(self.folder.save_snapshot)
             self.folder.background.wait()
             raise RunError(f"{self.folder.path}: terminated at step {self.step}; the same command continues from there")
+
+    def _evaluate_if_due(self) -> None:
+        """Evaluate at the steps of ``eval_every`` and at the last one, once."""
+        due = self.eval_every and self.step and (self.step % self.eval_every == 0 or self.step == self.iterations)
+        if due and self.evaluate and not self.context.on_main(lambda: self.folder.has_logged("eval", self.step)):
+            self.folder.log_scalars("eval", self.step, self.evaluate(self.folder.path / "eval"))
 
     def _save(self, write: Callable[[int, dict], None]) -> None:
         """Have the state of all models written in the background."""

@@ -114,6 +114,12 @@ class RunFolder:
             for name, value in scalars.items():
                 self._curves.add_scalar(name, value, step)
 
+    def has_logged(self, kind: str, step: int) -> bool:
+        """Whether log.txt has a line of that kind for the step."""
+        with contextlib.suppress(OSError):
+            return any(line.startswith(f"{kind} {step:07d} ") for line in (self.path / "log.txt").open())
+        return False
+
     @contextmanager
     def open(self, step: int) -> Iterator[None]:
         """Tensorboard's files and the thread that writes, while steps after ``step`` are logged and saved."""

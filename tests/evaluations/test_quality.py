@@ -43,6 +43,19 @@ def test_quality_is_logged_and_leaves_nothing_behind(store, student_file, refere
     assert state_of(reference.parent).items() >= before.items()
 
 
+def test_an_evaluation_that_a_kill_cut_off_is_made_up_for_once(store, student_file, reference, tmp_path):
+    run = tmp_path / "run"
+    quality = {"eval_every": 2, "eval_reference": reference, "eval_features": "digits", "eval_samples": 64}
+    command = ("train_ARD_gan.py", *gan_options(store, student_file, iterations=2, run_dir=run, **quality))
+    call(*command)
+    whole = (run / "log.txt").read_text().splitlines()
+    (run / "log.txt").write_text("\n".join(line for line in whole if not line.startswith("eval ")) + "\n")
+    for _ in range(2):
+        call(*command)
+    found = [line for line in (run / "log.txt").read_text().splitlines() if line.startswith("eval ")]
+    assert found == [line for line in whole if line.startswith("eval ")] and len(found) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
