@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -19,6 +20,7 @@ from typing import Any, NoReturn
 OptionGroup = argparse._ArgumentGroup | argparse.ArgumentParser  # whatever has ``add_argument``
 
 
+RANK_LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed? ?out|broken pipe", re.IGNORECASE)
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
@@ -94,6 +96,13 @@ def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[s
             raise
         where = f" ({error.filename})" if error.filename else ""
         fail(parser, f"{error.strerror}{where}; make room and run the same command again", 1)
+    except RuntimeError as error:
+        if not (int(os.environ.get("WORLD_SIZE", 1)) > 1 and RANK_LOST.search(str(error))):
+            raise
+        reason = str(error).splitlines()[0][:200]
+        fail(
+            parser, f"another rank has died, or has not answered for too long; run the same command again ({reason})", 1
+        )
     except (UserError, RunError) as error:
         if getattr(args, "preset", None) and args.dry_run:
             show_plan({"not_checked": str(error)} | parser.estimate(args), args)
