@@ -229,6 +229,7 @@ class Trainer:
         self._evaluate_if_due()  # what a kill after the last checkpoint left undone
         if self.step >= self.iterations:
             self.folder.log(f"{self.folder.path}: already at step {self.step}, nothing to do")
+            self.folder.release()
             return
         self.folder.log(f"{self.folder.path}: step {self.step} to {self.iterations}, {self.batch_sizes}")
         loader = DataLoader(

@@ -9,6 +9,7 @@ import inspect
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import torch.nn as nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from runtime.cli import OptionGroup, UserError
+from runtime.cli import OptionGroup, RunError, UserError
 
 IMPATIENCE = timedelta(minutes=15)  # a rank that trains on without the others is hung after this
 PATIENCE = timedelta(hours=12)  # a rank that writes or hashes files may take this long
@@ -69,16 +70,16 @@ class DistributedContext:
         return tensor
 
     def on_main(self, work: Callable[[], Result]) -> Result:
-        """What ``work()`` returns in the main rank, on every rank; a ``UserError`` of it is raised on every rank."""
+        """What ``work()`` returns in the main rank, on every rank; its error about files and options is everybody's."""
         outcome: tuple[bool, Any] = (True, None)
         if self.is_main:
             try:
                 outcome = True, work()
-            except UserError as error:
-                outcome = False, str(error)
+            except (UserError, RunError, OSError) as error:
+                outcome = False, error
         done, value = self.broadcast_object(outcome)
         if not done:
-            raise UserError(value)
+            raise value
         return value
 
     def agree(self, value: torch.Tensor) -> bool:
@@ -123,10 +124,30 @@ def setup(device: str = "auto") -> DistributedContext:
     else:
         keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
+        die_with_launcher()
+        watchdog = threading.Timer(IMPATIENCE.total_seconds(), _give_up)  # torch's own timeout does not always fire
+        watchdog.daemon = True
+        watchdog.start()
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method="env://", timeout=IMPATIENCE)
         _patient_group()
+        watchdog.cancel()
     return DistributedContext(rank, world_size, chosen)
+
+
+def _give_up() -> None:
+    minutes = IMPATIENCE.total_seconds() / 60
+    print(
+        f"the other ranks have not come in {minutes:g} minutes; run the same command again", file=sys.stderr, flush=True
+    )
+    os._exit(1)  # the main thread is inside torch and hears nothing
+
+
+def die_with_launcher() -> None:
+    """Have the system end this rank with SIGTERM when torchrun dies, so that none is left behind. Linux only."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl.h
+        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
 
 
 @cache

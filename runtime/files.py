@@ -80,7 +80,9 @@ def claim(folder: Path, option: str) -> None:
     try:
         lock.acquire()
     except Timeout:
-        holder = path.read_text() or "another process"
+        holder = "another process"
+        with contextlib.suppress(OSError):  # it may be leaving right now
+            holder = path.read_text() or holder
         raise UserError(f"{option} {folder}: {holder} is at work there; wait for it, or give another folder") from None
     except (OSError, NotImplementedError):
         return

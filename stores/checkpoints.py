@@ -54,7 +54,8 @@ def load(path: str | Path, option: str) -> dict:
             mapped = zipfile.is_zipfile(path)  # then what is not looked at takes no memory
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds for truncated, foreign and pickled files
-        raise UserError(f"{option} {path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]  # an EOFError says nothing
+        raise UserError(f"{option} {path}: not a readable checkpoint ({reason})") from None
     if not isinstance(content, dict):
         raise UserError(f"{option} {path}: holds a {type(content).__name__}, a checkpoint is a dictionary")
     if isinstance(content.get("config"), dict):

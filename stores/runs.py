@@ -132,8 +132,12 @@ class RunFolder:
         finally:
             if self._curves is not None:
                 self._curves.close()
-            if self.context.is_main:
-                release(self.path)
+            self.release()
+
+    def release(self) -> None:
+        """Give up the folder."""
+        if self.context.is_main:
+            release(self.path)
 
     def preview(self, step: int) -> Path:
         """Where the preview of a step goes."""
@@ -164,7 +168,7 @@ def find_run(config: dict, results_dir: str, run_dir: str | None) -> Path:
     """The folder of the run that this config began, else of a new one: ``results/000-DiT-XL-2``."""
     if run_dir:
         folder = Path(run_dir)
-        if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+        if folder.exists() and not is_fresh(folder):
             found = read_config(folder)
             if found is None:
                 raise UserError(f"--run-dir {folder}: the folder holds other files than a run, give a new one")
@@ -177,6 +181,13 @@ def find_run(config: dict, results_dir: str, run_dir: str | None) -> Path:
             return run
     number = 1 + max((int(path.name[:3]) for path in runs), default=-1)
     return Path(results_dir) / f"{number:03d}-{model_name(config['model']).replace('/', '-')}"
+
+
+def is_fresh(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a run leaves that was killed before its config was written."""
+    checkpoints_of_it = folder / "checkpoints"
+    names = {path.name for path in folder.iterdir()} - {LOCK, "config.json.partial", "checkpoints"}
+    return not names and not (checkpoints_of_it.is_dir() and any(checkpoints_of_it.iterdir()))
 
 
 def read_config(folder: Path) -> dict | None:

@@ -25,6 +25,10 @@ from runtime.files import SharedWriter, atomic_write, claim, release, write_text
 from runtime.provenance import require_same, with_current_keys
 from stores.images import to_uint8
 
+# What reading a damaged .npz may raise: RuntimeError where a bit says that it is encrypted (NotImplementedError
+# is one: another compression), OSError where a position is impossible.
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, RuntimeError, OSError, AttributeError)
+
 
 class SampleWriter(SharedWriter):
     """Fills ``path`` with exactly ``count`` samples, by any number of ranks, and writes a PNG grid of the first 100.
@@ -73,6 +77,9 @@ class SampleWriter(SharedWriter):
 
     def __enter__(self) -> "SampleWriter":
         if self.complete:
+            if self.context.is_main and self.folder.exists():  # of a run that ended just before
+                self._draw_grid()
+                shutil.rmtree(self.folder)
             return self
         self.context.barrier()  # everybody has looked before the main rank begins
         done = self.context.on_main(self._begin)
@@ -133,11 +140,19 @@ class SampleWriter(SharedWriter):
                         member.write(self._read(part, name).tobytes())
             with archive.open("provenance.npy", "w") as member:
                 np.lib.format.write_array(member, np.array(json.dumps(self.provenance)))
-        shown = [self._read(part, "arr_0") for part in parts if range_of(part).start < 100]
-        grid = torch.from_numpy(np.concatenate(shown)[:100]).permute(0, 3, 1, 2)
-        save_grid(self.path.with_suffix(".png"), grid, columns=10)
+        self._draw_grid()
         release(self.folder)
         shutil.rmtree(self.folder)
+
+    def _draw_grid(self) -> None:
+        """A PNG of the first 100 samples of the finished file."""
+        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
+            np.lib.format.read_magic(member)
+            shape, _, _ = np.lib.format.read_array_header_1_0(member)
+            shape = min(100, shape[0]), *shape[1:]
+            images = np.frombuffer(member.read(int(np.prod(shape))), np.uint8).reshape(shape)
+        grid = torch.from_numpy(images.copy()).permute(0, 3, 1, 2)
+        save_grid(self.path.with_suffix(".png"), grid, columns=10)
 
     def _read(self, part: Path, name: str) -> np.ndarray:
         """An array of a part. ``UserError`` where the part is damaged; it is removed, to be drawn again."""
@@ -146,7 +161,7 @@ class SampleWriter(SharedWriter):
                 array = arrays[name]
                 if len(array) == len(range_of(part)):
                     return array
-        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError):
+        except DAMAGED:
             pass
         part.unlink()
         raise UserError(f"--out {self.path}: {part} was damaged and is removed; run the same command again")
@@ -160,8 +175,11 @@ def range_of(part: Path) -> range:
 
 def read_provenance(path: str | Path) -> dict:
     """The provenance that a sample file carries, {} where it has none."""
-    with np.load(path, allow_pickle=False) as file:
-        return with_current_keys(json.loads(str(file["provenance"]))) if "provenance" in file.files else {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return with_current_keys(json.loads(str(file["provenance"]))) if "provenance" in file.files else {}
+    except DAMAGED:
+        raise UserError(f"{path}: not a complete .npz file, it is damaged or something else; remove it") from None
 
 
 def to_rgb(images: torch.Tensor) -> np.ndarray:

@@ -41,7 +41,7 @@ def shard_provenance(path: Path) -> dict:
     try:
         with safe_open(path, "pt") as file:
             return with_current_keys(json.loads((file.metadata() or {})["provenance"]))
-    except (SafetensorError, KeyError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, AttributeError, OSError) as error:
         raise UserError(f"{path}: truncated or not a shard ({error}); delete it and run the same again") from None
 
 
@@ -116,7 +116,7 @@ class ShardWriter(SharedWriter):
         shards = []
         for path in self._paths:
             if note_of(path).is_file():
-                note = json.loads(note_of(path).read_text())
+                note = self._read_note(path)
             else:  # a shard of an earlier version
                 with safe_open(path, "pt") as file:
                     note = {"rows": file.get_slice("label").get_shape()[0]}
@@ -126,6 +126,20 @@ class ShardWriter(SharedWriter):
         write_text(self.folder / "manifest.json", json.dumps(content, indent=2))
         self._remove_notes()
         release(self.folder)
+
+    def _read_note(self, path: Path) -> dict:
+        """What the note of a shard says. ``UserError`` where it is damaged; shard and note are removed, to be made
+        again.
+        """
+        try:
+            note = json.loads(note_of(path).read_text())
+            if note.keys() == {"rows", "bytes", "sha256"} and path.stat().st_size == note["bytes"]:
+                return note
+        except (ValueError, AttributeError):
+            pass
+        path.unlink()
+        note_of(path).unlink()
+        raise UserError(f"{self.option} {note_of(path)}: damaged; removed with its shard, run the same command again")
 
     def _remove_notes(self) -> None:
         for path in self._paths:
@@ -195,7 +209,9 @@ class ShardStore:
         try:
             content = json.loads(manifest.read_text())
             self.provenance, self.shards = with_current_keys(content["provenance"]), content["shards"]
-        except (ValueError, KeyError):
+            if not all({"file", "rows", "bytes", "sha256"} <= shard.keys() for shard in self.shards):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{option} {manifest}: not a manifest of a {self.kind}") from None
         self.tensors = []
         for shard in self.shards:
@@ -203,8 +219,11 @@ class ShardStore:
             if not path.is_file() or path.stat().st_size != shard["bytes"]:
                 found = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
                 raise UserError(f"{option} {path}: {found}, the manifest says {shard['bytes']} bytes; make it again")
-            with safe_open(path, "pt") as file:  # the tensors are views of the mapped file; nothing is read yet
-                self.tensors.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            try:
+                with safe_open(path, "pt") as file:  # the tensors are views of the mapped file; nothing is read yet
+                    self.tensors.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            except SafetensorError as error:
+                raise UserError(f"{option} {path}: damaged or not a shard ({error}); make it again") from None
         self.arrays = [{name: value.numpy() for name, value in tensors.items()} for tensors in self.tensors]
         self._first_row = np.cumsum([0] + [shard["rows"] for shard in self.shards])
 
@@ -231,6 +250,9 @@ class ShardStore:
 
         Provenance is that of ``ShardWriter`` and has "num_classes" as well.
         """
+        absent = {"num_classes", "count"} - self.provenance.keys()
+        if absent:
+            raise UserError(f"{option} {self.folder}/manifest.json: its provenance does not say {min(absent)}")
         classes = self.provenance["num_classes"]
         for shard, tensors in tqdm(list(zip(self.shards, self.tensors, strict=True)), unit="shard", disable=None):
             path = self.folder / shard["file"]

@@ -1,0 +1,143 @@
+"""Single flipped bits and files cut short: refused with a sentence, or made good, or harmless; never anything else."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from bits import (
+    continue_dump,
+    draw_all,
+    outcome,
+    read_finished,
+    read_samples,
+    read_store,
+    read_student,
+    resume,
+    run_by_config,
+    run_by_name,
+    trial,
+)
+from helpers import SMALL, call, checkpoint
+
+from runtime.distributed import DistributedContext
+from runtime.files import file_sha256, release
+from stores.samples import SampleWriter, read_provenance
+from stores.shards import note_of
+
+
+@pytest.fixture(scope="module")
+def run(store, tmp_path_factory) -> Path:
+    """A run with a checkpoint of step 2 and a snapshot of step 3."""
+    folder = tmp_path_factory.mktemp("runs") / "000-DiT-Nano-2"
+    call("train_ARD.py", "--data-path", store, *SMALL, "--iterations", 2, "--run-dir", folder)
+    later = folder.parent / "later"
+    call("train_ARD.py", "--data-path", store, *SMALL, "--iterations", 3, "--run-dir", later)
+    shutil.move(later / "checkpoints/0000003.pt", folder / "checkpoints/latest.pt")
+    shutil.rmtree(later)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def samples(student_file, tmp_path_factory) -> Path:
+    """Sixty samples of a student."""
+    path = tmp_path_factory.mktemp("samples") / "s.npz"
+    call("sample_ARD.py", "--ckpt-path", student_file, "--num-samples", 60, "--out", path)
+    return path
+
+
+def copied(store: Path, folder: Path) -> Path:
+    """A copy of a store, to be damaged."""
+    return Path(shutil.copytree(store, folder / "store"))
+
+
+def expect(found: dict, at_least: int, *, refused: bool = True) -> None:
+    """Only outcomes that are allowed, and the damage was looked at."""
+    assert found.keys() <= {"refused", "equal"}, dict(found)
+    assert found.total() >= at_least and (found["refused"] or not refused), dict(found)
+
+
+@pytest.mark.parametrize("within", [None, 800], ids=["anywhere", "header"])
+def test_a_damaged_shard_is_refused(store, tmp_path, within):
+    folder = copied(store, tmp_path)
+    shard, draw = folder / "shard-00001.safetensors", random.Random(0)
+    found = trial(shard, lambda: read_store(folder), draw, 120, 20, within=within)
+    expect(found, 140)
+    assert found["refused"] == 140  # the checksum covers every bit
+
+
+def test_a_damaged_manifest_is_refused(store, tmp_path):
+    folder = copied(store, tmp_path)
+    expect(trial(folder / "manifest.json", lambda: read_store(folder), random.Random(1), 300, 20), 320)
+
+
+def test_a_dump_does_not_go_on_from_a_damaged_shard_or_note(store, tmp_path):
+    folder = copied(store, tmp_path)
+    provenance = json.loads((folder / "manifest.json").read_text())["provenance"]
+    (folder / "manifest.json").unlink()
+    for shard in folder.glob("*.safetensors"):
+        rows = {"shard-00002.safetensors": 10}.get(shard.name, 20)
+        note = {"rows": rows, "bytes": shard.stat().st_size, "sha256": file_sha256(shard)}
+        note_of(shard).write_text(json.dumps(note))
+    shard, draw = folder / "shard-00000.safetensors", random.Random(2)
+    for path, within in ((shard, 800), (note_of(shard), None)):
+        expect(trial(path, lambda: continue_dump(folder, provenance), draw, 60, 10, within=within), 70)
+    release(folder)
+
+
+def test_a_damaged_checkpoint_is_refused(run):
+    path = run / "checkpoints/latest.pt"
+    for within, seed in ((None, 3), (400, 4)):
+        expect(trial(path, lambda: read_student(path), random.Random(seed), 100, 20, within=within), 120)
+
+
+def test_a_damaged_snapshot_falls_back_to_the_checkpoint_before_it(run, capsys):
+    config = json.loads((run / "config.json").read_text())
+    read, older = (lambda: resume(run, config)), checkpoint(run, 2)
+    found = trial(run / "checkpoints/latest.pt", read, random.Random(5), 40, 8, allowed=(older,))
+    expect(found, 48, refused=False)
+    assert not found["refused"] and "trying the one before it" in capsys.readouterr().out
+    release(run)
+
+
+def test_a_damaged_config_is_no_run_of_ours(run):
+    """By its name the run is refused, among others it is passed over: another number, nothing overwritten."""
+    config, draw = json.loads((run / "config.json").read_text()), random.Random(6)
+    expect(trial(run / "config.json", lambda: run_by_name(run, config), draw, 40, 10), 50)
+    found = trial(run / "config.json", lambda: run_by_config(run, config), draw, 40, 10, allowed=("001-DiT-Nano-2",))
+    expect(found, 50, refused=False)
+    release(run)
+
+
+def test_damaged_samples_are_refused(samples):
+    for within, seed in ((None, 7), (400, 8)):
+        expect(trial(samples, lambda: read_samples(samples), random.Random(seed), 200, 20, within=within), 220)
+
+
+def test_a_header_that_promises_fewer_images_than_there_are_is_refused(samples):
+    damage = samples.read_bytes().replace(b"(60, 8, 8, 3)", b"(20, 8, 8, 3)")
+    wanted, path = read_samples(samples), samples.with_name("fewer.npz")
+    path.write_bytes(damage)
+    assert outcome(lambda: read_samples(path), wanted) == "refused"
+
+
+def test_a_sampler_refuses_a_damaged_file_in_its_place(samples):
+    """It reads the provenance only: what else is damaged, the evaluator finds."""
+    wanted = read_provenance(samples)
+    expect(trial(samples, lambda: read_finished(samples, wanted), random.Random(9), 200, 20), 220)
+
+
+@pytest.mark.parametrize("name", ["provenance.json", "00000000-00000004.npz"])
+def test_unfinished_samples_that_are_damaged_are_refused_or_drawn_again(name, tmp_path):
+    path = tmp_path / "s.npz"
+    writer = SampleWriter(path, 9, {"seed": 1}, DistributedContext())
+    with pytest.raises(RuntimeError, match="power cut"), writer:
+        grey = torch.arange(4).view(4, 1, 1, 1).expand(4, 1, 4, 4) / 127.5 - 1
+        writer.write(list(range(4)), grey, grey, torch.arange(4))
+        writer.wait()
+        raise RuntimeError("power cut")
+    release(path.with_suffix(".partial"))
+    damaged = path.with_suffix(".partial") / name
+    expect(trial(damaged, lambda: draw_all(path), random.Random(10), 80, 20), 100)
