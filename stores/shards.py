@@ -175,7 +175,7 @@ def _is_whole(folder: Path, shard: dict) -> bool:
     return path.is_file() and path.stat().st_size == shard["bytes"] and file_sha256(path) == shard["sha256"]
 
 
-def add_store_commands(commands: Any, verify: Callable[[argparse.Namespace], None]) -> None:
+def add_store_commands(commands: Any, verify: Callable[..., None]) -> None:
     """``verify`` and ``repair``, the same for every store."""
     command = commands.add_parser("verify", help="Check counts, checksums and finiteness.")
     command.add_argument("folder", metavar="DIR", help="Folder of the store.")
