@@ -46,7 +46,7 @@ TINY = {
     "ddp": STUDENT + " --no-compile",  # in a process of its own, with the real compiler, it takes a minute
     "trajectories": "--model DiT-Nano/2 --input-size 4 --batch-size 3 --repeats 1",
     "decode": "--width 4 --input-size 4 --batch-size 3 --repeats 1",
-    "features": "--image-size 8 --batch-size 3 --repeats 1",
+    "features": "--image-size 8 --batch-size 3 --repeats 1 --no-profile",
     "store": "--rows 20 --batch-size 4 --repeats 1",
     "metrics": "--samples 20 --reference 30 --repeats 1",
 }
