@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from models import DiT
+from models_ard import ARD
 from runtime.cli import Parser, UserError, add_dry_run_option, not_negative, positive
 from runtime.distributed import DistributedContext, add_device_option
 from runtime.precision import (
@@ -22,6 +23,7 @@ from runtime.precision import (
     autocast,
     cast_weights,
     compile_blocks,
+    inference_copy,
 )
 from runtime.randomness import LABEL_POLICIES, labels, noise
 from runtime.vae import VAE, Pixels, decoder_precision, load_vae, resolve_name
@@ -123,6 +125,17 @@ class Sampler:
     def save_preview(self, path: Path, count: int = 64) -> None:
         """Write a PNG grid of the first samples."""
         save_grid(path, to_uint8(self(range(count)).images))
+
+
+def student_previews(
+    student: ARD, ema: Callable[[], ARD], vae: VAE | Pixels, device: torch.device, precision: str
+) -> Sampler:
+    """Draws what a student in training makes of the preview noises; ``ema()`` is the average of its weights by then."""
+
+    def draw(noise: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return inference_copy(ema(), precision).sample(noise, y)[:, -1]
+
+    return Sampler(draw, student, vae, device, stream="preview", precision=precision)
 
 
 class SamplingJob:

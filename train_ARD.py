@@ -24,10 +24,10 @@ from models_ard import ARD, MASKS
 from presets import preset
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
-from runtime.precision import autocast, cast_weights, inference_copy, prepare_blocks
+from runtime.precision import autocast, cast_weights, prepare_blocks
 from runtime.provenance import require_same
 from runtime.vae import load_vae
-from sampler import Sampler
+from sampler import student_previews
 from stores import checkpoints
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
 from trainer import (
@@ -127,14 +127,7 @@ def run(args: argparse.Namespace) -> None:
         cast_weights(teacher, args.precision)
         prepare_blocks(teacher.to(context.device), **blocks)
     state = TrainState(student, context, **chosen(args, STATE_OPTIONS))
-    previews = Sampler(
-        lambda noise, y: inference_copy(state.ema, args.precision).sample(noise, y)[:, -1],
-        student,
-        vae,
-        context.device,
-        stream="preview",
-        precision=args.precision,
-    )
+    previews = student_previews(student, lambda: state.ema, vae, context.device, args.precision)
     trainer = Trainer(context, config, {"": state}, preview=previews.save_preview, **chosen(args, RUN_OPTIONS))
 
     for batch in trainer.steps(batches):

@@ -23,11 +23,11 @@ from presets import preset
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
 from runtime.distributed import DistributedContext
-from runtime.precision import autocast, cast_weights, compile_each, inference_copy, prepare_blocks
+from runtime.precision import autocast, cast_weights, compile_each, prepare_blocks
 from runtime.provenance import require_same
 from runtime.randomness import Shuffle, generator, noise
 from runtime.vae import VAE, Pixels, load_vae
-from sampler import Sampler
+from sampler import student_previews
 from stores import checkpoints
 from stores.images import Source, latent_shape, open_source, real_latents
 from stores.latents import is_store
@@ -219,14 +219,7 @@ def run(args: argparse.Namespace) -> None:
         | {"loss": "R+D", "hflip": hflip, "accumulation": args.accumulation}
         | chosen(args, GAN_OPTIONS),
     )
-    previews = Sampler(
-        lambda noise, y: inference_copy(state.ema, args.precision).sample(noise, y)[:, -1],
-        student,
-        vae,
-        context.device,
-        stream="preview",
-        precision=args.precision,
-    )
+    previews = student_previews(student, lambda: state.ema, vae, context.device, args.precision)
     evaluate = None
     if args.eval_every:
         image_size = teacher.input_size * vae.factor

@@ -1,8 +1,6 @@
 """Files of images in ADM's format: an .npz with arr_0 (N, H, W, 3) uint8, read piece by piece."""
 
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +8,7 @@ from typing import Any
 import numpy as np
 
 from runtime.cli import UserError, existing_file
-from runtime.files import atomic_write
-
-# What reading a damaged .npz may raise: RuntimeError where a bit says that it is encrypted (NotImplementedError
-# is one: another compression), OSError where a position is impossible, TokenError from numpy's second try at a header.
-DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, OSError, tokenize.TokenError)
+from runtime.files import DAMAGED_NPZ, atomic_write
 
 
 def write_whole(option: str, path: str | Path, write: Callable) -> None:
@@ -48,7 +42,7 @@ class Images:
                     raise zipfile.BadZipFile
         except KeyError:
             raise UserError(f"{self.what}: has no arr_0, where ADM's format keeps the images") from None
-        except DAMAGED:
+        except DAMAGED_NPZ:
             raise self.damaged from None
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape or fortran:
             found = f"{dtype} {shape}" + (" in Fortran order" if fortran else "")
@@ -74,7 +68,7 @@ class Images:
                     if member.readinto(batch.reshape(-1)) != batch.nbytes:
                         raise EOFError
                     yield start, batch
-        except DAMAGED:
+        except DAMAGED_NPZ:
             raise self.damaged from None
 
     def member(self, name: str) -> np.ndarray | None:
@@ -82,5 +76,5 @@ class Images:
         try:
             with np.load(self.path, allow_pickle=False) as file:
                 return file[name] if name in file.files else None
-        except DAMAGED:
+        except DAMAGED_NPZ:
             raise UserError(f"{self.what}: its member {name} is damaged, or a pickle, which is never loaded") from None

@@ -4,6 +4,9 @@ import contextlib
 import hashlib
 import os
 import platform
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +20,9 @@ from tqdm import tqdm
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
 
+# What reading a damaged .npz may raise: RuntimeError where a bit says that it is encrypted (NotImplementedError is one:
+# another compression), OSError where a position is impossible, TokenError from numpy's second try at a header.
+DAMAGED_NPZ = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, OSError, tokenize.TokenError)
 LOCK = ".lock"  # in a folder that somebody is at work in
 Item = TypeVar("Item")
 

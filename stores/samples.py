@@ -10,7 +10,6 @@
 import json
 import shutil
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,13 +20,9 @@ from torchvision.utils import make_grid
 
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
-from runtime.files import SharedWriter, atomic_write, claim, release, write_text
+from runtime.files import DAMAGED_NPZ, SharedWriter, atomic_write, claim, release, write_text
 from runtime.provenance import require_same, with_current_keys
 from stores.images import to_uint8
-
-# What reading a damaged .npz may raise: RuntimeError where a bit says that it is encrypted (NotImplementedError
-# is one: another compression), OSError where a position is impossible.
-DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, RuntimeError, OSError, AttributeError)
 
 
 class SampleWriter(SharedWriter):
@@ -161,7 +156,7 @@ class SampleWriter(SharedWriter):
                 array = arrays[name]
                 if len(array) == len(range_of(part)):
                     return array
-        except DAMAGED:
+        except (*DAMAGED_NPZ, KeyError, AttributeError):
             pass
         part.unlink()
         raise UserError(f"--out {self.path}: {part} was damaged and is removed; run the same command again")
@@ -178,7 +173,7 @@ def read_provenance(path: str | Path) -> dict:
     try:
         with np.load(path, allow_pickle=False) as file:
             return with_current_keys(json.loads(str(file["provenance"]))) if "provenance" in file.files else {}
-    except DAMAGED:
+    except (*DAMAGED_NPZ, KeyError, AttributeError):
         raise UserError(f"{path}: not a complete .npz file, it is damaged or something else; remove it") from None
 
 
