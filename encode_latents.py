@@ -33,7 +33,9 @@ def build_parser() -> cli.Parser:
     group = parser.add_argument_group("store")
     group.add_argument("--out", required=True, help="Folder of the store.")
     group.add_argument("--dtype", choices=STORED, default="fp16", help="Number format of the stored latents.")
-    group.add_argument("--rows-per-shard", type=cli.positive, default=8192, help="Images of one file.")
+    group.add_argument(
+        "--rows-per-shard", type=cli.positive, default=1024, help="Images of one file, a rank's piece of work."
+    )
     group = parser.add_argument_group("run")
     group.add_argument("--per-proc-batch-size", type=cli.positive, default=64, help="Images of a rank at once.")
     group.add_argument("--num-workers", type=cli.not_negative, default=4, help="Processes of a rank that read images.")

@@ -44,7 +44,9 @@ def build_parser() -> cli.Parser:
         "--store", choices=("both", *TARGETS), default="both", help="Keep predicted x_0, states, or both."
     )
     group.add_argument("--dtype", choices=STORED, default="fp16", help="Number format of the stored points.")
-    group.add_argument("--rows-per-shard", type=cli.positive, default=8192, help="Trajectories of one file.")
+    group.add_argument(
+        "--rows-per-shard", type=cli.positive, default=1024, help="Trajectories of one file, a rank's piece of work."
+    )
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=cli.not_negative, default=0, help="Trajectory i depends on (seed, i) alone.")
     group.add_argument("--label-policy", choices=LABEL_POLICIES, default="balanced", help="Choose labels in this way.")

@@ -80,7 +80,7 @@ class TeacherBatches(Dataset):
 
 
 def run(args: argparse.Namespace) -> None:
-    source = open_source(args.data_path, args.image_size, args.unconditional)
+    source = open_source(args.data_path, args.image_size, args.unconditional, verify=args.verify)
     vae_name = choose_vae(source, args.vae)
     context = distributed.setup(args.device)
     needs_vae = args.sample_every or source.vae is None  # latents are decoded for the previews only

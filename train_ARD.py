@@ -71,13 +71,13 @@ def build_parser() -> cli.Parser:
 
 
 def open_teacher(
-    data_path: str | None, teacher: str | None, *, online: bool, seed: int, **ode_options: Any
+    data_path: str | None, teacher: str | None, *, online: bool, seed: int, verify: bool, **ode_options: Any
 ) -> tuple[DiT, dict, dict, TrajectoryStore | TeacherODE]:
     """The teacher, its config, the provenance of its trajectories, and where they come from: a store or the ODE."""
     if online == bool(data_path):
         raise UserError("--data-path: give the folder of a trajectory store, or else --online and --teacher")
     if data_path:
-        store = TrajectoryStore(data_path)
+        store = TrajectoryStore(data_path, verify=verify)
         return *store.load_teacher(teacher), store.provenance, store
     if not teacher:
         raise UserError("--online: needs --teacher, the checkpoint whose trajectories to make")
@@ -89,7 +89,7 @@ def open_teacher(
 
 def run(args: argparse.Namespace) -> None:
     teacher, teacher_config, provenance, source = open_teacher(
-        args.data_path, args.teacher, online=args.online, seed=args.seed, **chosen(args, ODE_OPTIONS)
+        args.data_path, args.teacher, **chosen(args, ("online", "seed", "verify", *ODE_OPTIONS))
     )
     if args.model:
         size = DiT_models[args.model].keywords

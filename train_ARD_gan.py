@@ -132,7 +132,14 @@ def check_groups(global_batch_size: int, accumulation: int, bn_group: int, conte
 
 
 def open_real(
-    path: str, teacher: DiT, vae_name: str | None, device: torch.device, *, given: str | None, needs_decoder: bool
+    path: str,
+    teacher: DiT,
+    vae_name: str | None,
+    device: torch.device,
+    *,
+    given: str | None,
+    needs_decoder: bool,
+    verify: bool,
 ) -> tuple[Source, VAE | Pixels]:
     """The source of real images and the autoencoder; ``UserError`` where they do not suit the teacher.
 
@@ -141,7 +148,7 @@ def open_real(
     encoded = is_store(path)  # then the autoencoder is needed for pictures only
     vae = load_vae((given or vae_name) if not encoded or needs_decoder else None, device)
     image_size = None if encoded or path == "digits" else teacher.input_size * vae.factor
-    source = open_source(path, image_size, teacher.num_classes == 0, "--real-data-path")
+    source = open_source(path, image_size, teacher.num_classes == 0, "--real-data-path", verify)
     found = {"classes": source.num_classes, "latent shape": latent_shape(source, vae)}
     wanted = {"classes": teacher.num_classes, "latent shape": teacher.latent_shape}
     if encoded:
@@ -174,7 +181,7 @@ def run(args: argparse.Namespace) -> None:
     student, start = checkpoints.load_named_student(
         weights=args.init_weights, **chosen(args, checkpoints.STUDENT_OPTIONS)
     )
-    store = TrajectoryStore(args.data_path)
+    store = TrajectoryStore(args.data_path, verify=args.verify)
     teacher, teacher_config = store.load_teacher(args.teacher)
     origin = start["provenance"]
     if not {*SAME_TEACHER, "grid", "solver_indices", "target"} <= origin.keys():
@@ -196,6 +203,7 @@ def run(args: argparse.Namespace) -> None:
         context.device,
         given=args.vae,
         needs_decoder=bool(args.sample_every or args.eval_every),
+        verify=args.verify,
     )
     hflip = teacher_config["training"].get("hflip", True) if args.hflip is None else args.hflip
     trajectories = TrajectoryBatches(

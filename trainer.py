@@ -23,9 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from runtime import cli
+from runtime import cli, distributed
 from runtime.cli import RunError, UserError, not_negative, positive
-from runtime.distributed import DistributedContext, add_device_option, ignore_sigterm, notice_sigterm, wrapped
+from runtime.distributed import DistributedContext, add_device_option, notice_sigterm, wrapped
 from runtime.precision import TRAINED, add_compile_option, add_precision_option
 from stores import checkpoints
 from stores.runs import RunFolder
@@ -65,6 +65,7 @@ def add_training_options(parser: cli.Parser, *, lr: float, batch: int, iteration
     group.add_argument("--snapshot-every", type=not_negative, default=0, help="Steps between more of them, 0 for none.")
     group.add_argument("--keep", type=not_negative, default=0, help="Checkpoints that are kept, 0 for all.")
     group.add_argument("--num-workers", type=not_negative, default=0, help="Processes of a rank that read data ahead.")
+    group.add_argument("--verify", action="store_true", help="Compare each shard's checksum when it is first read.")
     group.add_argument("--max-bad-steps", type=positive, default=20, help="Non-finite steps in a row that end the run.")
     cli.add_dry_run_option(group)
     add_device_option(group)
@@ -239,14 +240,14 @@ class Trainer:
             num_workers=self.num_workers,
             pin_memory=self.context.device.type == "cuda",
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=ignore_sigterm,
+            worker_init_fn=distributed.ignore_sigterm,
         )
         quiet = None if self.context.is_main else True  # None: unless this is a terminal
         bar = tqdm(total=self.iterations, initial=self.step, unit="step", disable=quiet)
         self._saved = time.monotonic()
         with bar as self._progress, notice_sigterm() as self._sigterm, self.folder.open(self.step):
             self._since = time.perf_counter()
-            for batch in loader:
+            for batch in distributed.read_with_workers(loader):
                 yield {name: value.to(self.context.device, non_blocking=True) for name, value in batch.items()}
         self.folder.log(f"{self.folder.path}: done at step {self.step}")
 

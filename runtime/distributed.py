@@ -4,6 +4,7 @@ Losses never see ranks: every script computes on its share of the indices and me
 functions below.
 """
 
+import atexit
 import ctypes
 import inspect
 import os
@@ -22,6 +23,7 @@ import torch
 import torch.nn as nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from runtime.cli import OptionGroup, RunError, UserError
 
@@ -201,6 +203,17 @@ def notice_sigterm() -> Iterator[Event]:
         yield event
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def read_with_workers(loader: DataLoader) -> Iterator[Any]:
+    """The loader's items. Its workers end with this process, also when that ends by an error.
+
+    Python would send them SIGTERM, which they may ignore, and wait for ever.
+    """
+    items = iter(loader)
+    if loader.num_workers:
+        atexit.register(items._shutdown_workers)  # type: ignore[attr-defined]  # what torch calls when all goes well
+    return items
 
 
 def ignore_sigterm(worker: int) -> None:

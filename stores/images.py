@@ -130,18 +130,22 @@ Source = DigitImages | ImageFolder | LatentStore
 
 
 def open_source(
-    data_path: str, image_size: int | None = None, unconditional: bool = False, option: str = "--data-path"
+    data_path: str,
+    image_size: int | None = None,
+    unconditional: bool = False,
+    option: str = "--data-path",
+    verify: bool = False,
 ) -> Source:
     """The source that an option names: the word "digits", a store of latents, or a folder of images.
 
     ``image_size`` is needed for images; a latent store knows its own and a contradiction is refused. ``unconditional``
-    leaves out the classes.
+    leaves out the classes, ``verify`` compares the checksums of a latent store when it is read.
     """
     source: Source
     if data_path == "digits":
         source = DigitImages()
     elif is_store(data_path):
-        source = LatentStore(data_path, option)
+        source = LatentStore(data_path, option, verify)
     elif image_size is None:
         raise UserError(f"{option} {data_path}: an image folder needs --image-size (256 for DiT-XL/2)")
     else:

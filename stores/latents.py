@@ -33,9 +33,9 @@ class LatentStore(ShardStore):
 
     kind = "latent store"
 
-    def __init__(self, folder: str | Path, option: str = "--data-path"):
+    def __init__(self, folder: str | Path, option: str = "--data-path", verify: bool = False):
         """``UserError`` naming ``option`` when it is missing, unfinished, truncated or another store."""
-        super().__init__(folder, option)
+        super().__init__(folder, option, verify)
         origin = self.provenance
         if origin.get("kind") != KIND:
             raise UserError(f"{option} {folder}: this store holds no latents; encode_latents.py makes one that does")
@@ -58,6 +58,8 @@ class LatentStore(ShardStore):
         for i, (shard, row) in enumerate(self.locate(rows)):
             for name, value in out.items():
                 value[i] = self.arrays[shard][name][row, sides[i]]
+        for value in out.values():
+            self.require_finite(rows, value)
         return {name: torch.from_numpy(value).float() for name, value in out.items()} | {"y": self.labels[rows]}
 
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from runtime.cli import UserError, existing_folder
+from runtime.cli import RunError, UserError, existing_folder
 from runtime.distributed import DistributedContext
 from runtime.files import LOCK, SharedWriter, atomic_write, claim, file_sha256, release, write_text
 from runtime.provenance import require_same, with_current_keys
@@ -198,9 +198,12 @@ class ShardStore:
 
     kind = "store"  # in messages; a subclass says of what
 
-    def __init__(self, folder: str | Path, option: str = "--data-path"):
-        """``UserError`` naming ``option`` when the store is missing, unfinished or truncated."""
-        self.folder, self.option = existing_folder(option, folder), option
+    def __init__(self, folder: str | Path, option: str = "--data-path", verify: bool = False):
+        """``UserError`` naming ``option`` when the store is missing, unfinished or truncated.
+
+        ``verify``: the checksum of each shard is compared when one of its rows is read for the first time.
+        """
+        self.folder, self.option, self.verify_reads = existing_folder(option, folder), option, verify
         manifest = self.folder / "manifest.json"
         if not manifest.is_file():
             shards = len(list(self.folder.glob("shard-*.safetensors")))
@@ -226,12 +229,13 @@ class ShardStore:
                 raise UserError(f"{option} {path}: damaged or not a shard ({error}); make it again") from None
         self.arrays = [{name: value.numpy() for name, value in tensors.items()} for tensors in self.tensors]
         self._first_row = np.cumsum([0] + [shard["rows"] for shard in self.shards])
+        self._unverified = set(range(len(self.shards))) if verify else set()
 
-    def __getstate__(self) -> tuple[str, str]:
+    def __getstate__(self) -> tuple[str, str, bool]:
         """A store travels to data workers as its path, and is mapped anew there."""
-        return str(self.folder.absolute()), self.option
+        return str(self.folder.absolute()), self.option, self.verify_reads
 
-    def __setstate__(self, state: tuple[str, str]) -> None:
+    def __setstate__(self, state: tuple[str, str, bool]) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
     def __len__(self) -> int:
@@ -241,9 +245,30 @@ class ShardStore:
         """The shard that holds each of ``rows`` (B,), and the row in it.
 
         Copying rows one by one out of ``arrays`` is many times faster than torch's indexing, most of all over shards.
+        ``RunError`` when a shard is damaged, if the store was opened with ``verify``.
         """
         owners = np.searchsorted(self._first_row, rows, side="right") - 1
+        for number in self._unverified.intersection(owners.tolist()):
+            if not _is_whole(self.folder, self.shards[number]):
+                raise RunError(
+                    f"{self._damaged([number])}: checksum differs from the manifest's; {self._how_to_repair}"
+                )
+            self._unverified.remove(number)
         return list(zip(owners.tolist(), (rows - self._first_row[owners]).tolist(), strict=True))
+
+    def require_finite(self, rows: np.ndarray, values: np.ndarray) -> None:
+        """``RunError`` that names the shards of those ``rows`` (B,) whose ``values`` (B, ...) are not all finite."""
+        if not np.isfinite(values).all():
+            bad = rows[~np.isfinite(values).all(axis=tuple(range(1, values.ndim)))]
+            files = self._damaged(sorted({shard for shard, _ in self.locate(bad)}))
+            raise RunError(f"{files}: NaN or infinite values; {self._how_to_repair}")
+
+    def _damaged(self, numbers: list[int]) -> str:
+        return f"{self.folder}/" + ", ".join(self.shards[number]["file"] for number in numbers)
+
+    @property
+    def _how_to_repair(self) -> str:
+        return f"python -m {type(self).__module__} repair {self.folder}, then the command that made it, makes it anew"
 
     def verify(self, option: str) -> int:
         """Check checksums, counts, finiteness and labels of the whole store; its size in bytes. ``UserError`` if not.

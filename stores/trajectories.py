@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from diffusion.teacher_ode import TARGETS
 from models import DiT
 from runtime import cli, distributed
-from runtime.cli import RunError, UserError
+from runtime.cli import UserError
 from runtime.distributed import DistributedContext
 from runtime.provenance import require_same
 from runtime.randomness import Shuffle
@@ -39,9 +39,9 @@ class TrajectoryStore(ShardStore):
 
     kind = "trajectory store"
 
-    def __init__(self, folder: str | Path, option: str = "--data-path"):
+    def __init__(self, folder: str | Path, option: str = "--data-path", verify: bool = False):
         """``UserError`` naming ``option`` when the store is missing, unfinished, truncated or of something else."""
-        super().__init__(folder, option)
+        super().__init__(folder, option, verify)
         if "solver_indices" not in self.provenance:
             raise UserError(f"{option} {folder}: this store holds no trajectories; sample_trajectory.py makes one")
         self.solver_indices: list[int] = self.provenance["solver_indices"]
@@ -85,10 +85,7 @@ class TrajectoryStore(ShardStore):
             out[i, 0] = arrays["noise"][row]
             out[i, 1:] = arrays[target][row] if all_columns else arrays[target][row, columns]
             y[i] = arrays["label"][row]
-        if not np.isfinite(out).all():
-            bad = rows[~np.isfinite(out).all(axis=tuple(range(1, out.ndim)))]
-            files = sorted({self.shards[shard]["file"] for shard, _ in self.locate(bad)})
-            raise RunError(f"{self.folder}: NaN or infinite values in {', '.join(files)}; verify and repair the store")
+        self.require_finite(rows, out)
         return torch.from_numpy(out).float(), torch.from_numpy(y)
 
 

@@ -6,11 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import assert_equal, call, contents, refused
+from helpers import SMALL, assert_equal, call, contents, refused, spawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.cli import UserError
+from runtime.cli import RunError, UserError
 from runtime.distributed import DistributedContext
 from runtime.files import file_sha256, release
 from stores.latents import LatentStore
@@ -69,6 +69,47 @@ def test_damaged_stores_are_refused(latent_store, tmp_path):
     (copy / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="not a manifest"):
         LatentStore(copy)
+
+
+def test_a_reader_that_verifies_finds_damage_when_it_meets_it_and_not_before(store, tmp_path, capsys):
+    copy = shutil.copytree(store, tmp_path / "store")
+    shard = copy / "shard-00001.safetensors"  # of rows 20 to 39
+    content = bytearray(shard.read_bytes())
+    content[-40] ^= 1  # the least bit of a number
+    shard.unlink(), shard.write_bytes(content)
+    opened = TrajectoryStore(copy, verify=True)
+    opened.read(np.array([0, 19, 40]), "x0", [0])
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"shard-00001.safetensors: checksum differs .* repair"):
+            opened.read(np.array([3, 20]), "x0", [0])
+    train = ("train_ARD.py", "--data-path", copy, *SMALL, "--iterations", 2)
+    call(*train, "--run-dir", tmp_path / "trusting")
+    with pytest.raises(SystemExit) as stop:
+        call(*train, "--run-dir", tmp_path / "run", "--verify")
+    assert stop.value.code == 1 and "shard-00001.safetensors: checksum differs" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_error_in_a_data_worker_is_a_sentence_and_ends_the_run(store, tmp_path):
+    copy = shutil.copytree(store, tmp_path / "store")
+    shard = copy / "shard-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-40] ^= 1
+    shard.unlink(), shard.write_bytes(content)
+    done = spawn("train_ARD.py", "--data-path", copy, *SMALL, "--iterations", 50, "--run-dir", tmp_path / "run",
+                 "--verify", "--num-workers", 2)  # fmt: skip
+    assert done.returncode == 1 and "shard-00001.safetensors: checksum differs" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_latents_that_are_not_finite_are_refused_by_the_name_of_their_shard(latent_store, tmp_path):
+    copy = shutil.copytree(latent_store, tmp_path / "store")
+    opened = LatentStore(copy)
+    opened.arrays[1] = {name: value.copy() for name, value in opened.arrays[1].items()}
+    opened.arrays[1]["std"][0, 1, 0, 0, 0] = np.nan
+    opened.read(np.array([0, 4]), np.array([False, False]))
+    with pytest.raises(RunError, match=r"shard-00001.safetensors: NaN or infinite values; .* stores.latents repair"):
+        opened.read(np.array([0, 4]), np.array([False, True]))
 
 
 def test_repair_removes_what_is_damaged_and_the_same_command_makes_exactly_that_anew(teacher_file, tmp_path, capsys):
