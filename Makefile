@@ -2,6 +2,7 @@
 PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
+INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt
 
 .PHONY: demo demo-gan test check
 
@@ -12,12 +13,12 @@ demo: .venv/ready
 demo-gan: .venv/ready
 	$(BIN)/python demo.py --seed $(SEED) --gan
 
-test: .venv/ready
+test: .venv/ready-extra
 	$(MAKE) check
 	$(BIN)/python -m pytest -q -n auto -m slow
 
 # Lint, types and the fast tests.
-check: .venv/ready
+check: .venv/ready-extra
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -27,5 +28,10 @@ check: .venv/ready
 .venv/ready: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.txt -c constraints.txt
+	$(INSTALL) -r requirements.txt
+	touch $@
+
+# What the optional features need as well.
+.venv/ready-extra: .venv/ready requirements-extra.txt
+	$(INSTALL) -r requirements-extra.txt
 	touch $@
