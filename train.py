@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from diffusion import create_diffusion
 from diffusion.teacher_ode import TeacherODE
 from models import DiT_models
+from optimiser import STATE_OPTIONS, TrainState
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
 from runtime.distributed import DistributedContext
@@ -23,7 +24,7 @@ from runtime.randomness import Shuffle, generator, noise
 from runtime.vae import load_vae
 from sampler import Sampler
 from stores.images import Source, choose_vae, latent_shape, open_source, real_latents
-from trainer import RESULT_OPTIONS, RUN_OPTIONS, STATE_OPTIONS, Trainer, TrainState, add_training_options
+from trainer import RESULT_OPTIONS, RUN_OPTIONS, Trainer, add_training_options
 
 
 def build_parser() -> cli.Parser:

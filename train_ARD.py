@@ -21,6 +21,7 @@ from diffusion.teacher_ode import (
 from losses import regression_losses
 from models import DiT, DiT_models
 from models_ard import ARD, MASKS
+from optimiser import STATE_OPTIONS, TrainState
 from presets import preset
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
@@ -33,9 +34,7 @@ from stores.trajectories import TrajectoryBatches, TrajectoryStore
 from trainer import (
     RESULT_OPTIONS,
     RUN_OPTIONS,
-    STATE_OPTIONS,
     Trainer,
-    TrainState,
     add_training_options,
 )
 

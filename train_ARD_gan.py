@@ -19,6 +19,7 @@ from evaluations.flops import count_gan_step
 from evaluations.quality import QUALITY_OPTIONS, PeriodicEvaluator, add_quality_options
 from losses import AdversarialLosses, own_history
 from models import DiT, DiT_models
+from optimiser import STATE_OPTIONS, TrainState
 from presets import preset
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
@@ -35,9 +36,7 @@ from stores.trajectories import TrajectoryBatches, TrajectoryStore
 from trainer import (
     RESULT_OPTIONS,
     RUN_OPTIONS,
-    STATE_OPTIONS,
     Trainer,
-    TrainState,
     add_training_options,
 )
 
