@@ -36,7 +36,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 TEACHER = "assets/digits_teacher.pt"
 METHODS = {"step distillation": ["--mask", "M1", "--stack", "0"], "ARD": ["--mask", "M4", "--stack", "2"]}
 GAN = ["--gan-warmup", "150", "--gan-weight", "0.5", "--d-time", "100", "--d-lr", "2e-3"]
-GAN += ["--lr", "1e-3", "--clip", "0.06", "--ema-decay", "0.99"]
+GAN += ["--lr", "1e-3", "--clip", "0.06", "--d-clip", "0.06", "--ema-decay", "0.99"]
 COLUMNS = {
     "model": "model",
     "loss": "loss",

@@ -1,6 +1,7 @@
 """What is trained: a model with its gradient's share of ranks and micro-batches, AdamW, clipping and EMA. No losses."""
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,12 +29,12 @@ class TrainState:
         context: DistributedContext,
         *,
         lr: float,
-        clip: float,
+        clip: float | None,
         global_batch_size: int,
         accumulation: int = 1,
         ema_decay: float | None = None,
     ):
-        """``UserError`` when the batch is too small to be shared."""
+        """``clip`` None clips nothing. ``UserError`` when the batch is too small to be shared."""
         if global_batch_size < context.world_size * accumulation:
             raise UserError(
                 f"--global-batch-size {global_batch_size}: must be at least ranks x --accumulation = "
@@ -43,7 +44,7 @@ class TrainState:
         self.ema: Any = None
         if ema_decay is not None:
             self.ema = copy.deepcopy(self.raw_model).eval().requires_grad_(False)
-        self.context, self.clip, self.ema_decay = context, clip, ema_decay
+        self.context, self.clip, self.ema_decay = context, math.inf if clip is None else clip, ema_decay
         self.global_batch_size, self.accumulation = global_batch_size, accumulation
         self.parameters: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.optimizer: Any = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0, fused=True)

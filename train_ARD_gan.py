@@ -45,7 +45,10 @@ SAME_TEACHER = ("teacher_hash", "vae", "solver", "solver_steps", "cfg_scale", "c
 
 
 # What of the options besides ``RESULT_OPTIONS`` changes the result.
-GAN_OPTIONS = ("init_weights", "gan_weight", "gan_warmup", "rollout", "d_lr", "d_time", "d_width", "bn_group")
+GAN_OPTIONS = (
+    *("init_weights", "gan_weight", "gan_warmup", "rollout"),
+    *("d_lr", "d_clip", "d_time", "d_width", "bn_group"),
+)
 
 
 def build_parser() -> cli.Parser:
@@ -74,6 +77,7 @@ def build_parser() -> cli.Parser:
     group.add_argument("--gan-warmup", type=cli.not_negative, default=3000, help="First steps, without the GAN loss.")
     group.add_argument("--rollout", action="store_true", help="Judge predictions from the student's own history.")
     group.add_argument("--d-lr", type=cli.positive_number, default=1e-3, help="Learning rate of the heads (AdamW).")
+    group.add_argument("--d-clip", type=cli.positive_number, help="Largest norm of their gradient; without it, any.")
     group.add_argument(
         "--d-time", type=cli.not_negative, default=0, help="Diffuse images to this time 0..999 first; 0 is clean."
     )
@@ -244,7 +248,7 @@ def run(args: argparse.Namespace) -> None:
         compile_each(heads.heads)
     options = chosen(args, STATE_OPTIONS)
     state = TrainState(student, context, **options)
-    d_state = TrainState(heads, context, **options | {"lr": args.d_lr, "ema_decay": None})
+    d_state = TrainState(heads, context, **options | {"lr": args.d_lr, "clip": args.d_clip, "ema_decay": None})
     adversarial = AdversarialLosses(
         state.ddp_model,
         d_state.ddp_model,

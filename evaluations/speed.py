@@ -102,7 +102,7 @@ def gan_case(options: dict, context: DistributedContext) -> Case:
     if options["compile"]:
         compile_each(heads.heads)
     state = TrainState(student, context, global_batch_size=size, ema_decay=0.9999, **OPTIMISER)
-    d_state = TrainState(heads, context, global_batch_size=size, **OPTIMISER)
+    d_state = TrainState(heads, context, global_batch_size=size, **OPTIMISER | {"clip": None})
     features = FrozenFeatures(teacher)
     adversarial = AdversarialLosses(
         state.ddp_model, d_state.ddp_model, features, total=context.all_reduce, samples=size

@@ -1,6 +1,8 @@
 """Where artefacts come from: the hash of a model's weights, and the refusal of what does not belong together."""
 
 import hashlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -8,14 +10,22 @@ from runtime.cli import UserError
 
 # Keys of provenance that artefacts of earlier versions have under another name.
 RENAMED_KEYS = {"points": "solver_indices"}
+# Keys that they lack: beside which one each stands, and what was meant without it.
+ADDED_KEYS: list[tuple[str, str, Callable[[dict], Any]]] = [
+    ("gan_weight", "d_clip", lambda training: training.get("clip")),  # the heads were clipped as the student
+]
 
 
 def with_current_keys(config: dict) -> dict:
     """A config or a provenance as this version would write it, read from an artefact of any version."""
-    return {
+    current = {
         RENAMED_KEYS.get(key, key): with_current_keys(value) if isinstance(value, dict) else value
         for key, value in config.items()
     }
+    for beside, key, meant in ADDED_KEYS:
+        if beside in current and key not in current:
+            current[key] = meant(current)
+    return current
 
 
 def weights_hash(state: dict[str, torch.Tensor]) -> str:

@@ -125,6 +125,7 @@ NUMBERS = {
     "--cfg-scale": ((TRAIN, DUMP, TEACHER_SAMPLE), ("nan", "-1", "inf")),
     "--gan-weight": ((TUNE,), ("-1", "nan")),
     "--d-lr": ((TUNE,), ("0", "nan")),
+    "--d-clip": ((TUNE,), ("0", "inf")),
     "--label-dropout": ((TEACH,), ("1", "-1", "nan")),
 }
 

@@ -17,6 +17,7 @@ from helpers import (
     checkpoint,
     gan_options,
     losses,
+    refused,
     scalars,
     spawn,
     start,
@@ -256,3 +257,17 @@ def test_a_student_of_an_earlier_version_is_fine_tuned_as_todays(store, student_
     then, now = scalars(tmp_path / "then"), scalars(tmp_path / "now")
     assert [step["loss"] for step in then] == [step["loss"] for step in now] and len(now) == 2
     assert read_config(tmp_path / "then") == read_config(tmp_path / "now")
+
+
+def test_an_earlier_run_with_a_discriminator_goes_on_with_its_heads_clipped_as_its_student(
+    store, student_file, tmp_path, capsys
+):
+    options = {"clip": 0.5, "iterations": 2}
+    then = gan_options(store, student_file, run_dir=tmp_path / "then", d_clip=0.5, **options)
+    call("train_ARD_gan.py", *then)
+    old = as_old_run(tmp_path / "then", tmp_path / "old")
+    now = gan_options(store, student_file, run_dir=old, **options | {"iterations": 4})
+    assert "training.d_clip is 0.5 there and None here" in refused(capsys, "train_ARD_gan.py", *now)
+    for run in ("old", "then"):
+        call("train_ARD_gan.py", *then, "--iterations", 4, "--run-dir", tmp_path / run)
+    assert_equal(checkpoint(old, 4), checkpoint(tmp_path / "then", 4))
