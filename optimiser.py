@@ -13,7 +13,8 @@ from runtime.cli import UserError
 from runtime.distributed import DistributedContext, wrapped
 from stores import checkpoints
 
-STATE_OPTIONS = ("lr", "clip", "ema_decay", "global_batch_size", "accumulation")  # what ``TrainState`` takes of them
+# What ``TrainState`` takes of the options.
+STATE_OPTIONS = ("lr", "clip", "ema_decay", "ema_warmup", "global_batch_size", "accumulation")
 
 
 class TrainState:
@@ -33,8 +34,12 @@ class TrainState:
         global_batch_size: int,
         accumulation: int = 1,
         ema_decay: float | None = None,
+        ema_warmup: bool = False,
     ):
-        """``clip`` None clips nothing. ``UserError`` when the batch is too small to be shared."""
+        """``clip`` None clips nothing. ``ema_warmup``: the average begins short and grows until ``ema_decay`` holds.
+
+        ``UserError`` when the batch is too small to be shared.
+        """
         if global_batch_size < context.world_size * accumulation:
             raise UserError(
                 f"--global-batch-size {global_batch_size}: must be at least ranks x --accumulation = "
@@ -44,7 +49,9 @@ class TrainState:
         self.ema: Any = None
         if ema_decay is not None:
             self.ema = copy.deepcopy(self.raw_model).eval().requires_grad_(False)
-        self.context, self.clip, self.ema_decay = context, math.inf if clip is None else clip, ema_decay
+        self.context, self.clip = context, math.inf if clip is None else clip
+        self.ema_decay, self.ema_warmup = ema_decay, ema_warmup
+        self.steps = 0
         self.global_batch_size, self.accumulation = global_batch_size, accumulation
         self.parameters: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.optimizer: Any = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0, fused=True)
@@ -92,9 +99,23 @@ class TrainState:
         if self.ema_decay is not None:
             pairs = zip(self.ema.parameters(), self.raw_model.parameters(), strict=True)
             averages = [average for average, own in pairs if own.requires_grad]
-            torch._foreach_lerp_(averages, self.parameters, 1 - self.ema_decay)
+            decay = self.ema_decay
+            if self.ema_warmup:
+                decay = min(decay, (1 + self.steps) / (10 + self.steps))
+            torch._foreach_lerp_(averages, self.parameters, 1 - decay)
+        self.steps += 1
         scalars, self._scalars = self._scalars | {"grad_norm": norm}, {}
         return scalars
+
+    def ema_remark(self, iterations: int) -> str:
+        """What to say of an average that will hardly have left its start after so many steps; empty otherwise."""
+        window = 0 if self.ema_decay is None or self.ema_warmup else round(1 / (1 - self.ema_decay))
+        if window <= iterations:
+            return ""
+        return (
+            f"the EMA is over about {window} steps and keeps much of its start in --iterations {iterations}: give "
+            f"--ema-warmup, or less than --ema-decay {self.ema_decay}, if it is what you will sample"
+        )
 
     def checksum(self) -> torch.Tensor:
         """A number that tells weights apart: their sum in float64, a scalar on the device."""
@@ -107,6 +128,7 @@ class TrainState:
 
     def load(self, content: dict, what: str, suffix: str = "") -> None:
         """Take up the state of a checkpoint; ``what`` names it in messages."""
+        self.steps = content["step"]
         checkpoints.load_weights(self.raw_model, content[f"model{suffix}"], what)
         self.optimizer.load_state_dict(content[f"opt{suffix}"])
         if self.ema is not None:

@@ -27,7 +27,7 @@ from runtime.precision import TRAINED, add_compile_option, add_precision_option
 from stores.runs import RunFolder
 
 # The options that every trainer has and that change its result; they are part of a run's config.
-RESULT_OPTIONS = ("global_batch_size", "lr", "clip", "ema_decay", "precision", "seed")
+RESULT_OPTIONS = ("global_batch_size", "lr", "clip", "ema_decay", "ema_warmup", "precision", "seed")
 # What ``Trainer`` takes of the options.
 RUN_OPTIONS = (
     *("results_dir", "run_dir", "iterations", "global_batch_size", "log_every", "sample_every", "ckpt_every"),
@@ -44,6 +44,8 @@ def add_training_options(parser: cli.Parser, *, lr: float, batch: int, iteration
     group.add_argument("--lr", type=cli.positive_number, default=lr, help="Constant learning rate of AdamW.")
     group.add_argument("--clip", type=cli.positive_number, default=1.0, help="Largest norm of the gradient.")
     group.add_argument("--ema-decay", type=cli.fraction, default=0.9999, help="Decay per step of the EMA of weights.")
+    warmup = "Begin with a decay of 0.1 that grows to --ema-decay, for short runs."
+    group.add_argument("--ema-warmup", action=argparse.BooleanOptionalAction, default=False, help=warmup)
     add_precision_option(group, of="matrix products; weights stay fp32", choices=TRAINED)
     group.add_argument("--seed", type=not_negative, default=0, help="Seed of initial weights and data order.")
     add_compile_option(group)
@@ -131,6 +133,8 @@ class Trainer:
             self.folder.release()
             return
         self.folder.log(f"{self.folder.path}: step {self.step} to {self.iterations}, {self.batch_sizes}")
+        for remark in filter(None, (state.ema_remark(self.iterations) for state in self.states.values())):
+            self.folder.log(remark)
         loader = DataLoader(
             batches,
             batch_size=None,

@@ -13,6 +13,7 @@ RENAMED_KEYS = {"points": "solver_indices"}
 # Keys that they lack: beside which one each stands, and what was meant without it.
 ADDED_KEYS: list[tuple[str, str, Callable[[dict], Any]]] = [
     ("gan_weight", "d_clip", lambda training: training.get("clip")),  # the heads were clipped as the student
+    ("ema_decay", "ema_warmup", lambda training: False),
 ]
 
 

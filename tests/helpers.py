@@ -145,7 +145,7 @@ def arrays(path: Path) -> dict[str, np.ndarray]:
 
 def with_old_keys(config: dict) -> dict:
     """A config or a provenance by the names of the first version, which called the solver's indices points."""
-    names, later = {"solver_indices": "points"}, {"d_clip"}
+    names, later = {"solver_indices": "points"}, {"d_clip", "ema_warmup"}
     kept = {key: value for key, value in config.items() if key not in later}
     return {names.get(key, key): with_old_keys(v) if isinstance(v, dict) else v for key, v in kept.items()}
 

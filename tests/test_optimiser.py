@@ -55,6 +55,25 @@ def test_the_average_follows_the_weights_and_the_gradient_is_clipped():
     torch.testing.assert_close(state.ema.weight, 0.75 * before + 0.25 * module.weight)
 
 
+def test_a_warm_average_begins_short_and_grows_until_its_decay_holds():
+    module = torch.nn.Linear(1, 1)
+    options = {"lr": 0.1, "clip": 1.0, "global_batch_size": 1, "ema_decay": 0.3, "ema_warmup": True}
+    state = TrainState(module, DistributedContext(), **options)
+    wanted = module.weight.clone()
+    for decay in (1 / 10, 2 / 11, 3 / 12, 0.3, 0.3):  # 4/13 would be more
+        state.backward({"loss": module(torch.ones(1, 1))[:, 0]})
+        state.step()
+        wanted = decay * wanted + (1 - decay) * module.weight.detach()
+        torch.testing.assert_close(state.ema.weight.detach(), wanted)
+
+
+def test_an_average_longer_than_the_run_is_remarked_on_once_with_what_helps():
+    options = {"lr": 0.1, "clip": 1.0, "global_batch_size": 1, "ema_decay": 0.9999}
+    state = TrainState(torch.nn.Linear(1, 1), DistributedContext(), **options)
+    assert "--ema-warmup" in state.ema_remark(9999) and not state.ema_remark(10_000)
+    assert not TrainState(torch.nn.Linear(1, 1), DistributedContext(), **options, ema_warmup=True).ema_remark(1)
+
+
 def test_non_finite_gradients_are_skipped_and_counted():
     module = torch.nn.Linear(3, 1)
     network = TrainState(module, DistributedContext(), lr=0.1, clip=1.0, ema_decay=0.5, global_batch_size=2)

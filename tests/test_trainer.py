@@ -12,8 +12,9 @@ from stores import checkpoints
 from stores.runs import RunFolder
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, store):
-    options = ("--data-path", store, *SMALL)
+@pytest.mark.parametrize("more", [(), ("--ema-warmup",)], ids=["plain", "warm average"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, store, capsys, more):
+    options = ("--data-path", store, *SMALL, *more)
     call("train_ARD.py", *options, "--run-dir", tmp_path / "whole", "--iterations", 6)
     call("train_ARD.py", *options, "--run-dir", tmp_path / "parts", "--iterations", 3)
     call("train_ARD.py", *options, "--run-dir", tmp_path / "parts", "--iterations", 6)
@@ -21,6 +22,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, store):
     assert_equal(whole, parts)
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert set(whole) == {"config", "step", "model", "ema", "opt"}
+    assert whole["config"]["training"]["ema_warmup"] is bool(more)
+    assert capsys.readouterr().out.count("give --ema-warmup") == (0 if more else 3)  # once in each of the runs
 
 
 def test_a_finished_run_is_left_alone(tmp_path, store, capsys):
