@@ -33,6 +33,8 @@ from stores.samples import SampleWriter, save_grid
 # Noise (B, C, H, W) and labels (B,), on the device -> latents (B, C, H, W): what a model makes of them.
 Draw = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+PREVIEW_COLUMNS, PREVIEW_ROWS = 10, 6
+
 # What ``SamplingJob`` takes of the options.
 SAMPLING_OPTIONS = (
     *("out", "num_samples", "seed", "label_policy", "class_labels", "weights", "vae", "vae_precision"),
@@ -111,20 +113,24 @@ class Sampler:
     @torch.no_grad()
     def __call__(self, indices: Sequence[int]) -> Samples:
         """The samples of these indices."""
-        z = noise(self.seed, self.stream, indices, self.shape)
         if self.class_labels:
-            y = torch.tensor([self.class_labels[i % len(self.class_labels)] for i in indices])
-        else:
-            y = labels(self.seed, indices, self.num_classes, self.label_policy)
+            return self._labelled(indices, [self.class_labels[i % len(self.class_labels)] for i in indices])
+        return self._labelled(indices, labels(self.seed, indices, self.num_classes, self.label_policy).tolist())
+
+    def _labelled(self, indices: Sequence[int], classes: Sequence[int]) -> Samples:
+        z, y = noise(self.seed, self.stream, indices, self.shape), torch.tensor(classes)
         filler = max(0, self.fill_up_to - len(y))
         full_z, full_y = torch.cat([z, z.new_zeros(filler, *z.shape[1:])]), torch.cat([y, y.new_zeros(filler)])
         with autocast(self.precision, self.device):
             latents = self.draw(full_z.to(self.device), full_y.to(self.device))[: len(y)].float()
         return Samples(latents, self.vae.decode(latents), y)
 
-    def save_preview(self, path: Path, count: int = 64) -> None:
-        """Write a PNG grid of the first samples."""
-        save_grid(path, to_uint8(self(range(count)).images))
+    @torch.no_grad()
+    def save_preview(self, path: Path) -> None:
+        """Write a PNG grid with a column for each class, or for some of many, as far apart as can be."""
+        columns = min(self.num_classes or PREVIEW_COLUMNS, PREVIEW_COLUMNS)
+        classes = [i * self.num_classes // columns for i in range(columns)] * PREVIEW_ROWS
+        save_grid(path, to_uint8(self._labelled(range(len(classes)), classes).images), columns)
 
 
 def student_previews(

@@ -7,13 +7,13 @@ To resume, run the same command again.
 """
 
 import argparse
-from functools import partial
 
 import torch
 from torch.utils.data import Dataset
 
 from diffusion import create_diffusion
 from diffusion.teacher_ode import TeacherODE
+from evaluations.quality import QUALITY_OPTIONS, PeriodicEvaluator, add_quality_options
 from models import DiT_models
 from optimiser import STATE_OPTIONS, TrainState
 from runtime import cli, distributed
@@ -44,7 +44,12 @@ def build_parser() -> cli.Parser:
     group.add_argument("--label-dropout", type=cli.fraction, default=0.1, help="Rate of the null label in training.")
     group.add_argument("--hflip", action=argparse.BooleanOptionalAction, default=True, help="Mirror images at random.")
     add_training_options(parser, lr=1e-4, batch=256, iterations=400_000)
+    add_quality_options(parser)
     return parser
+
+
+# How many steps of the ODE make a picture, and how few the many samples of an evaluation.
+PREVIEW_STEPS, EVALUATION_STEPS = 25, 10
 
 
 class TeacherBatches(Dataset):
@@ -84,7 +89,8 @@ def run(args: argparse.Namespace) -> None:
     source = open_source(args.data_path, args.image_size, args.unconditional, verify=args.verify)
     vae_name = choose_vae(source, args.vae)
     context = distributed.setup(args.device)
-    needs_vae = args.sample_every or source.vae is None  # latents are decoded for the previews only
+    # Latents are decoded for pictures and evaluations only.
+    needs_vae = args.sample_every or args.eval_every or source.vae is None
     vae = load_vae(vae_name if needs_vae else None, context.device)
     channels, side, _ = latent_shape(source, vae)
     torch.manual_seed(args.seed)
@@ -106,17 +112,28 @@ def run(args: argparse.Namespace) -> None:
         "provenance": source.fingerprint,
         "training": chosen(args, RESULT_OPTIONS) | {"label_dropout": args.label_dropout, "hflip": args.hflip},
     }
+
+    def sampler(solver_steps: int) -> Sampler:
+        guidance = 1.5 if args.label_dropout and source.num_classes else 1.0
+
+        def draw(noise: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return TeacherODE(state.ema, solver_steps=solver_steps, cfg_scale=guidance).sample(noise, y)
+
+        return Sampler(draw, model, vae, context.device, stream="preview", precision=args.precision)
+
+    previews, evaluate = sampler(PREVIEW_STEPS), None
+    if args.eval_every:
+        options = chosen(args, QUALITY_OPTIONS)
+        evaluate = PeriodicEvaluator(sampler(EVALUATION_STEPS), context, source.size, **options)
     if args.dry_run:
         plan = {"iterations": args.iterations, "parameters": sum(p.numel() for p in model.parameters())}
         cli.show_plan(config | plan, args)
         return
     prepare_blocks(model, compile=args.compile, checkpoint_activations=args.checkpoint_activations)
     state = TrainState(model, context, **chosen(args, STATE_OPTIONS))
-    guidable = args.label_dropout and source.num_classes
-    ode = TeacherODE(state.ema, cfg_scale=1.5 if guidable else 1.0)
-    previews = Sampler(ode.sample, model, vae, context.device, stream="preview", precision=args.precision)
-    save_preview = partial(previews.save_preview, count=min(64, 8 * max(source.num_classes, 1)))
-    trainer = Trainer(context, config, {"": state}, preview=save_preview, **chosen(args, RUN_OPTIONS))
+    trainer = Trainer(
+        context, config, {"": state}, preview=previews.save_preview, evaluate=evaluate, **chosen(args, RUN_OPTIONS)
+    )
     batches = TeacherBatches(
         source,
         model.latent_shape,

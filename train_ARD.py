@@ -18,6 +18,7 @@ from diffusion.teacher_ode import (
     add_ode_options,
     grid_steps,
 )
+from evaluations.quality import QUALITY_OPTIONS, PeriodicEvaluator, add_quality_options
 from losses import regression_losses
 from models import DiT, DiT_models
 from models_ard import ARD, MASKS
@@ -66,6 +67,7 @@ def build_parser() -> cli.Parser:
         help="Add a learned vector per step to the tokens.",
     )
     add_training_options(parser, lr=1e-4, batch=64, iterations=300_000)
+    add_quality_options(parser)
     return parser
 
 
@@ -105,7 +107,8 @@ def run(args: argparse.Namespace) -> None:
         batches = OnlineBatches(source, solver_indices, args.target, precision=args.precision, **order)
     else:
         batches = TrajectoryBatches(source, solver_indices, args.target, **order)
-    vae = load_vae((args.vae or teacher_config["vae"]) if args.sample_every else None, context.device)
+    needs_vae = args.sample_every or args.eval_every
+    vae = load_vae((args.vae or teacher_config["vae"]) if needs_vae else None, context.device)
 
     config = checkpoints.student_config(
         student,
@@ -116,6 +119,11 @@ def run(args: argparse.Namespace) -> None:
         target=args.target,
         training=chosen(args, RESULT_OPTIONS) | {"loss": "R"},
     )
+    previews = student_previews(student, lambda: state.ema, vae, context.device, args.precision)
+    evaluate = None
+    if args.eval_every:
+        image_size = student.input_size * vae.factor
+        evaluate = PeriodicEvaluator(previews, context, image_size, **chosen(args, QUALITY_OPTIONS))
     if args.dry_run:
         plan = {"iterations": args.iterations, "ranks": context.describe_batch(args.global_batch_size)}
         cli.show_plan(config | plan, args)
@@ -126,8 +134,9 @@ def run(args: argparse.Namespace) -> None:
         cast_weights(teacher, args.precision)
         prepare_blocks(teacher.to(context.device), **blocks)
     state = TrainState(student, context, **chosen(args, STATE_OPTIONS))
-    previews = student_previews(student, lambda: state.ema, vae, context.device, args.precision)
-    trainer = Trainer(context, config, {"": state}, preview=previews.save_preview, **chosen(args, RUN_OPTIONS))
+    trainer = Trainer(
+        context, config, {"": state}, preview=previews.save_preview, evaluate=evaluate, **chosen(args, RUN_OPTIONS)
+    )
 
     for batch in trainer.steps(batches):
         if isinstance(batches, OnlineBatches):

@@ -262,7 +262,6 @@ def run(args: argparse.Namespace) -> None:
         {"": state, "_d": d_state},
         preview=previews.save_preview,
         evaluate=evaluate,
-        eval_every=args.eval_every,
         **chosen(args, RUN_OPTIONS),
     )
 

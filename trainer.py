@@ -31,7 +31,7 @@ RESULT_OPTIONS = ("global_batch_size", "lr", "clip", "ema_decay", "ema_warmup", 
 # What ``Trainer`` takes of the options.
 RUN_OPTIONS = (
     *("results_dir", "run_dir", "iterations", "global_batch_size", "log_every", "sample_every", "ckpt_every"),
-    *("snapshot_minutes", "snapshot_every", "keep", "num_workers", "max_bad_steps"),
+    *("snapshot_minutes", "snapshot_every", "eval_every", "keep", "num_workers", "max_bad_steps"),
 )
 
 

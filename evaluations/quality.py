@@ -1,4 +1,4 @@
-"""FID, precision and recall of a student while it trains, on a small fixed set of noises: to see a collapse early.
+"""FID, precision and recall of a model while it trains, on a small fixed set of noises: to see a collapse early.
 
 The figures are the evaluator's own, of few samples: to compare steps of one run, not runs with papers.
 """
@@ -47,7 +47,7 @@ class PeriodicEvaluator:
         reference = Images("--eval-reference", eval_reference)
         if (reference.width, reference.height) != (image_size, image_size):
             raise UserError(
-                f"{reference.what}: {reference.width}x{reference.height} images, the student's are "
+                f"{reference.what}: {reference.width}x{reference.height} images, this model's are "
                 f"{image_size}x{image_size}"
             )
         network = extractor(eval_features)

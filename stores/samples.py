@@ -183,8 +183,8 @@ def to_rgb(images: torch.Tensor) -> np.ndarray:
 
 
 def save_grid(path: str | Path, images: torch.Tensor, columns: int | None = None) -> None:
-    """Write images (B, 1 or 3, H, W) uint8 as one PNG; small ones are enlarged by whole factors."""
-    grid = make_grid(images.cpu().float(), nrow=columns or round(len(images) ** 0.5), padding=1, pad_value=128)
+    """Write images (B, 1 or 3, H, W) uint8 as one PNG on white; small ones are enlarged by whole factors."""
+    grid = make_grid(images.cpu().float(), nrow=columns or round(len(images) ** 0.5), padding=1, pad_value=255)
     picture = Image.fromarray(grid.permute(1, 2, 0).numpy().astype(np.uint8))
     factor = max(1, 48 // images.shape[-1])
     enlarged = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)

@@ -5,10 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import arrays, call, spawn
+from helpers import arrays, call, random_teacher, spawn
+from PIL import Image
 
 from models_ard import ARD
 from runtime.randomness import labels, noise
+from runtime.vae import Pixels
+from sampler import Sampler
 from stores import checkpoints
 from stores.images import to_uint8
 
@@ -26,6 +29,24 @@ def test_samples_are_those_of_the_model(student_file, tmp_path):
     provenance = json.loads(str(found["provenance"]))
     assert {"teacher_hash", "weights_hash", "sample_seed", "cfg_scale", "solver_indices", "target"} <= provenance.keys()
     assert (tmp_path / "s.png").exists() and not (tmp_path / "s.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "classes, columns",
+    [(3, [0, 1, 2]), (10, list(range(10))), (25, [0, 2, 5, 7, 10, 12, 15, 17, 20, 22]), (0, [0] * 10)],
+)
+def test_a_preview_has_a_column_for_each_class_or_for_some_of_many(classes, columns, tmp_path):
+    def draw(noise, y):
+        seen.append(y)
+        return noise * 0 - 1
+
+    seen, model = [], random_teacher(num_classes=classes)
+    Sampler(draw, model, Pixels(), torch.device("cpu")).save_preview(tmp_path / "preview.png")
+    assert seen[0].view(6, -1).tolist() == [columns] * 6
+    with Image.open(tmp_path / "preview.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    assert pixels.shape == (6 * (6 * 9 + 1), 6 * (len(columns) * 9 + 1))  # 8 pixels, a line between, six times as large
+    assert set(np.unique(pixels)) == {0, 255} and pixels[0, 0] == 255 and (pixels == 0).mean() > 0.7
 
 
 @pytest.mark.slow

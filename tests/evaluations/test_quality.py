@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import call, gan_options, refused, scalars, state_of
+from helpers import NANO_TEACHER, SMALL, call, gan_options, refused, scalars, state_of
 
 from evaluations.evaluator import evaluate
 from evaluations.quality import PeriodicEvaluator
@@ -43,10 +43,16 @@ def test_quality_is_logged_and_leaves_nothing_behind(store, student_file, refere
     assert state_of(reference.parent).items() >= before.items()
 
 
-def test_an_evaluation_that_a_kill_cut_off_is_made_up_for_once(store, student_file, reference, tmp_path):
+@pytest.mark.parametrize("script", ["train.py", "train_ARD.py", "train_ARD_gan.py"])
+def test_an_evaluation_that_a_kill_cut_off_is_made_up_for_once(script, store, student_file, reference, tmp_path):
     run = tmp_path / "run"
-    quality = {"eval_every": 2, "eval_reference": reference, "eval_features": "digits", "eval_samples": 64}
-    command = ("train_ARD_gan.py", *gan_options(store, student_file, iterations=2, run_dir=run, **quality))
+    options = {
+        "train.py": (*NANO_TEACHER, "--data-path", "digits", "--global-batch-size", 12),
+        "train_ARD.py": (*SMALL, "--data-path", store),
+        "train_ARD_gan.py": gan_options(store, student_file),
+    }[script]
+    quality = ("--eval-every", 2, "--eval-reference", reference, "--eval-features", "digits", "--eval-samples", 64)
+    command = (script, *options, *quality, "--iterations", 2, "--run-dir", run)
     call(*command)
     whole = (run / "log.txt").read_text().splitlines()
     (run / "log.txt").write_text("\n".join(line for line in whole if not line.startswith("eval ")) + "\n")
@@ -60,7 +66,7 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_up_for_once(store, student_fi
     ("changes", "words"),
     [
         ({"eval_reference": "absent.npz"}, "--eval-reference absent.npz: no such file"),
-        ({"eval_reference": "LARGE"}, "16x16 images, the student's are 8x8"),
+        ({"eval_reference": "LARGE"}, "16x16 images, this model's are 8x8"),
         ({"eval_samples": 63}, "--eval-samples 63: FID needs at least 64 samples"),
     ],
 )
