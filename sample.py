@@ -18,13 +18,14 @@ def build_parser() -> cli.Parser:
     parser.add_presets(preset("sample.py"))
     group = parser.add_argument_group("teacher and its ODE")
     group.add_argument("--teacher", required=True, help="Sample this checkpoint.")
+    checkpoints.add_heads_option(group)
     add_ode_options(group)
     add_sampling_options(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    teacher, config = checkpoints.load_teacher(args.teacher, weights=args.weights)
+    teacher, config = checkpoints.load_teacher(args.teacher, weights=args.weights, heads=args.teacher_heads)
     ode = TeacherODE(teacher, **chosen(args, ODE_OPTIONS))
     config["provenance"] |= ode.provenance
     context = distributed.setup(args.device)

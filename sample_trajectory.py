@@ -33,6 +33,7 @@ def build_parser() -> cli.Parser:
     parser.add_presets(preset("sample_trajectory.py"))
     group = parser.add_argument_group("teacher and its ODE")
     group.add_argument("--teacher", required=True, help="Checkpoint of the teacher.")
+    checkpoints.add_heads_option(group)
     group.add_argument("--teacher-weights", choices=("ema", "raw"), default="ema", help="Use these of its weights.")
     add_ode_options(group)
     group = parser.add_argument_group("store")
@@ -59,7 +60,7 @@ def build_parser() -> cli.Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    teacher, config = checkpoints.load_teacher(args.teacher, weights=args.teacher_weights)
+    teacher, config = checkpoints.load_teacher(args.teacher, weights=args.teacher_weights, heads=args.teacher_heads)
     ode = TeacherODE(teacher, **chosen(args, ODE_OPTIONS))
     try:
         solver_indices = grid_steps(args.steps, args.grid, args.solver_steps)

@@ -7,6 +7,7 @@ To resume, run the same command again.
 """
 
 import argparse
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 from diffusion import create_diffusion
 from diffusion.teacher_ode import TeacherODE
 from evaluations.quality import QUALITY_OPTIONS, PeriodicEvaluator, add_quality_options
-from models import DiT_models
+from models import DiT, DiT_models
 from optimiser import STATE_OPTIONS, TrainState
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
@@ -25,6 +26,9 @@ from runtime.vae import load_vae
 from sampler import Sampler
 from stores.images import Source, choose_vae, latent_shape, open_source, real_latents
 from trainer import RESULT_OPTIONS, RUN_OPTIONS, Trainer, add_training_options
+
+MODELS = ", ".join(DiT_models)
+SIZES = {"depth": "depth", "width": "hidden_size", "heads": "num_heads", "patch": "patch_size"}  # option: argument
 
 
 def build_parser() -> cli.Parser:
@@ -40,7 +44,12 @@ def build_parser() -> cli.Parser:
         "--vae", help="Autoencoder: ema, mse, a folder or hub id; none, the default for images, is a model of pixels."
     )
     group.add_argument("--unconditional", action="store_true", help="Use no classes; an image folder may be flat then.")
-    group.add_argument("--model", required=True, choices=DiT_models, metavar="NAME", help=", ".join(DiT_models))
+    group.add_argument("--model", choices=DiT_models, metavar="NAME", help=MODELS)
+    of_model = "instead of that of --model."
+    group.add_argument("--depth", type=cli.positive, help=f"Number of blocks, {of_model}")
+    group.add_argument("--width", type=cli.positive, help=f"Numbers of a token, {of_model}")
+    group.add_argument("--heads", type=cli.positive, help=f"Attention heads, {of_model}")
+    group.add_argument("--patch", type=cli.positive, help=f"Side of a patch in pixels or latents, {of_model}")
     group.add_argument("--label-dropout", type=cli.fraction, default=0.1, help="Rate of the null label in training.")
     group.add_argument("--hflip", action=argparse.BooleanOptionalAction, default=True, help="Mirror images at random.")
     add_training_options(parser, lr=1e-4, batch=256, iterations=400_000)
@@ -85,7 +94,20 @@ class TeacherBatches(Dataset):
         }
 
 
+def model_shape(model: str | None, **sizes: int | None) -> tuple[dict[str, Any], str]:
+    """The arguments of ``DiT`` that a named size and the options beside it stand for, and these options in words."""
+    named: dict[str, Any] = DiT_models[model].keywords if model else {}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    shape = named | {SIZES[name]: value for name, value in given.items()}
+    words = " ".join([f"--model {model}"] * bool(model) + [f"--{name} {value}" for name, value in given.items()])
+    missing = [f"--{name}" for name, argument in SIZES.items() if argument not in shape]
+    if missing:
+        raise UserError(f"{words or '--model'}: give {', '.join(missing)} as well, or a --model, one of {MODELS}")
+    return shape, words
+
+
 def run(args: argparse.Namespace) -> None:
+    shape, sizes_given = model_shape(**chosen(args, ("model", *SIZES)))
     source = open_source(args.data_path, args.image_size, args.unconditional, verify=args.verify)
     vae_name = choose_vae(source, args.vae)
     context = distributed.setup(args.device)
@@ -96,14 +118,15 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     try:
         # Labels are dropped by the data, a function of the index: the model itself stays in eval mode throughout.
-        model = DiT_models[args.model](
+        model = DiT(
+            **shape,
             input_size=side,
             in_channels=channels,
             num_classes=source.num_classes,
             class_dropout_prob=args.label_dropout,
         ).eval()
     except ValueError as error:
-        raise UserError(f"--model {args.model} does not fit --data-path {args.data_path}: {error}") from None
+        raise UserError(f"{sizes_given}: does not fit --data-path {args.data_path}: {error}") from None
 
     config = {
         "kind": "teacher",

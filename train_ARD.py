@@ -46,6 +46,7 @@ def build_parser() -> cli.Parser:
     group = parser.add_argument_group("teacher")
     group.add_argument("--data-path", help="Train on this trajectory store of sample_trajectory.py.")
     group.add_argument("--teacher", help="Checkpoint of the teacher; without it, the one that the store names.")
+    checkpoints.add_heads_option(group)
     group.add_argument("--online", action="store_true", help="Make trajectories in each step instead of reading them.")
     group.add_argument("--vae", help="Load the teacher's autoencoder from this folder or hub id instead of by name.")
     add_ode_options(parser.add_argument_group("the teacher's ODE, with --online"))
@@ -72,17 +73,24 @@ def build_parser() -> cli.Parser:
 
 
 def open_teacher(
-    data_path: str | None, teacher: str | None, *, online: bool, seed: int, verify: bool, **ode_options: Any
+    data_path: str | None,
+    teacher: str | None,
+    *,
+    teacher_heads: int | None,
+    online: bool,
+    seed: int,
+    verify: bool,
+    **ode_options: Any,
 ) -> tuple[DiT, dict, dict, TrajectoryStore | TeacherODE]:
     """The teacher, its config, the provenance of its trajectories, and where they come from: a store or the ODE."""
     if online == bool(data_path):
         raise UserError("--data-path: give the folder of a trajectory store, or else --online and --teacher")
     if data_path:
         store = TrajectoryStore(data_path, verify=verify)
-        return *store.load_teacher(teacher), store.provenance, store
+        return *store.load_teacher(teacher, teacher_heads), store.provenance, store
     if not teacher:
         raise UserError("--online: needs --teacher, the checkpoint whose trajectories to make")
-    model, config = checkpoints.load_teacher(teacher)
+    model, config = checkpoints.load_teacher(teacher, heads=teacher_heads)
     ode = TeacherODE(model, **ode_options)
     made = {"seed": seed, "label_policy": "balanced", "online": True}
     return model, config, config["provenance"] | ode.provenance | made, ode
@@ -90,7 +98,7 @@ def open_teacher(
 
 def run(args: argparse.Namespace) -> None:
     teacher, teacher_config, provenance, source = open_teacher(
-        args.data_path, args.teacher, **chosen(args, ("online", "seed", "verify", *ODE_OPTIONS))
+        args.data_path, args.teacher, **chosen(args, ("teacher_heads", "online", "seed", "verify", *ODE_OPTIONS))
     )
     if args.model:
         size = DiT_models[args.model].keywords

@@ -58,6 +58,7 @@ def build_parser() -> cli.Parser:
     checkpoints.add_student_options(group)
     group.add_argument("--init-weights", choices=("ema", "raw"), default="ema", help="Start at these of its weights.")
     group.add_argument("--teacher", help="Checkpoint of the teacher; without it, the one that the store names.")
+    checkpoints.add_heads_option(group)
     group = parser.add_argument_group("data")
     group.add_argument("--data-path", required=True, help="Train on this trajectory store of sample_trajectory.py.")
     group.add_argument(
@@ -185,7 +186,7 @@ def run(args: argparse.Namespace) -> None:
         weights=args.init_weights, **chosen(args, checkpoints.STUDENT_OPTIONS)
     )
     store = TrajectoryStore(args.data_path, verify=args.verify)
-    teacher, teacher_config = store.load_teacher(args.teacher)
+    teacher, teacher_config = store.load_teacher(args.teacher, args.teacher_heads)
     origin = start["provenance"]
     if not {*SAME_TEACHER, "grid", "solver_indices", "target"} <= origin.keys():
         raise UserError(
@@ -195,7 +196,7 @@ def run(args: argparse.Namespace) -> None:
     require_same(
         f"--data-path {args.data_path}: not the trajectories that the student was trained on",
         store.provenance,
-        {name: origin[name] for name in SAME_TEACHER},
+        {name: origin.get(name) for name in (*SAME_TEACHER, "teacher_heads")},
     )
     context = distributed.setup(args.device)
     check_groups(args.global_batch_size, args.accumulation, args.bn_group, context)

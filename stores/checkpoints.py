@@ -27,6 +27,7 @@ from runtime.files import atomic_write
 from runtime.provenance import require_same, weights_hash, with_current_keys
 from stores import foreign_weights
 
+HEADS = "--teacher-heads"
 Model = TypeVar("Model", bound=DiT)
 
 
@@ -119,12 +120,24 @@ def _build(kind: type[Model], shape: dict, what: str) -> Model:
         raise UserError(f"{what}: {error}") from None
 
 
-def load_teacher(source: str | Path, option: str = "--teacher", weights: str = "ema") -> tuple[DiT, dict]:
+def add_heads_option(group: OptionGroup) -> None:
+    """``--teacher-heads``, beside every ``--teacher``."""
+    group.add_argument(
+        HEADS, type=positive, help="Its attention heads, where its file has no config and an unknown size."
+    )
+
+
+def load_teacher(
+    source: str | Path, option: str = "--teacher", weights: str = "ema", heads: int | None = None
+) -> tuple[DiT, dict]:
     """A teacher and its config, with ``provenance`` {"teacher", "teacher_hash", "teacher_weights", "vae"} filled in.
 
     ``source`` is a checkpoint of ours, an official or diffusers' DiT (file, folder, official name or hub id). Weights
-    that came alone are "ema", as the official ones are. ``UserError`` names what is missing or does not fit.
+    that came alone are "ema", as the official ones are. ``heads`` is the number of attention heads where the file does
+    not say it; where it is not that of a known size, ``provenance`` has it as "teacher_heads". ``UserError`` names what
+    is missing or does not fit.
     """
+    bare = False
     path, what = foreign_weights.find(source, option), f"{option} {source}"
     if path.is_dir():
         config_path, weights_path = foreign_weights.diffusers_files(path, option)
@@ -138,7 +151,10 @@ def load_teacher(source: str | Path, option: str = "--teacher", weights: str = "
             config, state = _own(content, "teacher", weights, what)
         else:
             state = foreign_weights.official_state(content, weights, what)
-            config = _foreign_config("teacher", foreign_weights.dit_config(state, what))
+            config, bare = _foreign_config("teacher", foreign_weights.dit_config(state, what, heads, HEADS)), True
+    own = config["model"]["num_heads"]
+    if heads not in (None, own):
+        raise UserError(f"{HEADS} {heads}: {what} has {own}, leave the option out")
     model = _build(DiT, config["model"], what)
     load_weights(model, state, what)
     provenance = {
@@ -147,6 +163,8 @@ def load_teacher(source: str | Path, option: str = "--teacher", weights: str = "
         "teacher_weights": weights,
         "vae": config["vae"],
     }
+    if bare and own != foreign_weights.heads_of_size(config["model"]):
+        provenance["teacher_heads"] = own
     return model.eval(), {**config, "provenance": provenance}
 
 

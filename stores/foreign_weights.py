@@ -9,6 +9,7 @@ its autoencoder: models of 4 channels are taken to work on Stable Diffusion's la
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -91,11 +92,18 @@ def official_state(content: dict, weights: str, what: str) -> State:
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
-def dit_config(state: State, what: str) -> dict:
+def heads_of_size(shape: dict) -> int | None:
+    """The attention heads of the size in ``DiT_models`` with this depth, width and patch; None where there is none."""
+    names = ("depth", "hidden_size", "patch_size")
+    sizes = [build.keywords for build in DiT_models.values()]
+    return next((size["num_heads"] for size in sizes if all(size[name] == shape[name] for name in names)), None)
+
+
+def dit_config(state: State, what: str, heads: int | None = None, heads_option: str = "") -> dict:
     """The arguments of ``DiT`` for a state dict with its names, read off the shapes.
 
-    The number of attention heads leaves no trace in them: it is that of the size in ``DiT_models`` with this depth,
-    width and patch. ``UserError`` when there is none, or when shapes contradict each other.
+    The number of attention heads leaves no trace in them: it is ``heads``, else ``heads_of_size``. ``UserError`` when
+    neither is there (the option could say it), or when shapes contradict each other.
     """
     try:
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
@@ -107,25 +115,30 @@ def dit_config(state: State, what: str) -> dict:
         raise UserError(f"{what}: not the weights of a DiT (missing or misshapen: {error})") from None
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     shape = dict(depth=depth, hidden_size=width, patch_size=patch)
-    sizes = [build.keywords for build in DiT_models.values() if shape.items() <= build.keywords.items()]
-    if not sizes:
+    heads = heads or heads_of_size(shape)
+    if heads is None:
         raise UserError(
             f"{what}: depth {depth}, width {width} and patch {patch} are none of the sizes that this project knows "
             f"({', '.join(DiT_models)}), and the file does not say its number of attention heads"
+            + (f": give it by {heads_option}" if heads_option else "")
         )
+    ratio = hidden / width
+    if int(width * ratio) != hidden:  # rounded down by DiT
+        ratio = math.nextafter(ratio, math.inf)
     side = round(tokens**0.5)
-    ratio = outputs / (patch * patch * channels)
-    if side * side != tokens or ratio not in (1, 2):
+    halves = outputs / (patch * patch * channels)
+    if side * side != tokens or halves not in (1, 2):
         raise UserError(
             f"{what}: {tokens} positions or {outputs} outputs do not fit a square DiT of {channels} channels"
         )
-    return sizes[0] | dict(
+    return shape | dict(
+        num_heads=heads,
         input_size=side * patch,
         in_channels=channels,
-        mlp_ratio=hidden / width,
+        mlp_ratio=ratio,
         class_dropout_prob=0.1,  # of the rows of the label table one is the null label's
         num_classes=rows - 1,
-        learn_sigma=ratio == 2,
+        learn_sigma=halves == 2,
     )
 
 

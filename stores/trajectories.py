@@ -51,11 +51,16 @@ class TrajectoryStore(ShardStore):
         """(C, H, W) of each point."""
         return tuple(self.tensors[0]["noise"].shape[1:])
 
-    def load_teacher(self, path: str | None = None) -> tuple[DiT, dict]:
-        """The teacher whose trajectories these are, from ``path`` or where the store says; another one is refused."""
-        weights = self.provenance["teacher_weights"]
-        teacher, config = checkpoints.load_teacher(path or self.provenance["teacher"], weights=weights)
+    def load_teacher(self, path: str | None = None, heads: int | None = None) -> tuple[DiT, dict]:
+        """The teacher whose trajectories these are, from ``path`` or where the store says; another one is refused.
+
+        ``heads`` as for ``checkpoints.load_teacher``, by default what the dump was told.
+        """
+        weights, heads = self.provenance["teacher_weights"], heads or self.provenance.get("teacher_heads")
+        teacher, config = checkpoints.load_teacher(path or self.provenance["teacher"], weights=weights, heads=heads)
         mine = {name: config["provenance"][name] for name in ("teacher_hash", "vae")}
+        if "teacher_heads" in self.provenance | config["provenance"]:
+            mine["teacher_heads"] = teacher.config["num_heads"]
         require_same(f"--data-path {self.folder}: these trajectories are another teacher's", self.provenance, mine)
         return teacher, config
 

@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import NANO_TEACHER, assert_equal, call, checkpoint, losses, refused
+from helpers import NANO_TEACHER, SMALL, assert_equal, call, checkpoint, losses, refused
 from PIL import Image
 
 from stores import checkpoints
@@ -60,6 +60,39 @@ def test_a_flat_folder_trains_without_classes(image_folder, tmp_path, capsys):
     call("train.py", *options, "--unconditional")
     teacher, _ = checkpoints.load_teacher(tmp_path / "run" / "checkpoints" / "0000001.pt")
     assert teacher.num_classes == 0 and len(teacher.y_embedder.embedding_table.weight) == 1
+
+
+def test_a_model_of_any_size_is_trained_and_goes_on_to_a_student(tmp_path, capsys):
+    size = ("--depth", 2, "--width", 24, "--heads", 3, "--patch", 4)
+    options = ("train.py", *NANO_TEACHER[2:], "--data-path", "digits", "--iterations", 1)
+    call(*options, *size, "--run-dir", tmp_path / "own")
+    call(*options, "--model", "DiT-Nano/2", "--width", 24, "--heads", 3, "--run-dir", tmp_path / "changed")
+    files = (tmp_path / name / "checkpoints/0000001.pt" for name in ("own", "changed"))
+    own, changed = (checkpoints.load_teacher(file)[0].config for file in files)
+    names = ("depth", "hidden_size", "num_heads", "patch_size")
+    assert [own[name] for name in names] == [2, 24, 3, 4] and [changed[name] for name in names] == [3, 24, 3, 2]
+    call("train_ARD.py", "--online", "--teacher", tmp_path / "own/checkpoints/0000001.pt", *SMALL, "--iterations", 1,
+         "--run-dir", tmp_path / "student")  # fmt: skip
+    assert (tmp_path / "student/checkpoints/0000001.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    "size, words",
+    [
+        ((), "--model: give --depth, --width, --heads, --patch as well, or a --model, one of DiT-XL/2"),
+        (("--width", 24, "--patch", 2), "--width 24 --patch 2: give --depth, --heads as well"),
+        (
+            ("--model", "DiT-Nano/2", "--heads", 5),
+            "DiT-Nano/2 --heads 5: does not fit --data-path digits: hidden",
+        ),
+        (("--model", "DiT-Nano/2", "--width", 30), "hidden size 30 must be divisible by 2 heads and by 4"),
+        (("--model", "DiT-Nano/2", "--patch", 3), "input size 8 is not divisible by patch size 3"),
+        (("--model", "DiT-Nano/2", "--depth", 0), "argument --depth: 0 must be at least 1"),
+    ],
+)
+def test_a_size_that_cannot_be_is_one_sentence_and_nothing_is_written(size, words, tmp_path, capsys):
+    assert words in refused(capsys, "train.py", "--data-path", "digits", *size, "--run-dir", tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_image_size_that_the_patches_do_not_divide_is_refused(image_folder, tmp_path, capsys):

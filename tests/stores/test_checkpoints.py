@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SHIPPED_TEACHER, as_old_run, assert_equal, call, random_teacher, refused, save_teacher
+from helpers import SHIPPED_TEACHER, SMALL, as_old_run, assert_equal, call, random_teacher, refused, save_teacher
 
+from models import DiT
 from runtime.cli import UserError
 from stores import checkpoints
 
@@ -99,3 +100,26 @@ def test_a_full_disk_is_an_error_of_the_system_and_leaves_what_was_there(tmp_pat
         save_teacher(path, random_teacher(seed=1))
     assert full.value.errno == errno.ENOSPC
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["teacher.pt"]
+
+
+def test_weights_of_any_shape_are_loaded_where_an_option_says_their_heads(tmp_path, capsys):
+    """Bare weights from the dump to the fine-tuned student; the store remembers the heads, and others are refused."""
+    shape = dict(input_size=6, patch_size=3, in_channels=1, hidden_size=36, depth=2, num_heads=3, mlp_ratio=101 / 36)
+    torch.manual_seed(0)
+    teacher = DiT(**shape, num_classes=10).eval()
+    path, store = tmp_path / "bare.pt", tmp_path / "store"
+    torch.save(teacher.state_dict(), path)
+    dump = ("--teacher", path, "--out", store, "--num-trajectories", 12, "--solver-steps", 4)
+    assert "give it by --teacher-heads" in refused(capsys, "sample_trajectory.py", *dump)
+    assert "divisible by 5 heads" in refused(capsys, "sample_trajectory.py", *dump, "--teacher-heads", 5)
+    call("sample_trajectory.py", *dump, "--teacher-heads", 3)
+    loaded, config = checkpoints.load_teacher(path, heads=3)
+    assert loaded.config == teacher.config and config["provenance"]["teacher_heads"] == 3
+    train = ("--data-path", store, *SMALL, "--iterations", 1, "--run-dir", tmp_path / "run")
+    assert "teacher_heads is 3 there and 2 here" in refused(capsys, "train_ARD.py", *train, "--teacher-heads", 2)
+    call("train_ARD.py", *train)
+    student, config = checkpoints.load_student(tmp_path / "run/checkpoints/0000001.pt")
+    assert student.config["num_heads"] == config["provenance"]["teacher_heads"] == 3
+    ours = save_teacher(tmp_path / "ours.pt", teacher)
+    assert "--teacher-heads 2: " in refused(capsys, "train_ARD.py", *train, "--teacher", ours, "--teacher-heads", 2)
+    call("train_ARD.py", *train, "--teacher", ours)  # the same weights, whose file says it
