@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
         "classes": source.classes,
         "num_classes": source.num_classes,
         "vae": vae.name,
+        "vae_hash": vae.hash,
         "scale": vae.scale,
         "vae_precision": args.vae_precision,
         "dtype": args.dtype,

@@ -26,7 +26,7 @@ from runtime.precision import (
     inference_copy,
 )
 from runtime.randomness import LABEL_POLICIES, labels, noise
-from runtime.vae import VAE, Pixels, decoder_precision, load_vae, resolve_name
+from runtime.vae import VAE, Pixels, decoder_precision, load_same_vae, resolve_name
 from stores.images import to_uint8
 from stores.samples import SampleWriter, save_grid
 
@@ -180,7 +180,8 @@ class SamplingJob:
             raise UserError(f"--out {self.out}: the file's name must end in .npz")
         self.model, self.context, self.num_samples, self.save_latents = model, context, num_samples, save_latents
         self.compile, self.cuda_graph = compile, cuda_graph
-        self.vae, self.vae_precision = vae or config["vae"], decoder_precision(vae_precision, context.device)
+        self.vae, self.own_vae = vae, (config["vae"], config["provenance"].get("vae_hash"))
+        self.vae_precision = decoder_precision(vae_precision, context.device)
         self.drawing: dict[str, Any] = {
             "seed": seed,
             "label_policy": label_policy,
@@ -193,7 +194,7 @@ class SamplingJob:
             "sample_labels": class_labels or label_policy,
             "sample_precision": precision,
             "weights": weights,
-            "decoder": resolve_name(self.vae),
+            "decoder": resolve_name(vae or config["vae"]),
             "decoder_precision": self.vae_precision,
         }
         self.plan = self.provenance | {"out": str(self.out), "count": num_samples}
@@ -201,7 +202,7 @@ class SamplingJob:
     def start(self, draw: Draw) -> tuple[Sampler, SampleWriter]:
         """What draws samples by index with ``draw``, and what writes them; the model is on its device then."""
         device = self.context.device
-        vae = load_vae(self.vae, device, self.vae_precision, self.compile)
+        vae = load_same_vae(*self.own_vae, device, self.vae, self.vae_precision, self.compile)
         cast_weights(self.model.to(device), self.drawing["precision"])
         if self.compile:
             compile_blocks(self.model)

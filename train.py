@@ -22,9 +22,8 @@ from runtime.cli import UserError, chosen
 from runtime.distributed import DistributedContext
 from runtime.precision import autocast, prepare_blocks
 from runtime.randomness import Shuffle, generator, noise
-from runtime.vae import load_vae
 from sampler import Sampler
-from stores.images import Source, choose_vae, latent_shape, open_source, real_latents
+from stores.images import Source, latent_shape, open_source, open_vae, real_latents
 from trainer import RESULT_OPTIONS, RUN_OPTIONS, Trainer, add_training_options
 
 MODELS = ", ".join(DiT_models)
@@ -109,11 +108,8 @@ def model_shape(model: str | None, **sizes: int | None) -> tuple[dict[str, Any],
 def run(args: argparse.Namespace) -> None:
     shape, sizes_given = model_shape(**chosen(args, ("model", *SIZES)))
     source = open_source(args.data_path, args.image_size, args.unconditional, verify=args.verify)
-    vae_name = choose_vae(source, args.vae)
     context = distributed.setup(args.device)
-    # Latents are decoded for pictures and evaluations only.
-    needs_vae = args.sample_every or args.eval_every or source.vae is None
-    vae = load_vae(vae_name if needs_vae else None, context.device)
+    vae, vae_name, vae_hash = open_vae(source, args.vae, context.device, bool(args.sample_every or args.eval_every))
     channels, side, _ = latent_shape(source, vae)
     torch.manual_seed(args.seed)
     try:
@@ -132,6 +128,7 @@ def run(args: argparse.Namespace) -> None:
         "kind": "teacher",
         "model": model.config,
         "vae": vae_name,
+        "vae_hash": vae_hash,
         "provenance": source.fingerprint,
         "training": chosen(args, RESULT_OPTIONS) | {"label_dropout": args.label_dropout, "hflip": args.hflip},
     }

@@ -28,7 +28,7 @@ from runtime import cli, distributed
 from runtime.cli import UserError, chosen
 from runtime.precision import autocast, cast_weights, prepare_blocks
 from runtime.provenance import require_same
-from runtime.vae import load_vae
+from runtime.vae import VAE, Pixels, load_same_vae
 from sampler import student_previews
 from stores import checkpoints
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
@@ -115,8 +115,9 @@ def run(args: argparse.Namespace) -> None:
         batches = OnlineBatches(source, solver_indices, args.target, precision=args.precision, **order)
     else:
         batches = TrajectoryBatches(source, solver_indices, args.target, **order)
-    needs_vae = args.sample_every or args.eval_every
-    vae = load_vae((args.vae or teacher_config["vae"]) if needs_vae else None, context.device)
+    vae: VAE | Pixels = Pixels()
+    if args.sample_every or args.eval_every or args.vae:
+        vae = load_same_vae(teacher_config["vae"], provenance.get("vae_hash"), context.device, args.vae)
 
     config = checkpoints.student_config(
         student,

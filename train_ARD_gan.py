@@ -27,7 +27,7 @@ from runtime.distributed import DistributedContext
 from runtime.precision import autocast, cast_weights, compile_each, prepare_blocks
 from runtime.provenance import require_same
 from runtime.randomness import Shuffle, generator, noise
-from runtime.vae import VAE, Pixels, load_vae
+from runtime.vae import VAE, Pixels, load_same_vae
 from sampler import student_previews
 from stores import checkpoints
 from stores.images import Source, latent_shape, open_source, real_latents
@@ -138,7 +138,7 @@ def check_groups(global_batch_size: int, accumulation: int, bn_group: int, conte
 def open_real(
     path: str,
     teacher: DiT,
-    vae_name: str | None,
+    provenance: dict,
     device: torch.device,
     *,
     given: str | None,
@@ -147,17 +147,21 @@ def open_real(
 ) -> tuple[Source, VAE | Pixels]:
     """The source of real images and the autoencoder; ``UserError`` where they do not suit the teacher.
 
-    ``given`` is where to load the autoencoder ``vae_name`` from instead.
+    ``provenance``, the teacher's, names its autoencoder, and ``given`` is where to load that from instead.
     """
-    encoded = is_store(path)  # then the autoencoder is needed for pictures only
-    vae = load_vae((given or vae_name) if not encoded or needs_decoder else None, device)
+    encoded = is_store(path)  # then the autoencoder is needed for pictures only, and to see that it is the one given
+    name, vae_hash = provenance["vae"], provenance.get("vae_hash")
+    loads = given or needs_decoder or not encoded
+    vae = load_same_vae(name, vae_hash, device, given) if loads else Pixels()
     image_size = None if encoded or path == "digits" else teacher.input_size * vae.factor
     source = open_source(path, image_size, teacher.num_classes == 0, "--real-data-path", verify)
     found = {"classes": source.num_classes, "latent shape": latent_shape(source, vae)}
     wanted = {"classes": teacher.num_classes, "latent shape": teacher.latent_shape}
     if encoded:
-        found, wanted = found | {"vae": source.vae}, wanted | {"vae": vae_name}
-    require_same(f"--real-data-path {path}: these images do not suit the teacher", found, wanted)
+        found |= {"vae": source.vae, "vae_hash": source.vae_hash}
+        wanted |= {"vae": name, "vae_hash": vae_hash or vae.hash}
+    hint = " (or give its autoencoder by --vae, if that lies elsewhere)" if encoded and not given else ""
+    require_same(f"--real-data-path {path}: these images do not suit the teacher{hint}", found, wanted)
     return source, vae
 
 
@@ -196,14 +200,14 @@ def run(args: argparse.Namespace) -> None:
     require_same(
         f"--data-path {args.data_path}: not the trajectories that the student was trained on",
         store.provenance,
-        {name: origin.get(name) for name in (*SAME_TEACHER, "teacher_heads")},
+        {name: origin.get(name) for name in (*SAME_TEACHER, "vae_hash", "teacher_heads")},
     )
     context = distributed.setup(args.device)
     check_groups(args.global_batch_size, args.accumulation, args.bn_group, context)
     source, vae = open_real(
         args.real_data_path,
         teacher,
-        teacher_config["vae"],
+        teacher_config["provenance"],
         context.device,
         given=args.vae,
         needs_decoder=bool(args.sample_every or args.eval_every),

@@ -123,6 +123,26 @@ def cached_download(url: str, option: str, hash_prefix: str | None = None) -> Pa
     return path
 
 
+DIFFUSERS_STEM = "diffusion_pytorch_model"  # the name of diffusers' weights, before .safetensors or .bin
+
+
+def cached_snapshot(repository: str, inner: str) -> Path:
+    """The folder of a Hugging Face repository in its cache (HF_HOME), with a model at its top or in the folder inner.
+
+    Fetches config and weights, safetensors where it has them. Raises an error of the hub's many kinds where they are
+    neither in the cache nor to be had, and does so at once: diffusers itself would try again for half a minute.
+    """
+    from huggingface_hub import snapshot_download
+
+    for kind in ("safetensors", "bin"):
+        names = ("config.json", f"{DIFFUSERS_STEM}.{kind}")
+        wanted = [f"{place}{name}" for place in ("", f"{inner}/") for name in names]
+        folder = Path(snapshot_download(repository, allow_patterns=wanted))
+        if any(folder.rglob(f"{DIFFUSERS_STEM}.{kind}")):
+            break
+    return folder
+
+
 def read_ahead(items: Iterable[Item]) -> Iterator[Item]:
     """The items in order, each made in a thread while the one before it is used."""
     end: Any = object()

@@ -39,10 +39,18 @@ def weights_hash(state: dict[str, torch.Tensor]) -> str:
 
 
 def differences(found: dict, wanted: dict, prefix: str = "") -> str:
-    """The values in which two nested dicts differ, as text; empty where they are equal."""
+    """The values in which two nested dicts differ, as text; empty where they are equal.
+
+    Autoencoders are told apart by "vae_hash" where both sides have one, else by "vae", their name or path.
+    """
     parts = []
-    for key in sorted(found.keys() | wanted.keys()):
+    hashes = found.get("vae_hash"), wanted.get("vae_hash")
+    for key in sorted((found.keys() | wanted.keys()) - {"vae_hash"}):
         a, b = found.get(key), wanted.get(key)
+        if key == "vae" and all(hashes):
+            if hashes[0] != hashes[1]:
+                parts.append(f"{prefix}vae is {a!r} ({hashes[0]}) there and {b!r} ({hashes[1]}) here")
+            continue
         if isinstance(a, dict) and isinstance(b, dict):
             parts += [text for text in [differences(a, b, f"{prefix}{key}.")] if text]
         elif a != b:

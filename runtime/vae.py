@@ -1,13 +1,15 @@
 """Between pixels and latents: Stable Diffusion's autoencoder through diffusers, or nothing for pixel-space models."""
 
 import re
-import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from runtime.cli import UserError, shortened
+from runtime.files import cached_snapshot
 from runtime.precision import DTYPES
+from runtime.provenance import weights_hash
 
 NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 HUB_ID = r"[\w.-]+/[\w.-]+"  # of a Hugging Face repository, as opposed to a path
@@ -17,7 +19,7 @@ IMAGES_AT_ONCE = 16  # what an encoder or decoder takes at a time: 16 images of 
 class Pixels:
     """The latent space of a model that works on pixels: images in [-1, 1] as they are."""
 
-    name, scale, factor, channels, image_channels = None, 1.0, 1, None, None
+    name, hash, scale, factor, channels, image_channels = None, None, 1.0, 1, None, None
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """images: (B, C, H, W) in [-1, 1] -> mean and standard deviation of the latent: the image, and zero."""
@@ -42,17 +44,15 @@ class VAE:
         from diffusers.utils import logging
 
         logging.set_verbosity(logging.CRITICAL)  # our sentence below says what failed
-        within = "vae" if (Path(path) / "vae" / "config.json").is_file() else None  # a whole pipeline's folder
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # diffusers calls the hub with deprecated arguments
-                self.model, found = AutoencoderKL.from_pretrained(
-                    path,
-                    subfolder=within,
-                    torch_dtype=DTYPES[precision],
-                    low_cpu_mem_usage=False,  # True, the default, only warns that it needs the package accelerate
-                    output_loading_info=True,
-                )
+            folder = cached_snapshot(path, "vae") if fetch else Path(path)
+            within = "vae" if (folder / "vae" / "config.json").is_file() else None  # a whole pipeline's folder
+            self.model, found = AutoencoderKL.from_pretrained(
+                folder,
+                subfolder=within,
+                low_cpu_mem_usage=False,  # True, the default, only warns that it needs the package accelerate
+                output_loading_info=True,
+            )
             if absent := sorted(found["missing_keys"]):  # diffusers would leave these random
                 raise ValueError(f"its weights lack {shortened(absent, 3)}")
         except Exception as error:  # diffusers raises many kinds for a missing file, a bad config, no network
@@ -60,11 +60,12 @@ class VAE:
                 f"--vae {name}: cannot load the autoencoder; give ema, mse, none or a folder in diffusers' layout "
                 f"(config.json and diffusion_pytorch_model.safetensors){fetch} ({str(error).splitlines()[0]})"
             ) from None
-        self.model = self.model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.name, self.dtype, self.compiled = path, DTYPES[precision], compile
+        self.scale = self.model.config.scaling_factor
+        self.hash: str | None = latent_space_hash(self.model)
+        self.model = self.model.to(device, self.dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
         if compile:
             self.model.decoder.compile(dynamic=False)
-        self.scale = self.model.config.scaling_factor
         self.factor = 2 ** (len(self.model.config.block_out_channels) - 1)
         self.channels, self.image_channels = self.model.config.latent_channels, self.model.config.in_channels
 
@@ -85,6 +86,15 @@ class VAE:
         return torch.cat([self.model.decode(part).sample.float() for part in z.split(IMAGES_AT_ONCE)])[: len(latents)]
 
 
+def latent_space_hash(model: Any) -> str:
+    """16 hex digits that name the latents of an AutoencoderKL in float32: a hash of its encoder and its scale.
+
+    The decoder has no part in them: "ema" and "mse" differ in nothing else, and each may decode what the other encodes.
+    """
+    encoder = {k: v for k, v in model.state_dict().items() if k.startswith(("encoder.", "quant_conv."))}
+    return weights_hash(encoder | {"scaling_factor": torch.tensor(model.config.scaling_factor)})
+
+
 def resolve_name(name: str | None) -> str | None:
     """What ``--vae`` stands for: a hub id or a folder; None for pixel space ("none")."""
     return None if name in (None, "none") else NAMES.get(name, name)
@@ -98,3 +108,27 @@ def decoder_precision(given: str, device: torch.device) -> str:
 def load_vae(name: str | None, device: torch.device, precision: str = "fp32", compile: bool = False) -> VAE | Pixels:
     """The autoencoder of that name ("ema", "mse", a hub id or a folder); None or "none" is pixel space."""
     return Pixels() if name is None or resolve_name(name) is None else VAE(name, device, precision, compile)
+
+
+def load_same_vae(
+    name: str | None,
+    hash: str | None,
+    device: torch.device,
+    given: str | None = None,
+    precision: str = "fp32",
+    compile: bool = False,
+) -> VAE | Pixels:
+    """The autoencoder of this name and hash, loaded from ``given`` (``--vae``) if there is one; ``UserError`` if not.
+
+    Where no hash is known, as with others' weights and those of earlier versions, what is given is believed.
+    """
+    if given and (resolve_name(given) is None) != (name is None):
+        space = "pixels" if name is None else f"latents of {name}"
+        raise UserError(f"--vae {given}: this model works on {space}, leave the option out")
+    vae = load_vae(given or name, device, precision, compile)
+    if hash not in (None, vae.hash):
+        raise UserError(
+            f"--vae {given or name}: this autoencoder ({vae.hash}) is not {name} ({hash}), whose latents these "
+            "are; give the folder that holds that one"
+        )
+    return vae

@@ -130,7 +130,8 @@ def add_heads_option(group: OptionGroup) -> None:
 def load_teacher(
     source: str | Path, option: str = "--teacher", weights: str = "ema", heads: int | None = None
 ) -> tuple[DiT, dict]:
-    """A teacher and its config, with ``provenance`` {"teacher", "teacher_hash", "teacher_weights", "vae"} filled in.
+    """A teacher and its config, with ``provenance`` {"teacher", "teacher_hash", "teacher_weights", "vae"} filled in,
+    and "vae_hash" if it is known.
 
     ``source`` is a checkpoint of ours, an official or diffusers' DiT (file, folder, official name or hub id). Weights
     that came alone are "ema", as the official ones are. ``heads`` is the number of attention heads where the file does
@@ -163,6 +164,8 @@ def load_teacher(
         "teacher_weights": weights,
         "vae": config["vae"],
     }
+    if config.get("vae_hash"):
+        provenance["vae_hash"] = config["vae_hash"]
     if bare and own != foreign_weights.heads_of_size(config["model"]):
         provenance["teacher_heads"] = own
     return model.eval(), {**config, "provenance": provenance}

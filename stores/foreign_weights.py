@@ -17,7 +17,8 @@ import torch
 
 from models import DiT_models, sincos_positions
 from runtime.cli import UserError
-from runtime.files import cached_download
+from runtime.files import DIFFUSERS_STEM as STEM
+from runtime.files import cached_download, cached_snapshot
 from runtime.vae import HUB_ID, NAMES
 
 State = dict[str, torch.Tensor]
@@ -52,23 +53,15 @@ def find(source: str | Path, option: str) -> Path:
 
 
 def _snapshot(repository: str, option: str) -> Path:
-    """The transformer of a Hugging Face repository, safetensors where it has them."""
-    from huggingface_hub import snapshot_download
-
-    folders = ("", "transformer/")
+    """The transformer of a Hugging Face repository."""
     try:
-        for kind in ("safetensors", "bin"):
-            wanted = [f"{folder}{name}" for folder in folders for name in ("config.json", f"{STEM}.{kind}")]
-            folder = Path(snapshot_download(repository, allow_patterns=wanted))
-            if any(folder.rglob(f"{STEM}.{kind}")):
-                break
+        return cached_snapshot(repository, "transformer")
     except Exception as error:  # huggingface_hub raises many kinds for no network, no repository, no permission
         raise UserError(
             f"{option} {repository}: no such folder, and not to be had from the Hugging Face hub; fetch it where there "
             f"is a network, hf download {repository} --include 'transformer/*' --local-dir FOLDER, and give FOLDER "
             f"({str(error).splitlines()[0]})"
         ) from None
-    return folder
 
 
 #################################################################################
@@ -150,8 +143,6 @@ def latent_space(config: dict) -> str | None:
 #################################################################################
 #                                  diffusers                                    #
 #################################################################################
-
-STEM = "diffusion_pytorch_model"  # diffusers' file name, before .safetensors or .bin
 
 RENAMED_CONFIG = dict(
     input_size="sample_size",

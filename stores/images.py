@@ -7,7 +7,7 @@ A source, whichever it is, has
     count, num_classes   how many images and classes there are (0: unconditional)
     labels               (count,) int64, all 0 without classes
     size, channels       pixels of a side and colour channels of its images
-    vae                  the autoencoder whose latents it holds, None for pixels
+    vae, vae_hash        the autoencoder whose latents it holds, None for pixels; its hash where it is known
     fingerprint          plain dict that says which data they are, part of a run's config
     read(rows, flips)    rows (B,) and which of them to mirror (B,) bool -> {"y": (B,) labels} and either
                          {"images": (B, channels, size, size) uint8} or {"mean", "std": (B, C, h, w) float32}
@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from runtime.cli import UserError, existing_folder
-from runtime.vae import VAE, Pixels, resolve_name
+from runtime.vae import VAE, Pixels, load_same_vae, load_vae, resolve_name
 from stores.latents import LatentStore, is_store
 
 
@@ -48,7 +48,7 @@ def digits_images() -> tuple[torch.Tensor, torch.Tensor]:
 class DigitImages:
     """The UCI digits as a source of images: one channel, 8x8, ten classes."""
 
-    size, channels, num_classes, vae = 8, 1, 10, None
+    size, channels, num_classes, vae, vae_hash = 8, 1, 10, None, None
 
     def __init__(self) -> None:
         self.images, self.labels = digits_images()
@@ -66,7 +66,7 @@ class ImageFolder:
     ``unconditional`` takes every image below the folder, with or without sub-folders, and no classes.
     """
 
-    channels, vae = 3, None
+    channels, vae, vae_hash = 3, None, None
 
     def __init__(self, folder: str | Path, size: int, unconditional: bool = False, option: str = "--data-path"):
         from torchvision.datasets import ImageFolder as Listing
@@ -157,15 +157,29 @@ def open_source(
     return source
 
 
-def choose_vae(source: Source, given: str | None) -> str | None:
-    """The full name of the autoencoder to use: ``--vae`` as given, by default the source's own; None is pixel space.
+def open_vae(
+    source: Source, given: str | None, device: torch.device, needs_decoder: bool
+) -> tuple[VAE | Pixels, str | None, str | None]:
+    """The autoencoder to use, its full name and hash: ``--vae`` as given, else the source's own; None is pixel space.
 
-    ``UserError`` when the source holds the latents of another one.
+    Latents need one for pictures only: what is not needed is not loaded. ``UserError`` when they are another one's.
     """
-    name = source.vae if given is None else resolve_name(given)
-    if isinstance(source, LatentStore) and name != source.vae:
-        raise UserError(f"--vae {given}: {source.folder} holds latents of {source.vae}; leave the option out")
-    return name
+    if not isinstance(source, LatentStore):
+        vae = load_vae(given, device)
+        return vae, vae.name, vae.hash
+    name = resolve_name(given) if given else source.vae
+    other, what = name != source.vae, f"--vae {given}: "
+    if other and (name is None or source.vae_hash is None):
+        raise UserError(f"{what}{source.folder} holds latents of {source.vae}; leave the option out")
+    try:
+        loads = needs_decoder or other  # another name may be another place of the same
+        vae = load_same_vae(source.vae, source.vae_hash, device, name) if loads else Pixels()
+    except UserError as error:
+        if not other:
+            raise
+        reason = str(error).removeprefix(what)
+        raise UserError(f"{what}{source.folder} holds latents of {source.vae}; {reason}") from None
+    return vae, name, source.vae_hash
 
 
 def latent_shape(source: Source, vae: VAE | Pixels) -> tuple[int, ...]:

@@ -39,7 +39,8 @@ class LatentStore(ShardStore):
         origin = self.provenance
         if origin.get("kind") != KIND:
             raise UserError(f"{option} {folder}: this store holds no latents; encode_latents.py makes one that does")
-        self.vae, self.size, self.channels = origin["vae"], origin["image_size"], origin["channels"]
+        self.vae, self.vae_hash = origin["vae"], origin.get("vae_hash")
+        self.size, self.channels = origin["image_size"], origin["channels"]
         self.count, self.num_classes = len(self), len(origin["classes"])
         self.fingerprint = {name: origin[name] for name in ("data", "image_size", "listing", "dtype", "vae_precision")}
         self.fingerprint["images"] = self.count

@@ -151,11 +151,11 @@ def begin(config: dict, results_dir: str, run_dir: str | None) -> str:
         try:
             claim(folder, "--run-dir")
         except UserError:
-            if run_dir or read_config(folder) == config:
+            if run_dir or began(folder, config):
                 raise
             time.sleep(0.1)  # another run has just taken this number
             continue
-        if read_config(folder) in (None, config):
+        if read_config(folder) is None or began(folder, config):
             break
         release(folder)  # another run was here between the look and the claim
     if not (folder / "config.json").exists():
@@ -172,15 +172,21 @@ def find_run(config: dict, results_dir: str, run_dir: str | None) -> Path:
             found = read_config(folder)
             if found is None:
                 raise UserError(f"--run-dir {folder}: the folder holds other files than a run, give a new one")
-            if found != config:
+            if not began(folder, config):
                 raise UserError(f"--run-dir {folder}: holds another run: {differences(found, config)}")
         return folder
     runs = sorted(path for path in Path(results_dir).glob("[0-9][0-9][0-9]-*") if path.is_dir())
     for run in runs:
-        if read_config(run) == config:
+        if began(run, config):
             return run
     number = 1 + max((int(path.name[:3]) for path in runs), default=-1)
     return Path(results_dir) / f"{number:03d}-{model_name(config['model']).replace('/', '-')}"
+
+
+def began(folder: Path, config: dict) -> bool:
+    """Whether this config, maybe with the same autoencoder elsewhere, began the run in a folder."""
+    found = read_config(folder)
+    return found is not None and not differences(found, config)
 
 
 def is_fresh(folder: Path) -> bool:

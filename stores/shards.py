@@ -23,7 +23,7 @@ from tqdm import tqdm
 from runtime.cli import RunError, UserError, existing_folder
 from runtime.distributed import DistributedContext
 from runtime.files import LOCK, SharedWriter, atomic_write, claim, file_sha256, release, write_text
-from runtime.provenance import require_same, with_current_keys
+from runtime.provenance import differences, require_same, with_current_keys
 
 
 def shard_name(number: int) -> str:
@@ -283,7 +283,7 @@ class ShardStore:
             path = self.folder / shard["file"]
             if file_sha256(path) != shard["sha256"]:
                 raise UserError(f"{option} {path}: checksum differs from the manifest's; delete it and make it again")
-            if shard_provenance(path) != self.provenance:
+            if differences(shard_provenance(path), self.provenance):
                 raise UserError(f"{option} {path}: belongs to another {self.kind} than the manifest; make it again")
             for name, value in tensors.items():
                 if len(value) != shard["rows"]:

@@ -28,7 +28,7 @@ from runtime.cli import UserError
 from runtime.distributed import DistributedContext
 from runtime.provenance import require_same
 from runtime.randomness import Shuffle
-from runtime.vae import load_vae
+from runtime.vae import load_same_vae
 from stores import checkpoints
 from stores.samples import SampleWriter
 from stores.shards import ShardStore, add_store_commands
@@ -58,7 +58,7 @@ class TrajectoryStore(ShardStore):
         """
         weights, heads = self.provenance["teacher_weights"], heads or self.provenance.get("teacher_heads")
         teacher, config = checkpoints.load_teacher(path or self.provenance["teacher"], weights=weights, heads=heads)
-        mine = {name: config["provenance"][name] for name in ("teacher_hash", "vae")}
+        mine = {name: config["provenance"].get(name) for name in ("teacher_hash", "vae", "vae_hash")}
         if "teacher_heads" in self.provenance | config["provenance"]:
             mine["teacher_heads"] = teacher.config["num_heads"]
         require_same(f"--data-path {self.folder}: these trajectories are another teacher's", self.provenance, mine)
@@ -142,7 +142,7 @@ def export(args: argparse.Namespace) -> None:
     if count > len(store):
         raise UserError(f"--num-samples {count}: the store {args.folder} has only {len(store)} trajectories")
     context = distributed.setup(args.device)
-    vae = load_vae(store.provenance["vae"], context.device)
+    vae = load_same_vae(store.provenance["vae"], store.provenance.get("vae_hash"), context.device, args.vae)
     target = "x0" if "x0" in store.tensors[0] else "xt"  # the last point is the sample in both
     last = [len(store.solver_indices) - 1]
     with SampleWriter(args.out, count, store.provenance, context) as writer:
@@ -160,6 +160,7 @@ def build_parser() -> cli.Parser:
     command = commands.add_parser("export", help="Write the final samples to ADM's .npz.")
     command.add_argument("folder", metavar="DIR", help="Folder of the store.")
     command.add_argument("--out", required=True, help="Write this .npz.")
+    command.add_argument("--vae", help="Load the teacher's autoencoder from this folder or hub id instead of by name.")
     command.add_argument("--num-samples", type=cli.positive, help="Write only the first so many samples.")
     command.add_argument("--per-proc-batch-size", type=cli.positive, default=64, help="Decode so many samples at once.")
     distributed.add_device_option(command)

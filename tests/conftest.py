@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: no test fetches anything
 pytest.register_assert_rewrite("helpers")
 from helpers import (  # noqa: E402
     GOLDEN,

@@ -96,11 +96,11 @@ def save_teacher(path: Path, teacher: DiT, vae: Path | None = None) -> Path:
     return path
 
 
-def save_autoencoder(folder: Path) -> Path:
+def save_autoencoder(folder: Path, seed: int = 0) -> Path:
     """A tiny AutoencoderKL in diffusers' layout: 4 latent channels, half the side, a scaling factor of its own."""
     from diffusers import AutoencoderKL  # seconds to import
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
     model = AutoencoderKL(**blocks, block_out_channels=(8, 16), norm_num_groups=4, scaling_factor=0.5)
     model.save_pretrained(folder)

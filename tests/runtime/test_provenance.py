@@ -60,3 +60,18 @@ def test_the_hash_names_names_shapes_and_values_but_not_the_format():
     assert len(weights_hash(state)) == 16 and weights_hash({"a": state["a"].T.contiguous().T, "b": state["b"]}) == (
         weights_hash(state)
     )
+
+
+@pytest.mark.parametrize(
+    "found, wanted, text",
+    [
+        ({"vae": "a", "vae_hash": "1"}, {"vae": "b", "vae_hash": "1"}, ""),
+        ({"vae": "a", "vae_hash": "1"}, {"vae": "a", "vae_hash": "2"}, "vae is 'a' (1) there and 'a' (2) here"),
+        ({"vae": "a", "vae_hash": "1"}, {"vae": "a"}, ""),
+        ({"vae": "a", "vae_hash": None}, {"vae": "b", "vae_hash": "2"}, "vae is 'a' there and 'b' here"),
+        ({"vae": None}, {"vae": "a", "vae_hash": "1"}, "vae is None there and 'a' here"),
+    ],
+)
+def test_autoencoders_go_by_their_hash_where_both_sides_know_one(found, wanted, text):
+    assert differences(found, wanted) == text
+    assert differences({"provenance": found}, {"provenance": wanted}) == text.replace("vae", "provenance.vae", 1)

@@ -29,6 +29,42 @@ def test_the_autoencoder_scales_by_its_own_config(autoencoder, tmp_path):
     torch.testing.assert_close(load_vae(str(tmp_path / "pipeline"), CPU).decode(mean), vae.decode(mean))
 
 
+def test_the_hash_names_what_makes_the_latents(autoencoder, tmp_path):
+    """Encoder and scale, wherever they lie and in whatever format they compute; the decoder does not matter."""
+
+    def changed(name, part=None, **config):
+        model = AutoencoderKL.from_pretrained(autoencoder, **config)
+        for parameter in getattr(model, part).parameters() if part else ():
+            parameter.data += 1
+        model.save_pretrained(tmp_path / name)
+        return load_vae(str(tmp_path / name), CPU).hash
+
+    wanted = load_vae(str(autoencoder), CPU).hash
+    assert len(wanted) == 16 and load_vae(str(autoencoder), CPU, "bf16").hash == wanted
+    assert changed("copy") == changed("decoder", "decoder") == changed("post", "post_quant_conv") == wanted
+    others = {changed("encoder", "encoder"), changed("quant", "quant_conv"), changed("scale", scaling_factor=0.25)}
+    assert len(others | {wanted}) == 4 and load_vae(None, CPU).hash is None
+
+
+@pytest.mark.parametrize("offline", [True, False], ids=["told to be offline", "unreachable"])
+def test_without_a_network_the_cache_is_used_and_what_it_lacks_ends_in_a_sentence_at_once(
+    offline, autoencoder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits to try again"))
+    with pytest.raises(UserError, match=r"^--vae mse: .*hf download stabilityai/sd-vae-ft-mse --local-dir FOLDER"):
+        VAE("mse", CPU)
+    repository, revision = tmp_path / "models--stabilityai--sd-vae-ft-ema", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / revision).symlink_to(autoencoder)
+    vae = VAE("ema", CPU)
+    assert vae.name == "stabilityai/sd-vae-ft-ema" and vae.hash == load_vae(str(autoencoder), CPU).hash
+
+
 def test_weights_by_the_published_files_names_are_read(autoencoder, tmp_path):
     """Stable Diffusion's files have the attention's names of diffusers' first versions."""
     folder = tmp_path / "old"
