@@ -108,6 +108,7 @@ def run(args: argparse.Namespace) -> None:
         student = ARD.from_teacher(teacher, args.steps, args.mask, args.stack, args.level_embedding)
     except ValueError as error:
         raise UserError(f"--steps {args.steps} --stack {args.stack} --grid {args.grid}: {error}") from None
+    del teacher  # it lives on in the ODE, if that is to make trajectories
     context = distributed.setup(args.device)
     order: dict[str, Any] = {"global_batch_size": args.global_batch_size, "seed": args.seed, "context": context}
     batches: OnlineBatches | TrajectoryBatches
@@ -139,9 +140,9 @@ def run(args: argparse.Namespace) -> None:
         return
     blocks = {"compile": args.compile, "checkpoint_activations": args.checkpoint_activations}
     prepare_blocks(student, **blocks)
-    if args.online:
-        cast_weights(teacher, args.precision)
-        prepare_blocks(teacher.to(context.device), **blocks)
+    if isinstance(source, TeacherODE):
+        cast_weights(source.teacher, args.precision)
+        prepare_blocks(source.teacher.to(context.device), **blocks)
     state = TrainState(student, context, **chosen(args, STATE_OPTIONS))
     trainer = Trainer(
         context, config, {"": state}, preview=previews.save_preview, evaluate=evaluate, **chosen(args, RUN_OPTIONS)

@@ -172,13 +172,13 @@ class Trainer:
             self.context.barrier()
         if self.context.is_main:
             if self.step % self.ckpt_every == 0 or last:
-                self._save(self.folder.save_checkpoint)
+                self._save(self.folder.save_checkpoint, last)
             elif self._snapshot_is_due() and not self._skipping():
                 self._save(self.folder.save_snapshot)
         self._evaluate_if_due()
         if self._sigterm.is_set() and not last and self.context.is_main:
             # Alone: every rank has the same state, and the others may be gone already.
-            self._save(self.folder.save_snapshot)
+            self._save(self.folder.save_snapshot, last=True)
             self.folder.background.wait()
             raise RunError(f"{self.folder.path}: terminated at step {self.step}; the same command continues from there")
 
@@ -188,10 +188,10 @@ class Trainer:
         if due and self.evaluate and not self.context.on_main(lambda: self.folder.has_logged("eval", self.step)):
             self.folder.log_scalars("eval", self.step, self.evaluate(self.folder.path / "eval"))
 
-    def _save(self, write: Callable[[int, dict], None]) -> None:
-        """Have the state of all models written in the background."""
+    def _save(self, write: Callable[..., None], last: bool = False) -> None:
+        """Have the state of all models written in the background; ``last`` when no step will follow."""
         states = [state.state(suffix) for suffix, state in self.states.items()]
-        write(self.step, {name: value for state in states for name, value in state.items()})
+        write(self.step, {name: value for state in states for name, value in state.items()}, last)
         self._saved = time.monotonic()
 
     def _snapshot_is_due(self) -> bool:

@@ -36,10 +36,10 @@ class VAE:
     def __init__(self, name: str, device: torch.device, precision: str = "fp32", compile: bool = False):
         """``compile``: the decoder, at the first call; from then on it takes ``IMAGES_AT_ONCE`` latents at a time."""
         path, fetch = NAMES.get(name, name), ""
-        if re.fullmatch(HUB_ID, path):
+        if not Path(path).is_dir():
+            if not re.fullmatch(HUB_ID, path):
+                raise UserError(f"--vae {name}: no such folder; give ema, mse, none, a hub id or a folder")
             fetch = f", or fetch it where there is a network: hf download {path} --local-dir FOLDER"
-        elif not Path(path).is_dir():
-            raise UserError(f"--vae {name}: no such folder; give ema, mse, none, a hub id or a folder")
         from diffusers import AutoencoderKL  # seconds to import, not needed for pixels
         from diffusers.utils import logging
 
@@ -50,6 +50,7 @@ class VAE:
             self.model, found = AutoencoderKL.from_pretrained(
                 folder,
                 subfolder=within,
+                torch_dtype=torch.float32,
                 low_cpu_mem_usage=False,  # True, the default, only warns that it needs the package accelerate
                 output_loading_info=True,
             )

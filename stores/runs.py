@@ -79,16 +79,17 @@ class RunFolder:
             raise UserError(f"--run-dir {self.path}: none of its checkpoints can be read; remove them to start anew")
         return None
 
-    def save_checkpoint(self, step: int, state: dict) -> None:
+    def save_checkpoint(self, step: int, state: dict, last: bool = False) -> None:
         """Write ``checkpoints/0050000.pt``, which makes an older snapshot superfluous.
 
         Waits for a copy of the state to the host only, and for an earlier write; the file is written in a thread.
+        ``last``: nothing will change the state any more, so what is on the host is not copied.
         """
-        self.background.submit(self._write_checkpoint, f"{step:07d}.pt", step, host_copy(state))
+        self.background.submit(self._write_checkpoint, f"{step:07d}.pt", step, on_host(state, copy=not last))
 
-    def save_snapshot(self, step: int, state: dict) -> None:
+    def save_snapshot(self, step: int, state: dict, last: bool = False) -> None:
         """Write ``checkpoints/latest.pt``, to resume from, in the same way."""
-        self.background.submit(self._write, "latest.pt", step, host_copy(state))
+        self.background.submit(self._write, "latest.pt", step, on_host(state, copy=not last))
 
     def _write_checkpoint(self, name: str, step: int, state: dict) -> None:
         self._write(name, step, state)
@@ -204,10 +205,10 @@ def read_config(folder: Path) -> dict | None:
         return None
 
 
-def host_copy(state: Any) -> Any:
-    """Nested dicts and lists with their tensors copied to the host, where training does not change them any more."""
+def on_host(state: Any, copy: bool = True) -> Any:
+    """Nested dicts and lists with their tensors on the host; copied, training does not change them any more."""
     if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
+        return state.detach().to("cpu", copy=copy)
     if isinstance(state, dict):
-        return {name: host_copy(value) for name, value in state.items()}
-    return [host_copy(value) for value in state] if isinstance(state, list) else state
+        return {name: on_host(value, copy) for name, value in state.items()}
+    return [on_host(value, copy) for value in state] if isinstance(state, list) else state

@@ -47,7 +47,7 @@ def test_snapshots_previews_and_kept_checkpoints_come_when_they_are_due(tmp_path
 def test_snapshots_come_by_minutes_and_by_steps(tmp_path, store, monkeypatch, minutes, every, steps):
     saved, save = [], RunFolder.save_snapshot
     monkeypatch.setattr(
-        RunFolder, "save_snapshot", lambda run, step, state: saved.append(step) or save(run, step, state)
+        RunFolder, "save_snapshot", lambda run, step, *rest: saved.append(step) or save(run, step, *rest)
     )
     monkeypatch.setattr("runtime.files.WriteBehind.busy", False)  # the last one is on disk already
     call("train_ARD.py", "--data-path", store, *SMALL, "--iterations", 4, "--snapshot-minutes", minutes,

@@ -63,6 +63,8 @@ def test_without_a_network_the_cache_is_used_and_what_it_lacks_ends_in_a_sentenc
     (repository / "snapshots" / revision).symlink_to(autoencoder)
     vae = VAE("ema", CPU)
     assert vae.name == "stabilityai/sd-vae-ft-ema" and vae.hash == load_vae(str(autoencoder), CPU).hash
+    monkeypatch.chdir(autoencoder.parent.parent)  # a folder that looks like a hub id
+    assert VAE(f"{autoencoder.parent.name}/{autoencoder.name}", CPU).hash == vae.hash
 
 
 def test_weights_by_the_published_files_names_are_read(autoencoder, tmp_path):

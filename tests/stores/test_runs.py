@@ -86,6 +86,16 @@ def test_a_checkpoint_is_what_was_there_when_it_was_saved(tmp_path, monkeypatch)
     assert content["opt"]["groups"][0]["lr"] == 0.5
 
 
+def test_the_last_state_is_written_without_a_copy(tmp_path, monkeypatch):
+    run, weights, written, save = folder(CONFIG, tmp_path), torch.ones(3), [], checkpoints.save
+    monkeypatch.setattr(checkpoints, "save", lambda path, content: written.append(content) or save(path, content))
+    run.save_snapshot(1, {"model": {"w": weights}})
+    run.save_checkpoint(2, {"model": {"w": weights}}, last=True)
+    run.background.wait()
+    assert [content["model"]["w"].data_ptr() == weights.data_ptr() for content in written] == [False, True]
+    assert checkpoint(run.path, 2)["model"]["w"].tolist() == [1, 1, 1]
+
+
 def test_log_lines_are_words_and_numbers(tmp_path):
     run = folder(CONFIG, tmp_path)
     run.log("a remark")
