@@ -1,31 +1,48 @@
 """What the command lines of all scripts share: one-sentence errors, presets, --dry-run.
 
-Nothing in here knows about diffusion; a script is ``cli.main(build_parser(), run)``.
+Nothing in here knows about diffusion; a script is ``cli.main(build_parser(), run)``. values.py has what options take,
+checks.py what else a command needs before it starts.
 """
 
 import argparse
 import contextlib
 import errno
 import json
-import math
 import os
 import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
+
+from runtime.values import METAVARS
+from runtime.values import file as file
+from runtime.values import folder as folder
+from runtime.values import fraction as fraction
+from runtime.values import name as name
+from runtime.values import not_negative as not_negative
+from runtime.values import not_negative_number as not_negative_number
+from runtime.values import positive as positive
+from runtime.values import positive_number as positive_number
 
 OptionGroup = argparse._ArgumentGroup | argparse.ArgumentParser  # whatever has ``add_argument``
 
 
 RANK_LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed? ?out|broken pipe", re.IGNORECASE)
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)  # torch's words
+RANKS_PAUSE = 10.0  # seconds that the main rank has to say first what all ranks have found
 
 
 class UserError(Exception):
     """A mistake in what the user gave. The text is one sentence: the option, its value, what would be right."""
+
+
+class AbsentError(UserError):
+    """Something that a run would fetch from the network first. A dry run fetches nothing and plans without it."""
 
 
 class RunError(Exception):
@@ -33,19 +50,39 @@ class RunError(Exception):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """argparse's, with the default behind an option's help only where there is one to tell."""
+    """argparse's, with the default behind an option's help only where there is one to tell, and what it takes by type.
+
+    Examples keep their lines.
+    """
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.required and action.option_strings:
+            return f"{action.help} (required)"
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(action.default)})"
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return METAVARS.get(action.type, "NAME")
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("examples:") else super()._fill_text(text, width, indent)
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in the help, and errors of one line without the usage text (exit code 2)."""
 
-    def __init__(self, **kwargs: Any):
-        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+    def __init__(self, doc: str | None = None, **kwargs: Any):
+        """``doc``: a script's docstring, whose commands are shown as examples below the help."""
+        commands = re.findall(r"^(?: {4})?(?:python|torchrun) (?:.*\\\n)*.*$", doc or "", re.MULTILINE)
+        epilog = "\n  ".join(["examples:", *(command.strip() for command in commands)]) if commands else None
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, epilog=epilog, **kwargs)
         self.presets: dict[str, dict] = {}
         self.estimate: Callable[[argparse.Namespace], dict] = lambda args: {}
+        self.words: list[str] = []  # of the command line
 
     def add_presets(
         self, presets: dict[str, dict], estimate: Callable[[argparse.Namespace], dict] = lambda args: {}
@@ -64,9 +101,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, after the named preset has replaced the defaults."""
+        self.words = [str(word) for word in (sys.argv[1:] if args is None else args)]
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        early.add_argument("--preset")
+        early.add_argument("--preset", nargs="?")
         early.add_argument("--dry-run", action="store_true")
+        early.error = self.error  # type: ignore[method-assign]
         given = early.parse_known_args(args)[0]
         chosen = self.presets.get(given.preset, {})
         for action in self._actions:
@@ -77,10 +116,30 @@ class Parser(argparse.ArgumentParser):
             action.required = action.required and action.default is None
         return super().parse_args(args, namespace)
 
+    def typed(self, names: Iterable[str]) -> str | None:
+        """Which of an option's names stands on the command line, None if none does."""
+        given = {word.split("=")[0] for word in self.words}
+        return next((name for name in names if name in given), None)
+
+    def told(self, text: str, args: argparse.Namespace) -> str:
+        """A message with a remark behind each value that nobody typed: it is the default, or that of the preset."""
+        preset = getattr(args, "preset", None)
+        for action in self._actions:
+            value = getattr(args, action.dest, None)
+            if value is None or not action.option_strings or self.typed(action.option_strings):
+                continue
+            whose = f"of --preset {preset}" if action.dest in self.presets.get(preset or "", {}) else "the default"
+            said = rf"({re.escape(f'{action.option_strings[0]} {value}')})(?=[\s:,;]|$)"
+            text = re.sub(said, rf"\1 ({whose})", text, count=1)
+        return text
+
     def error(self, message: str) -> NoReturn:
-        """Exit with code 2 and one line on stderr."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-        raise AssertionError("exit returns nowhere")
+        """Exit with code 2 and one line on stderr; an option with several names is called as it was typed."""
+        names = re.match(r"argument (-\S+/\S+):", message)
+        if names:
+            first = names[1].split("/")
+            message = message.replace(names[1], self.typed(first) or first[0], 1)
+        fail(self, message, 2)
 
 
 def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[str] | None = None) -> None:
@@ -96,34 +155,60 @@ def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[s
             raise
         where = f" ({error.filename})" if error.filename else ""
         fail(parser, f"{error.strerror}{where}; make room and run the same command again", 1)
-    except RuntimeError as error:
-        if not (int(os.environ.get("WORLD_SIZE", 1)) > 1 and RANK_LOST.search(str(error))):
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+            less = "give smaller batches or a smaller model, or look at the plan of --dry-run"
+            fail(parser, f"out of memory; {less} ({(str(error) or 'no more to be had').splitlines()[0][:200]})", 1)
+        if not (world_size() > 1 and RANK_LOST.search(str(error))):
             raise
         reason = str(error).splitlines()[0][:200]
         fail(
             parser, f"another rank has died, or has not answered for too long; run the same command again ({reason})", 1
         )
     except (UserError, RunError) as error:
-        if getattr(args, "preset", None) and args.dry_run:
-            show_plan({"not_checked": str(error)} | parser.estimate(args), args)
+        if getattr(args, "dry_run", False) and (getattr(args, "preset", None) or isinstance(error, AbsentError)):
+            show_plan({"not_checked": parser.told(str(error), args)} | parser.estimate(args), args)
             return
         # The error of a data worker comes with its traceback, whose last line names the class and the text.
         text = str(error).splitlines()[-1].removeprefix(f"{__name__}.{type(error).__name__}: ")
-        fail(parser, text, 2 if isinstance(error, UserError) else 1)
+        fail(parser, parser.told(text, args), 2 if isinstance(error, UserError) else 1)
 
 
-def fail(parser: Parser, text: str, code: int) -> NoReturn:
-    """End with one line on stderr and this exit code."""
-    print(f"{parser.prog}: error: {text}", file=sys.stderr)
+def world_size() -> int:
+    """How many processes the launcher has started for this run."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def fail(parser: argparse.ArgumentParser, text: str, code: int) -> NoReturn:
+    """End with one line on stderr and this exit code.
+
+    All ranks find the same mistake (exit code 2); the main one says it, and torchrun ends the others meanwhile. This
+    line is the root cause in the long report that torchrun then prints.
+    """
+    who, rank = f"{parser.prog}: error", os.environ.get("RANK", "0")
+    if world_size() > 1 and rank != "0" and code == 2:
+        time.sleep(RANKS_PAUSE)
+        who += f" of rank {rank}"
+    print(f"{who}: {text}", file=sys.stderr, flush=True)
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report:
+        said = {"message": text, "extraInfo": {"py_callstack": f"{who}: {text}", "timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(report).write_text(json.dumps({"message": said}))
     sys.exit(code)
 
 
 @contextlib.contextmanager
 def _sigterm_as_error() -> Iterator[None]:
-    """SIGTERM, which clusters send before they take a machine away, raises ``RunError``; a second one kills."""
+    """SIGTERM, which clusters send before they take a machine away, raises ``RunError``; a second one kills.
+
+    Of several ranks the main one says so, the others end in silence: it may be torchrun that ends them.
+    """
 
     def stop(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(1)
         raise RunError("terminated; the same command continues what it can")
 
     if threading.current_thread() is not threading.main_thread():
@@ -163,53 +248,6 @@ def show_plan(plan: dict, args: argparse.Namespace) -> None:
         print(json.dumps(plan | {"options": options}, indent=2, default=str))
 
 
-def positive(text: str) -> int:
-    """argparse type: a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
-
-
-def not_negative(text: str) -> int:
-    """argparse type: a whole number of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} must not be negative")
-    return value
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} must be a finite number")
-    return value
-
-
-def positive_number(text: str) -> float:
-    """argparse type: a finite number above 0."""
-    value = _finite(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0")
-    return value
-
-
-def not_negative_number(text: str) -> float:
-    """argparse type: a finite number of at least 0."""
-    value = _finite(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} must not be negative")
-    return value
-
-
-def fraction(text: str) -> float:
-    """argparse type: a number of at least 0 and below 1."""
-    value = _finite(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 0 and below 1")
-    return value
-
-
 def shortened(names: list[str], count: int) -> str:
     """The first names of a list that may be long, for a sentence."""
     return ", ".join(names[:count]) + (" ..." if len(names) > count else "")
@@ -219,7 +257,9 @@ def existing_file(option: str, path: str | Path) -> Path:
     """The path, or a ``UserError`` that names the option when no such file exists."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{option} {path}: no such file")
+        raise UserError(f"{option} {path}: " + ("is a folder, give a file" if path.is_dir() else "no such file"))
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{option} {path}: this user may not read the file")
     return path
 
 
@@ -227,7 +267,9 @@ def existing_folder(option: str, path: str | Path) -> Path:
     """The path, or a ``UserError`` that names the option when the folder is missing or empty."""
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{option} {path}: no such folder")
+        raise UserError(f"{option} {path}: " + ("is a file, give a folder" if path.exists() else "no such folder"))
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise UserError(f"{option} {path}: this user may not read the folder")
     if not any(path.iterdir()):
         raise UserError(f"{option} {path}: the folder is empty")
     return path

@@ -196,9 +196,18 @@ def unwrapped(module: nn.Module) -> Any:
 
 @contextmanager
 def notice_sigterm() -> Iterator[Event]:
-    """An event that is set when SIGTERM comes, which clusters send before they take a machine away."""
+    """An event that is set when SIGTERM comes, which clusters send before they take a machine away; a second one kills.
+
+    Not under torchrun: it passes on what the cluster has sent to the ranks as well, and kills by itself after a while.
+    """
     event = Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+
+    def notice(*_: object) -> None:
+        event.set()
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    before = signal.signal(signal.SIGTERM, notice)
     try:
         yield event
     finally:

@@ -18,8 +18,9 @@ from runtime import cli
 def parser() -> cli.Parser:
     made = cli.Parser(prog="tool")
     made.add_presets({"fast": {"speed": 9}, "slow": {"speed": 1, "data": "snail"}}, lambda args: {"cost": args.speed})
-    made.add_argument("--data", required=True)
-    made.add_argument("--speed", type=cli.positive, default=5)
+    made.add_argument("--data", type=cli.folder, required=True, help="Read this.")
+    made.add_argument("--speed", type=cli.positive, default=5, help="Read so fast.")
+    made.add_argument("--other-name", "--other_name", type=cli.positive, help="Something.")
     cli.add_dry_run_option(made)
     return made
 
@@ -41,6 +42,32 @@ def test_the_sentence_of_a_data_worker_comes_without_its_traceback(capsys):
     with pytest.raises(SystemExit):
         cli.main(parser(), run, ["--data", "x"])
     assert capsys.readouterr().err == "tool: error: --data x: no\n"
+
+
+@pytest.mark.parametrize(
+    "rank, said", [("0", "tool: error: --data x: no\n"), ("1", "tool: error of rank 1: --data x: no\n")]
+)
+def test_of_several_ranks_the_main_one_speaks_first_and_tells_torchrun(rank, said, monkeypatch, capsys, tmp_path):
+    def run(args):
+        raise cli.UserError("--data x: no")
+
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", rank), ("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli, "RANKS_PAUSE", 0.01)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(parser(), run, ["--data", "x"])
+    assert stop.value.code == 2 and capsys.readouterr().err == said
+    report = json.loads((tmp_path / "error.json").read_text())
+    assert report["message"]["extraInfo"]["py_callstack"] + "\n" == said
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_mistake_is_said_once_and_is_the_root_cause_of_the_report(tmp_path):
+    done = spawn("train_ARD.py", "--data-path", tmp_path / "none", ranks=2)
+    sentence = f"train_ARD.py: error: --data-path {tmp_path}/none: no such folder"
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1 and lines.count(sentence) == 1 and "of rank 1" not in done.stderr
+    assert f"traceback : {sentence}" in lines[-2] and lines[-1].startswith("====")
 
 
 def test_other_errors_are_bugs_and_keep_their_traceback():
@@ -92,7 +119,14 @@ def test_sigterm_is_one_sentence_and_what_stood_for_it_comes_back(capsys):
     [
         ([], "the following arguments are required: --data"),
         (["--data", "x", "--speed", "0"], "argument --speed: 0 must be at least 1"),
-        (["--data", "x", "--speed", "fast"], "invalid positive value: 'fast'"),
+        (["--data", "x", "--speed", "fast"], "argument --speed: 'fast' must be a number"),
+        (["--data", "x", "--speed", "1.5"], "argument --speed: 1.5 must be a whole number"),
+        (["--data", "x", "--speed", "1e99"], "argument --speed: 1e99 must be at most"),
+        (["--data", "x", "--speed", "inf"], "argument --speed: inf must be a finite number"),
+        (["--data", ""], "argument --data: must not be empty"),
+        (["--data", "x", "--preset"], "argument --preset: expected one argument"),
+        (["--data", "x", "--other-name", "0"], "argument --other-name: 0 must be at least 1"),
+        (["--data", "x", "--other_name=0"], "argument --other_name: 0 must be at least 1"),
         (["--data", "x", "--preset", "medium"], "argument --preset: invalid choice: 'medium'"),
         (["--dat", "x"], "--data"),  # no abbreviations
     ],
@@ -119,6 +153,71 @@ def test_a_preset_replaces_defaults_and_the_command_line_replaces_both(words, sp
     assert cli.chosen(args, ("data", "speed")) == {"data": data, "speed": speed}
 
 
+@pytest.mark.parametrize(
+    "text, value", [("100", 100), ("1e5", 100_000), ("2.56e6", 2_560_000), ("1_000", 1000), ("30.0", 30)]
+)
+def test_a_whole_number_may_be_written_as_it_is_said(text, value):
+    found = cli.positive(text)
+    assert found == value and isinstance(found, int)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--speed", "5"], "--speed 5: too fast for --data x"),
+        (["--speed=5"], "--speed 5: too fast for --data x"),
+        ([], "--speed 5 (the default): too fast for --data x"),
+        (["--preset", "fast"], "--speed 9 (of --preset fast): too fast for --data x"),
+    ],
+)
+def test_a_message_says_what_nobody_typed(words, said, capsys):
+    def run(args):
+        raise cli.UserError(f"--speed {args.speed}: too fast for --data {args.data}")
+
+    with pytest.raises(SystemExit):
+        cli.main(parser(), run, ["--data", "x", *words])
+    assert capsys.readouterr().err == f"tool: error: {said}\n"
+
+
+def test_what_is_not_fetched_is_planned_without_by_a_dry_run_only(capsys):
+    def run(args):
+        raise cli.AbsentError("--data x: not here")
+
+    cli.main(parser(), run, ["--data", "x", "--dry-run"])
+    assert json.loads(capsys.readouterr().out)["not_checked"] == "--data x: not here"
+    with pytest.raises(SystemExit) as stop:
+        cli.main(parser(), run, ["--data", "x"])
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), MemoryError("Unable to allocate 1 TiB"), RuntimeError("CUDA out of memory. Tried")]
+)
+def test_a_lack_of_memory_is_one_sentence(error, capsys):
+    def run(args):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        cli.main(parser(), run, ["--data", "x"])
+    said = capsys.readouterr().err
+    assert (
+        stop.value.code == 1 and said.startswith("tool: error: out of memory; give smaller") and said.count("\n") == 1
+    )
+
+
+def test_the_help_says_what_an_option_takes_what_is_required_and_how_it_is_used(capsys):
+    made = cli.Parser(
+        "A tool.\n\n    python tool.py --data x\n    torchrun tool.py \\\n        --data y\n", prog="tool"
+    )
+    made.add_argument("--data", type=cli.folder, required=True, help="Read this.")
+    made.add_argument("--out", type=cli.file, help="Write this.")
+    made.add_argument("--speed", type=cli.positive, default=5, help="Read so fast.")
+    text = made.format_help()
+    assert "--data FOLDER  Read this. (required)" in text and "--out FILE     Write this.\n" in text
+    assert "--speed N      Read so fast. (default: 5)" in text
+    assert text.endswith("examples:\n  python tool.py --data x\n  torchrun tool.py \\\n        --data y\n")
+
+
 def test_a_preset_is_shown_with_its_cost_where_data_are_missing(capsys):
     def run(args):
         cli.existing_folder("--data", args.data)
@@ -135,8 +234,9 @@ def test_files_and_folders_must_be_there(tmp_path):
     assert cli.existing_folder("--a", str(tmp_path)) == tmp_path
     for check, name, words in (
         (cli.existing_file, "none", "no such file"),
-        (cli.existing_file, "empty", "no such file"),
-        (cli.existing_folder, "file", "no such folder"),
+        (cli.existing_file, "empty", "is a folder, give a file"),
+        (cli.existing_folder, "none", "no such folder"),
+        (cli.existing_folder, "file", "is a file, give a folder"),
         (cli.existing_folder, "empty", "the folder is empty"),
     ):
         with pytest.raises(cli.UserError, match=f"^--a {tmp_path / name}: {words}$"):

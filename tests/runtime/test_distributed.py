@@ -67,6 +67,18 @@ def test_sigterm_is_noticed_within_the_block_only():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("launcher, code", [({}, -signal.SIGTERM), ({"TORCHELASTIC_RUN_ID": "x"}, 0)])
+def test_a_second_sigterm_kills_unless_torchrun_sends_it(launcher, code):
+    child = os.fork()
+    if not child:
+        os.environ |= launcher
+        with notice_sigterm():
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_freed_memory_is_used_again_by_the_process(tmp_path):
     script = tmp_path / "freed.py"

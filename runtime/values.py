@@ -1,0 +1,94 @@
+"""The values that options take: argparse types, each of which refuses with a sentence, and what the help calls them."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+LARGEST = 2**63 - 1  # of whole numbers
+
+
+def _whole(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        number = _number(text)
+        if not number.is_integer():
+            raise argparse.ArgumentTypeError(f"{text} must be a whole number, such as 1000 or 1e3") from None
+        value = int(number)
+    if abs(value) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{text} must be at most {LARGEST:.2g}")
+    return value
+
+
+def positive(text: str) -> int:
+    """argparse type: a whole number of at least 1; 1e5 is one."""
+    value = _whole(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+def not_negative(text: str) -> int:
+    """argparse type: a whole number of at least 0; 1e5 is one."""
+    value = _whole(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} must not be negative")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} must be a finite number")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    value = _number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return value
+
+
+def not_negative_number(text: str) -> float:
+    """argparse type: a finite number of at least 0."""
+    value = _number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} must not be negative")
+    return value
+
+
+def fraction(text: str) -> float:
+    """argparse type: a number of at least 0 and below 1."""
+    value = _number(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 0 and below 1")
+    return value
+
+
+def name(text: str) -> str:
+    """argparse type: a word, a path or a name, not an empty one."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def file(text: str) -> str:
+    """argparse type: the path of a file, as text."""
+    return name(text)
+
+
+def folder(text: str) -> str:
+    """argparse type: the path of a folder, as text."""
+    return name(text)
+
+
+# What the help calls the value of an option of each type.
+METAVARS: dict[Any, str] = dict.fromkeys((positive, not_negative), "N")
+METAVARS |= dict.fromkeys((positive_number, not_negative_number, fraction), "X")
+METAVARS |= {file: "FILE", Path: "FILE", folder: "FOLDER"}
