@@ -73,7 +73,7 @@ HIDDEN = ("command", "vs", "device", "repeats", "profile", "minutes", "file")  #
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(description="Measure speed.")
+    parser = cli.Parser(__doc__, description="Measure speed.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=cli.Parser)
     for name, text in ABOUT.items():
         command = commands.add_parser(name, help=text, description=text)

@@ -1,4 +1,6 @@
-"""The whole pipeline on the bundled digits, on a CPU, in minutes: `make demo`.
+"""The whole pipeline on the bundled digits, on a CPU, in minutes: `make demo`, or with options
+
+    python demo.py --seed 1 --iterations 1500 --out results/demo-long
 
 Dumps a real teacher's trajectories, distils it into 4 steps with and without history at the same budget, samples, and
 evaluates, by running the same scripts that distil DiT-XL/2. Leaves a picture and a table. To resume, run it again.
@@ -53,9 +55,11 @@ COLUMNS = {
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(description="Distil the digits teacher with and without history, and compare.")
+    parser = cli.Parser(__doc__, description="Distil the digits teacher with and without history, and compare.")
     parser.add_argument("--seed", type=cli.not_negative, default=0, help="Seed of trajectories, training and samples.")
-    parser.add_argument("--out", help="Folder of the results; without it, results/demo, results/demo-seed1, ...")
+    parser.add_argument(
+        "--out", type=cli.folder, help="Folder of the results; without it, results/demo, results/demo-seed1, ..."
+    )
     parser.add_argument("--iterations", type=cli.positive, default=600, help="Training steps of each student.")
     parser.add_argument(
         "--targets", nargs="+", choices=TARGETS, default=["x0"], help="Train a pair of students for each of these."

@@ -23,15 +23,15 @@ from stores.shards import ShardWriter
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(description="Encode a folder of images into a store of latents.")
+    parser = cli.Parser(__doc__, description="Encode a folder of images into a store of latents.")
     group = parser.add_argument_group("images and autoencoder")
-    group.add_argument("--data-path", required=True, help="Folder with one sub-folder of images for each class.")
+    group.add_argument("--data-path", type=cli.folder, required=True, help="One sub-folder of images for each class.")
     group.add_argument("--image-size", type=cli.positive, default=256, help="Pixels of a side, cropped as ADM does.")
     group.add_argument("--unconditional", action="store_true", help="Use no classes; the folder may be flat then.")
-    group.add_argument("--vae", default="ema", help="Autoencoder: ema, mse, a folder or hub id.")
+    group.add_argument("--vae", type=cli.name, default="ema", help="Autoencoder: ema, mse, a folder or hub id.")
     add_precision_option(group, "--vae-precision", "the autoencoder")
     group = parser.add_argument_group("store")
-    group.add_argument("--out", required=True, help="Folder of the store.")
+    group.add_argument("--out", type=cli.folder, required=True, help="Write the store there.")
     group.add_argument("--dtype", choices=STORED, default="fp16", help="Number format of the stored latents.")
     group.add_argument(
         "--rows-per-shard", type=cli.positive, default=1024, help="Images of one file, a rank's piece of work."

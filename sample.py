@@ -14,10 +14,10 @@ from stores import checkpoints
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(description="Sample the teacher to .npz.")
+    parser = cli.Parser(__doc__, description="Sample the teacher to .npz.")
     parser.add_presets(preset("sample.py"))
     group = parser.add_argument_group("teacher and its ODE")
-    group.add_argument("--teacher", required=True, help="Sample this checkpoint.")
+    group.add_argument("--teacher", type=cli.file, required=True, help="Checkpoint, official name or hub id.")
     checkpoints.add_heads_option(group)
     add_ode_options(group)
     add_sampling_options(parser)

@@ -18,7 +18,7 @@ from stores import checkpoints
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(description="Sample a student to .npz.")
+    parser = cli.Parser(__doc__, description="Sample a student to .npz.")
     parser.add_presets(preset("sample_ARD.py"))
     checkpoints.add_student_options(parser.add_argument_group("student"))
     add_sampling_options(parser)

@@ -29,15 +29,15 @@ from stores.shards import ShardWriter
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(description="Dump the teacher's ODE trajectories.")
+    parser = cli.Parser(__doc__, description="Dump the teacher's ODE trajectories.")
     parser.add_presets(preset("sample_trajectory.py"))
     group = parser.add_argument_group("teacher and its ODE")
-    group.add_argument("--teacher", required=True, help="Checkpoint of the teacher.")
+    group.add_argument("--teacher", type=cli.file, required=True, help="Checkpoint, official name or hub id.")
     checkpoints.add_heads_option(group)
     group.add_argument("--teacher-weights", choices=("ema", "raw"), default="ema", help="Use these of its weights.")
     add_ode_options(group)
     group = parser.add_argument_group("store")
-    group.add_argument("--out", required=True, help="Folder of the store.")
+    group.add_argument("--out", type=cli.folder, required=True, help="Write the store there.")
     group.add_argument("--num-trajectories", type=cli.positive, required=True, help="Make exactly so many.")
     group.add_argument("--steps", type=cli.positive, default=4, help="Student steps S whose points are stored.")
     group.add_argument("--grid", choices=GRIDS, default="even", help="Where they lie; even serves S = 1, 2 and 4.")

@@ -13,7 +13,7 @@ import torch
 
 from models import DiT
 from models_ard import ARD
-from runtime.cli import Parser, UserError, add_dry_run_option, not_negative, positive
+from runtime.cli import Parser, UserError, add_dry_run_option, file, name, not_negative, positive
 from runtime.distributed import DistributedContext, add_device_option
 from runtime.precision import (
     COMPUTED,
@@ -45,15 +45,19 @@ SAMPLING_OPTIONS = (
 def add_sampling_options(parser: Parser) -> None:
     """The options that the samplers of teacher and student share."""
     group = parser.add_argument_group("samples")
-    group.add_argument("--out", help="Write this .npz; without it, one beside the checkpoint and named after it.")
+    group.add_argument(
+        "--out", type=file, help="Write this .npz; without it, one beside the checkpoint and named after it."
+    )
     group.add_argument("--num-samples", type=positive, default=50_000, help="Draw exactly so many samples.")
     group.add_argument("--seed", type=not_negative, default=0, help="Sample i depends on (seed, i) alone.")
     group.add_argument("--label-policy", choices=LABEL_POLICIES, default="balanced", help="Choose labels in this way.")
     group.add_argument(
-        "--class-labels", type=int, nargs="+", metavar="LABEL", help="Take these labels in turn instead."
+        "--class-labels", type=not_negative, nargs="+", metavar="LABEL", help="Take these labels in turn instead."
     )
     group.add_argument("--weights", choices=("ema", "raw"), default="ema", help="Use these weights of the checkpoint.")
-    group.add_argument("--vae", help="Decode by ema, mse, a folder or a hub id instead of the model's own autoencoder.")
+    group.add_argument(
+        "--vae", type=name, help="Decode by ema, mse, a folder or hub id instead of the model's own autoencoder."
+    )
     group.add_argument(
         "--vae-precision",
         choices=("auto", *COMPUTED),

@@ -31,19 +31,22 @@ SIZES = {"depth": "depth", "width": "hidden_size", "heads": "num_heads", "patch"
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(description="Train a DiT teacher.")
+    parser = cli.Parser(__doc__, description="Train a DiT teacher.")
     group = parser.add_argument_group("data and model")
     group.add_argument(
         "--data-path",
+        type=cli.folder,
         required=True,
-        help='Train on the word "digits", an image folder with a sub-folder per class, or a latent store.',
+        help='Train on an image folder with a sub-folder per class, a latent store, or the word "digits".',
     )
-    group.add_argument("--image-size", type=cli.positive, help="Pixels of a side, for image folders.")
+    group.add_argument("--image-size", type=cli.positive, help="Pixels of a side; image folders need it.")
     group.add_argument(
-        "--vae", help="Autoencoder: ema, mse, a folder or hub id; none, the default for images, is a model of pixels."
+        "--vae",
+        type=cli.name,
+        help="Autoencoder: ema, mse, a folder or hub id; none, the default for images, is a model of pixels.",
     )
     group.add_argument("--unconditional", action="store_true", help="Use no classes; an image folder may be flat then.")
-    group.add_argument("--model", choices=DiT_models, metavar="NAME", help=MODELS)
+    group.add_argument("--model", choices=DiT_models, metavar="NAME", help=f"One of {MODELS}.")
     of_model = "instead of that of --model."
     group.add_argument("--depth", type=cli.positive, help=f"Number of blocks, {of_model}")
     group.add_argument("--width", type=cli.positive, help=f"Numbers of a token, {of_model}")

@@ -41,17 +41,25 @@ from trainer import (
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(description="Distil a teacher into a few-step student by regression.")
+    parser = cli.Parser(__doc__, description="Distil a teacher into a few-step student by regression.")
     parser.add_presets(preset("train_ARD.py"))
     group = parser.add_argument_group("teacher")
-    group.add_argument("--data-path", help="Train on this trajectory store of sample_trajectory.py.")
-    group.add_argument("--teacher", help="Checkpoint of the teacher; without it, the one that the store names.")
+    group.add_argument(
+        "--data-path", type=cli.folder, help="Train on this store of sample_trajectory.py; or give --online."
+    )
+    group.add_argument(
+        "--teacher", type=cli.file, help="Checkpoint of the teacher; without it, the one that the store names."
+    )
     checkpoints.add_heads_option(group)
     group.add_argument("--online", action="store_true", help="Make trajectories in each step instead of reading them.")
-    group.add_argument("--vae", help="Load the teacher's autoencoder from this folder or hub id instead of by name.")
+    group.add_argument(
+        "--vae", type=cli.name, help="Load the teacher's autoencoder from this folder or hub id instead of by name."
+    )
     add_ode_options(parser.add_argument_group("the teacher's ODE, with --online"))
     group = parser.add_argument_group("student")
-    group.add_argument("--model", choices=DiT_models, metavar="NAME", help="The teacher's size, checked if given.")
+    group.add_argument(
+        "--model", choices=DiT_models, metavar="NAME", help="The teacher's size, such as DiT-XL/2; only checked."
+    )
     group.add_argument("--steps", type=cli.positive, default=4, help="S, the student's steps.")
     group.add_argument("--mask", choices=MASKS, default="M4", help="What a step sees: M1 itself .. M4 all before it.")
     group.add_argument("--stack", type=cli.not_negative, default=6, help="N, the lower blocks that see history.")

@@ -52,19 +52,28 @@ GAN_OPTIONS = (
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(description="Fine-tune a student by regression and an adversarial loss.")
+    parser = cli.Parser(__doc__, description="Fine-tune a student by regression and an adversarial loss.")
     parser.add_presets(preset("train_ARD_gan.py"), count_step_of_options)
     group = parser.add_argument_group("student and teacher")
     checkpoints.add_student_options(group)
     group.add_argument("--init-weights", choices=("ema", "raw"), default="ema", help="Start at these of its weights.")
-    group.add_argument("--teacher", help="Checkpoint of the teacher; without it, the one that the store names.")
+    group.add_argument(
+        "--teacher", type=cli.file, help="Checkpoint of the teacher; without it, the one that the store names."
+    )
     checkpoints.add_heads_option(group)
     group = parser.add_argument_group("data")
-    group.add_argument("--data-path", required=True, help="Train on this trajectory store of sample_trajectory.py.")
     group.add_argument(
-        "--real-data-path", required=True, help='Real images: the word "digits", an image folder, or a latent store.'
+        "--data-path", type=cli.folder, required=True, help="Train on this store of sample_trajectory.py."
     )
-    group.add_argument("--vae", help="Load the teacher's autoencoder from this folder or hub id instead of by name.")
+    group.add_argument(
+        "--real-data-path",
+        type=cli.folder,
+        required=True,
+        help='Real images: an image folder, a latent store, or the word "digits".',
+    )
+    group.add_argument(
+        "--vae", type=cli.name, help="Load the teacher's autoencoder from this folder or hub id instead of by name."
+    )
     group.add_argument(
         "--hflip",
         action=argparse.BooleanOptionalAction,

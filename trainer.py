@@ -52,8 +52,8 @@ def add_training_options(parser: cli.Parser, *, lr: float, batch: int, iteration
     again = "Compute each block's inside again in the backward pass: a third more time, far less memory."
     group.add_argument("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False, help=again)
     group = parser.add_argument_group("run")
-    group.add_argument("--results-dir", default="results", help="Folder in which runs are numbered folders.")
-    group.add_argument("--run-dir", help="This very folder instead of a numbered one.")
+    group.add_argument("--results-dir", type=cli.folder, default="results", help="Where runs are numbered folders.")
+    group.add_argument("--run-dir", type=cli.folder, help="This very folder instead of a numbered one.")
     group.add_argument("--log-every", type=positive, default=100, help="Steps between log lines.")
     group.add_argument("--sample-every", type=not_negative, default=10_000, help="Steps between previews, 0 for none.")
     group.add_argument("--ckpt-every", type=positive, default=50_000, help="Steps between checkpoints that are kept.")

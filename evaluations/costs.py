@@ -100,7 +100,9 @@ def count_stages(tflops: float, steps: int, mask: str, stack: int) -> list[dict[
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(prog="evaluations.costs", description="Count what each stage of the ImageNet path costs.")
+    parser = cli.Parser(
+        __doc__, prog="evaluations.costs", description="Count what each stage of the ImageNet path costs."
+    )
     parser.add_argument(
         "--tflops", type=cli.positive_number, default=300.0, help="Rate of a GPU, in 1e12 operations per second."
     )

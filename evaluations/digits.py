@@ -143,7 +143,9 @@ def run_reference(args: argparse.Namespace) -> None:
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(prog="evaluations.digits", description="The digit classifier behind FID at small scale.")
+    parser = cli.Parser(
+        __doc__, prog="evaluations.digits", description="The digit classifier behind FID at small scale."
+    )
     commands = parser.add_subparsers(required=True, metavar="train|reference")
     command = commands.add_parser(
         "train", help="Train the classifier on four fifths of the digits (a minute on a CPU)."

@@ -256,7 +256,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(prog="evaluations.evaluator", description="FID, sFID, Inception Score, precision and recall.")
+    parser = cli.Parser(
+        __doc__, prog="evaluations.evaluator", description="FID, sFID, Inception Score, precision and recall."
+    )
     parser.add_argument("reference", metavar="REFERENCE", type=Path, help="Real images, an .npz in ADM's format.")
     parser.add_argument("samples", metavar="SAMPLES", type=Path, help="Samples, an .npz with arr_0 (N, H, W, 3) uint8.")
     group = parser.add_argument_group("features")

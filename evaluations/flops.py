@@ -99,7 +99,9 @@ def count_table(model: str) -> list[dict]:
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(prog="evaluations.flops", description="Count the GFLOPs column of the paper's Table 1.")
+    parser = cli.Parser(
+        __doc__, prog="evaluations.flops", description="Count the GFLOPs column of the paper's Table 1."
+    )
     parser.add_argument("--model", choices=DiT_models, default="DiT-XL/2", metavar="NAME", help="Size of the model.")
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="Write the rows as JSON to FILE, or print them."

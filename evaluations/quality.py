@@ -9,7 +9,7 @@ from pathlib import Path
 from evaluations.evaluator import evaluate
 from evaluations.features import NAMES, extractor
 from evaluations.files import Images
-from runtime.cli import Parser, UserError, not_negative, positive
+from runtime.cli import Parser, UserError, file, not_negative, positive
 from runtime.distributed import DistributedContext
 from sampler import Sampler
 from stores.samples import SampleWriter
@@ -21,7 +21,7 @@ def add_quality_options(parser: Parser) -> None:
     """``--eval-every``, and the options of ``PeriodicEvaluator``."""
     group = parser.add_argument_group("quality while training")
     group.add_argument("--eval-every", type=not_negative, default=0, help="Steps between evaluations, 0 for none.")
-    group.add_argument("--eval-reference", help="Compare with these real images, an .npz in ADM's format.")
+    group.add_argument("--eval-reference", type=file, help="Compare with these real images, an .npz in ADM's format.")
     group.add_argument("--eval-features", choices=NAMES, default="inception", help="Use this network for FID.")
     group.add_argument("--eval-samples", type=positive, default=2048, help="Draw so many samples for an evaluation.")
 

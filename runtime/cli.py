@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -68,6 +69,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return METAVARS.get(action.type, "NAME")
 
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if text.startswith("examples:") else super()._fill_text(text, width, indent)
 
@@ -77,8 +81,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc: str | None = None, **kwargs: Any):
         """``doc``: a script's docstring, whose commands are shown as examples below the help."""
-        commands = re.findall(r"^(?: {4})?(?:python|torchrun) (?:.*\\\n)*.*$", doc or "", re.MULTILINE)
-        epilog = "\n  ".join(["examples:", *(command.strip() for command in commands)]) if commands else None
+        commands = re.findall(r"^(?: {4})?((?:python|torchrun) (?:.*\\\n)*.*)$", doc or "", re.MULTILINE)
+        lines = [re.sub(r"(?<=\S) +", " ", command) for command in commands]
+        epilog = "\n  ".join(["examples:", *lines]) if lines else None
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, epilog=epilog, **kwargs)
         self.presets: dict[str, dict] = {}
         self.estimate: Callable[[argparse.Namespace], dict] = lambda args: {}

@@ -25,7 +25,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from runtime.cli import OptionGroup, RunError, UserError
+from runtime.cli import OptionGroup, RunError, UserError, name
 
 IMPATIENCE = timedelta(minutes=15)  # a rank that trains on without the others is hung after this
 PATIENCE = timedelta(hours=12)  # a rank that writes or hashes files may take this long
@@ -240,4 +240,6 @@ def finish(context: DistributedContext) -> None:
 
 def add_device_option(group: OptionGroup) -> None:
     """The ``--device`` option, the same in every script."""
-    group.add_argument("--device", default="auto", help="Run on auto (a GPU if there is one), cpu, cuda or cuda:INDEX.")
+    group.add_argument(
+        "--device", type=name, default="auto", help="Run on auto (a GPU if there is one), cpu, cuda or cuda:INDEX."
+    )

@@ -222,7 +222,11 @@ def student_config(
 def add_student_options(group: OptionGroup) -> None:
     """``--ckpt-path``, and what the authors' commands say of the student in it besides."""
     group.add_argument(
-        "--ckpt-path", "--ckpt_path", required=True, help="Load this checkpoint of train_ARD.py or train_ARD_gan.py."
+        "--ckpt-path",
+        "--ckpt_path",
+        type=cli.file,
+        required=True,
+        help="Checkpoint of train_ARD.py or train_ARD_gan.py.",
     )
     checked = "only checked against the checkpoint"
     group.add_argument("--model", choices=DiT_models, metavar="NAME", help=f"Its size, {checked}.")
@@ -264,7 +268,7 @@ def slim(args: argparse.Namespace) -> None:
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(prog="stores.checkpoints", description="Look after checkpoints.")
+    parser = cli.Parser(__doc__, prog="stores.checkpoints", description="Look after checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=cli.Parser)
     command = commands.add_parser("slim", help="Leave out raw weights and optimiser states, to ship a model.")
     command.add_argument("source", metavar="SOURCE", help="Checkpoint of a trainer.")

@@ -75,7 +75,7 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(prog="stores.latents", description="Look after a latent store.")
+    parser = cli.Parser(__doc__, prog="stores.latents", description="Look after a latent store.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=cli.Parser)
     add_store_commands(commands, verify)
     return parser

@@ -154,13 +154,14 @@ def export(args: argparse.Namespace) -> None:
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(prog="stores.trajectories", description="Look after a trajectory store.")
+    parser = cli.Parser(__doc__, prog="stores.trajectories", description="Look after a trajectory store.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=cli.Parser)
     add_store_commands(commands, verify)
     command = commands.add_parser("export", help="Write the final samples to ADM's .npz.")
     command.add_argument("folder", metavar="DIR", help="Folder of the store.")
-    command.add_argument("--out", required=True, help="Write this .npz.")
-    command.add_argument("--vae", help="Load the teacher's autoencoder from this folder or hub id instead of by name.")
+    command.add_argument("--out", type=cli.file, required=True, help="Write this .npz.")
+    vae = "Load the teacher's autoencoder from this folder or hub id instead of by name."
+    command.add_argument("--vae", type=cli.name, help=vae)
     command.add_argument("--num-samples", type=cli.positive, help="Write only the first so many samples.")
     command.add_argument("--per-proc-batch-size", type=cli.positive, default=64, help="Decode so many samples at once.")
     distributed.add_device_option(command)

@@ -3,6 +3,7 @@
 A sentence names option and value; the exit code is 2 and there is no traceback.
 """
 
+import importlib
 import json
 from pathlib import Path
 
@@ -177,6 +178,23 @@ def test_mistakes_about_images_and_latents_are_named(latent_store, image_folder,
     assert state_of(tmp_path, latent_store, image_folder, autoencoder) == before
 
 
+PARSERS = ("train", "train_ARD", "train_ARD_gan", "sample", "sample_ARD", "sample_trajectory", "encode_latents", "demo",
+           "evaluations.evaluator", "evaluations.flops", "evaluations.costs")  # fmt: skip
+
+
+@pytest.mark.parametrize("script", PARSERS)
+def test_the_help_of_every_script_can_be_read(script):
+    parser = importlib.import_module(script).build_parser()
+    text = parser.format_help()
+    assert "(default: None)" not in text and "(default: False)" not in text and "\nexamples:\n  " in text
+    for action in parser._actions:
+        assert action.help, action
+        if action.option_strings and action.nargs != 0 and action.choices is None and action.metavar is None:
+            assert f"{action.option_strings[0]} {action.dest.upper()}" not in text, action.dest  # argparse's own word
+        assert not action.option_strings or action.type is not int and action.type is not str, action.dest
+    assert text.count("(required)") == sum(bool(a.option_strings) and a.required for a in parser._actions)
+
+
 #################################################################################
 #                            Commands that must work                            #
 #################################################################################
@@ -219,8 +237,10 @@ def test_a_model_of_any_shape_goes_from_teacher_to_samples(shape, tmp_path, caps
     dump = ("--teacher", path, "--out", data, "--num-trajectories", 8, "--solver-steps", 5, "--steps", 2)
     sample = ("--teacher", path, "--out", tmp_path / "teacher.npz", "--num-samples", 4, "--solver-steps", 5)
     if not guided:
-        assert "--cfg-scale 1.5: this teacher has no null label" in refused(capsys, "sample_trajectory.py", *dump)
-        assert "--cfg-scale 1.5: this teacher has no null label" in refused(capsys, "sample.py", *sample)
+        assert "--cfg-scale 1.5 (the default): this teacher has no null label" in refused(
+            capsys, "sample_trajectory.py", *dump
+        )
+        assert "--cfg-scale 1.5 (the default): this teacher has no null label" in refused(capsys, "sample.py", *sample)
     scale = ("--cfg-scale", 1.5 if guided else 1)
     call("sample_trajectory.py", *dump, *scale)
     call("sample.py", *sample, *scale)
