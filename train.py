@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from diffusion import create_diffusion
 from diffusion.teacher_ode import TeacherODE
+from evaluations.plans import PLANNED_OPTIONS, outline, plan_training
 from evaluations.quality import QUALITY_OPTIONS, PeriodicEvaluator, add_quality_options
 from models import DiT, DiT_models
 from optimiser import STATE_OPTIONS, TrainState
@@ -24,6 +25,7 @@ from runtime.precision import autocast, prepare_blocks
 from runtime.randomness import Shuffle, generator, noise
 from sampler import Sampler
 from stores.images import Source, latent_shape, open_source, open_vae, real_latents
+from stores.runs import check_place
 from trainer import RESULT_OPTIONS, RUN_OPTIONS, Trainer, add_training_options
 
 MODELS = ", ".join(DiT_models)
@@ -109,21 +111,20 @@ def model_shape(model: str | None, **sizes: int | None) -> tuple[dict[str, Any],
 
 
 def run(args: argparse.Namespace) -> None:
-    shape, sizes_given = model_shape(**chosen(args, ("model", *SIZES)))
+    check_place(args.results_dir, args.run_dir)
+    sizes, sizes_given = model_shape(**chosen(args, ("model", *SIZES)))
+    context = distributed.setup(args.device, join=not args.dry_run)
     source = open_source(args.data_path, args.image_size, args.unconditional, verify=args.verify)
-    context = distributed.setup(args.device)
     vae, vae_name, vae_hash = open_vae(source, args.vae, context.device, bool(args.sample_every or args.eval_every))
     channels, side, _ = latent_shape(source, vae)
-    torch.manual_seed(args.seed)
+    shape = sizes | {
+        "input_size": side,
+        "in_channels": channels,
+        "num_classes": source.num_classes,
+        "class_dropout_prob": args.label_dropout,
+    }
     try:
-        # Labels are dropped by the data, a function of the index: the model itself stays in eval mode throughout.
-        model = DiT(
-            **shape,
-            input_size=side,
-            in_channels=channels,
-            num_classes=source.num_classes,
-            class_dropout_prob=args.label_dropout,
-        ).eval()
+        model = outline(shape)
     except ValueError as error:
         raise UserError(f"{sizes_given}: does not fit --data-path {args.data_path}: {error}") from None
 
@@ -135,6 +136,8 @@ def run(args: argparse.Namespace) -> None:
         "provenance": source.fingerprint,
         "training": chosen(args, RESULT_OPTIONS) | {"label_dropout": args.label_dropout, "hflip": args.hflip},
     }
+    plan = plan_training(shape, context, rows=source.count, vae=vae, **chosen(args, PLANNED_OPTIONS))
+    folder = plan.check_run(config, context, **chosen(args, ("results_dir", "run_dir")))
 
     def sampler(solver_steps: int) -> Sampler:
         guidance = 1.5 if args.label_dropout and source.num_classes else 1.0
@@ -149,9 +152,11 @@ def run(args: argparse.Namespace) -> None:
         options = chosen(args, QUALITY_OPTIONS)
         evaluate = PeriodicEvaluator(sampler(EVALUATION_STEPS), context, source.size, **options)
     if args.dry_run:
-        plan = {"iterations": args.iterations, "parameters": sum(p.numel() for p in model.parameters())}
-        cli.show_plan(config | plan, args)
+        cli.show_plan(config | plan.describe() | {"iterations": args.iterations, "run_dir": folder}, args)
         return
+    torch.manual_seed(args.seed)
+    # Labels are dropped by the data, a function of the index: the model itself stays in eval mode throughout.
+    model = DiT(**shape).eval()
     prepare_blocks(model, compile=args.compile, checkpoint_activations=args.checkpoint_activations)
     state = TrainState(model, context, **chosen(args, STATE_OPTIONS))
     trainer = Trainer(

@@ -7,6 +7,7 @@
 """
 
 import argparse
+from functools import partial
 from typing import Any
 
 from diffusion.teacher_ode import (
@@ -18,6 +19,8 @@ from diffusion.teacher_ode import (
     add_ode_options,
     grid_steps,
 )
+from evaluations.flops import count_online_step
+from evaluations.plans import PLANNED_OPTIONS, plan_training
 from evaluations.quality import QUALITY_OPTIONS, PeriodicEvaluator, add_quality_options
 from losses import regression_losses
 from models import DiT, DiT_models
@@ -26,11 +29,13 @@ from optimiser import STATE_OPTIONS, TrainState
 from presets import preset
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
+from runtime.distributed import DistributedContext
 from runtime.precision import autocast, cast_weights, prepare_blocks
 from runtime.provenance import require_same
-from runtime.vae import VAE, Pixels, load_same_vae
+from runtime.vae import Pixels, load_same_vae
 from sampler import student_previews
 from stores import checkpoints
+from stores.runs import check_place
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
 from trainer import (
     RESULT_OPTIONS,
@@ -42,7 +47,7 @@ from trainer import (
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, description="Distil a teacher into a few-step student by regression.")
-    parser.add_presets(preset("train_ARD.py"))
+    parser.add_presets(preset("train_ARD.py"), plan_of_options)
     group = parser.add_argument_group("teacher")
     group.add_argument(
         "--data-path", type=cli.folder, help="Train on this store of sample_trajectory.py; or give --online."
@@ -104,7 +109,21 @@ def open_teacher(
     return model, config, config["provenance"] | ode.provenance | made, ode
 
 
+def plan_of_options(args: argparse.Namespace) -> dict:
+    """The plan for the size that ``--model`` or the preset names, where teacher or data are not here yet."""
+    if not args.model:
+        return {}
+    shape = {"steps": args.steps, "mask": args.mask, "history_layers": args.stack}
+    try:
+        config = DiT_models[args.model].keywords | shape
+        return plan_training(config, DistributedContext(), rows=None, **chosen(args, PLANNED_OPTIONS)).describe()
+    except (UserError, ValueError) as error:
+        return {"not_counted": str(error)}
+
+
 def run(args: argparse.Namespace) -> None:
+    check_place(args.results_dir, args.run_dir)
+    context = distributed.setup(args.device, join=not args.dry_run)
     teacher, teacher_config, provenance, source = open_teacher(
         args.data_path, args.teacher, **chosen(args, ("teacher_heads", "online", "seed", "verify", *ODE_OPTIONS))
     )
@@ -116,15 +135,13 @@ def run(args: argparse.Namespace) -> None:
         student = ARD.from_teacher(teacher, args.steps, args.mask, args.stack, args.level_embedding)
     except ValueError as error:
         raise UserError(f"--steps {args.steps} --stack {args.stack} --grid {args.grid}: {error}") from None
-    del teacher  # it lives on in the ODE, if that is to make trajectories
-    context = distributed.setup(args.device)
     order: dict[str, Any] = {"global_batch_size": args.global_batch_size, "seed": args.seed, "context": context}
     batches: OnlineBatches | TrajectoryBatches
     if isinstance(source, TeacherODE):
         batches = OnlineBatches(source, solver_indices, args.target, precision=args.precision, **order)
     else:
         batches = TrajectoryBatches(source, solver_indices, args.target, **order)
-    vae: VAE | Pixels = Pixels()
+    vae: Any = Pixels()
     if args.sample_every or args.eval_every or args.vae:
         vae = load_same_vae(teacher_config["vae"], provenance.get("vae_hash"), context.device, args.vae)
 
@@ -137,15 +154,26 @@ def run(args: argparse.Namespace) -> None:
         target=args.target,
         training=chosen(args, RESULT_OPTIONS) | {"loss": "R"},
     )
+    plan = plan_training(
+        student.config,
+        context,
+        rows=None if isinstance(source, TeacherODE) else len(source),
+        vae=vae,
+        frozen=teacher if args.online else None,
+        flops_per_sample=partial(count_online_step, student, teacher, args.solver_steps) if args.online else None,
+        **chosen(args, PLANNED_OPTIONS),
+    )
+    folder = plan.check_run(config, context, **chosen(args, ("results_dir", "run_dir")))
     previews = student_previews(student, lambda: state.ema, vae, context.device, args.precision)
     evaluate = None
     if args.eval_every:
         image_size = student.input_size * vae.factor
         evaluate = PeriodicEvaluator(previews, context, image_size, **chosen(args, QUALITY_OPTIONS))
     if args.dry_run:
-        plan = {"iterations": args.iterations, "ranks": context.describe_batch(args.global_batch_size)}
-        cli.show_plan(config | plan, args)
+        about = {"iterations": args.iterations, "ranks": context.describe_batch(args.global_batch_size)}
+        cli.show_plan(config | plan.describe() | about | {"run_dir": folder}, args)
         return
+    del plan, teacher  # it lives on in the ODE, if that is to make trajectories
     blocks = {"compile": args.compile, "checkpoint_activations": args.checkpoint_activations}
     prepare_blocks(student, **blocks)
     if isinstance(source, TeacherODE):

@@ -9,13 +9,14 @@ To resume, run the same command again.
 """
 
 import argparse
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from discriminator import Discriminator, FrozenFeatures
-from evaluations.flops import count_gan_step
+from evaluations.plans import COST_OPTIONS, PLANNED_OPTIONS, plan_gan
 from evaluations.quality import QUALITY_OPTIONS, PeriodicEvaluator, add_quality_options
 from losses import AdversarialLosses, own_history
 from models import DiT, DiT_models
@@ -27,11 +28,12 @@ from runtime.distributed import DistributedContext
 from runtime.precision import autocast, cast_weights, compile_each, prepare_blocks
 from runtime.provenance import require_same
 from runtime.randomness import Shuffle, generator, noise
-from runtime.vae import VAE, Pixels, load_same_vae
+from runtime.vae import Pixels, load_same_vae
 from sampler import student_previews
 from stores import checkpoints
 from stores.images import Source, latent_shape, open_source, real_latents
 from stores.latents import is_store
+from stores.runs import check_place
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
 from trainer import (
     RESULT_OPTIONS,
@@ -53,7 +55,7 @@ GAN_OPTIONS = (
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, description="Fine-tune a student by regression and an adversarial loss.")
-    parser.add_presets(preset("train_ARD_gan.py"), count_step_of_options)
+    parser.add_presets(preset("train_ARD_gan.py"), plan_of_options)
     group = parser.add_argument_group("student and teacher")
     checkpoints.add_student_options(group)
     group.add_argument("--init-weights", choices=("ema", "raw"), default="ema", help="Start at these of its weights.")
@@ -153,7 +155,7 @@ def open_real(
     given: str | None,
     needs_decoder: bool,
     verify: bool,
-) -> tuple[Source, VAE | Pixels]:
+) -> tuple[Source, Any]:
     """The source of real images and the autoencoder; ``UserError`` where they do not suit the teacher.
 
     ``provenance``, the teacher's, names its autoencoder, and ``given`` is where to load that from instead.
@@ -174,16 +176,16 @@ def open_real(
     return source, vae
 
 
-COST_OPTIONS = ("d_time", "d_width", "bn_group", "rollout")  # what ``count_gan_step`` takes of the options
-
-
-def count_step_of_options(args: argparse.Namespace) -> dict:
-    """The cost of a step for the sizes that a preset names, before there is a checkpoint."""
+def plan_of_options(args: argparse.Namespace) -> dict:
+    """The plan for the sizes that a preset or the options name, before there is a checkpoint."""
+    if None in (args.model, args.steps, args.mask, args.stack):
+        return {}
     teacher = DiT_models[args.model].keywords
     student = teacher | {"steps": args.steps, "mask": args.mask, "history_layers": args.stack}
     try:
-        return count_gan_step(student, teacher, **chosen(args, COST_OPTIONS))
-    except ValueError as error:  # a model that cannot be, e.g. history deeper than it
+        options = chosen(args, (*PLANNED_OPTIONS, *COST_OPTIONS))
+        return plan_gan(student, teacher, DistributedContext(), rows=None, **options).describe()
+    except (UserError, ValueError) as error:  # a model that cannot be, e.g. history deeper than it
         return {"not_counted": str(error)}
 
 
@@ -193,12 +195,22 @@ def count_step_of_options(args: argparse.Namespace) -> dict:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_place(args.results_dir, args.run_dir)
     if args.d_time > 999:
         raise UserError(f"--d-time {args.d_time}: must be between 0 (clean) and 999")
+    if args.gan_weight and args.gan_warmup > args.iterations:
+        raise UserError(
+            f"--gan-warmup {args.gan_warmup}: --iterations {args.iterations} end before the GAN loss begins; give a "
+            "shorter warm-up, more steps, or --gan-weight 0"
+        )
+    if args.real_data_path != "digits":
+        cli.existing_folder("--real-data-path", args.real_data_path)
+    store = TrajectoryStore(args.data_path, verify=args.verify)
+    context = distributed.setup(args.device, join=not args.dry_run)
+    check_groups(args.global_batch_size, args.accumulation, args.bn_group, context)
     student, start = checkpoints.load_named_student(
         weights=args.init_weights, **chosen(args, checkpoints.STUDENT_OPTIONS)
     )
-    store = TrajectoryStore(args.data_path, verify=args.verify)
     teacher, teacher_config = store.load_teacher(args.teacher, args.teacher_heads)
     origin = start["provenance"]
     if not {*SAME_TEACHER, "grid", "solver_indices", "target"} <= origin.keys():
@@ -211,8 +223,6 @@ def run(args: argparse.Namespace) -> None:
         store.provenance,
         {name: origin.get(name) for name in (*SAME_TEACHER, "vae_hash", "teacher_heads")},
     )
-    context = distributed.setup(args.device)
-    check_groups(args.global_batch_size, args.accumulation, args.bn_group, context)
     source, vae = open_real(
         args.real_data_path,
         teacher,
@@ -244,14 +254,16 @@ def run(args: argparse.Namespace) -> None:
         | {"loss": "R+D", "hflip": hflip, "accumulation": args.accumulation}
         | chosen(args, GAN_OPTIONS),
     )
+    options = chosen(args, (*PLANNED_OPTIONS, *COST_OPTIONS))
+    plan = plan_gan(student.config, teacher.config, context, rows=len(store), vae=vae, **options)
+    folder = plan.check_run(config, context, **chosen(args, ("results_dir", "run_dir")))
     previews = student_previews(student, lambda: state.ema, vae, context.device, args.precision)
     evaluate = None
     if args.eval_every:
         image_size = teacher.input_size * vae.factor
         evaluate = PeriodicEvaluator(previews, context, image_size, **chosen(args, QUALITY_OPTIONS))
     if args.dry_run:
-        cost = count_gan_step(student.config, teacher.config, **chosen(args, COST_OPTIONS))
-        cli.show_plan(config | {"iterations": args.iterations} | cost, args)
+        cli.show_plan(config | plan.describe() | {"iterations": args.iterations, "run_dir": folder}, args)
         return
     torch.manual_seed(args.seed)
     heads = Discriminator.for_teacher(teacher, args.d_width, args.bn_group)

@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 
-from diffusion.teacher_ode import grid_steps
+from diffusion.teacher_ode import TARGETS, grid_steps
 from evaluations.flops import count_gan_step, sampling_gflops
 from models import DiT_models
 from models_ard import ARD, MASKS
 from presets import preset
 from runtime import cli
+from runtime.vae import VAE_BYTES
+from stores import latents, samples, trajectories
 
 IMAGES, CLASSES, PIXELS = 1_281_167, 1000, 256  # ImageNet's training set as DiT-XL/2 256x256 sees it
-VAE_BYTES, INCEPTION_BYTES = 4 * 83_653_863, 4 * 23_885_392  # weights of sd-vae-ft-ema and of Inception-v3
+INCEPTION_BYTES = 4 * 23_885_392  # weights of Inception-v3
 INCEPTION_GFLOPS = 11.4  # two operations per multiply-accumulate, one image of 299x299
 FEATURES = 2048 + 2023 + 1008  # numbers that the evaluator keeps of an image, float32
 COLUMNS = ("stage", "how much", "operations", "GPU hours (estimate)", "disk", "memory of a GPU, at least")
@@ -39,13 +41,13 @@ def count_stages(tflops: float, steps: int, mask: str, stack: int) -> list[dict[
     with torch.device("meta"):
         teacher = DiT_models["DiT-XL/2"](num_classes=CLASSES)
         student = ARD.from_teacher(teacher, steps, mask, stack)
-    numbers = torch.Size(teacher.latent_shape).numel()
     weights, own = (4 * sum(p.numel() for p in model.parameters()) for model in (teacher, student))
     step = count_gan_step(student.config, teacher.config, d_time=0, d_width=None, bn_group=6, rollout=False)
     heads, per_sample = 4 * step["discriminator_parameters"], step["tflops_per_sample"]
     trained, kept = 5 * own, 4 * own  # with gradient and AdamW's two moments and the average; without the gradient
     points = len(grid_steps(dump["steps"], dump["grid"]))
-    trajectory = 2 * numbers * (1 + 2 * points) + 8  # noise, and two quantities of each point, in fp16; a label
+    trajectory = trajectories.row_bytes(teacher.latent_shape, points, len(TARGETS), "fp16")
+    encoded = latents.row_bytes(teacher.latent_shape, "fp16")
     drawn = draw["num_samples"]
 
     def row(stage: str, amount: str, work: float | None, disk: float, memory: float) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def count_stages(tflops: float, steps: int, mask: str, stack: int) -> list[dict[
             7 * kept,
             trained,
         ),
-        row("encode_latents.py", f"{IMAGES:,} images, both sides", None, IMAGES * (4 * numbers * 2 + 8), VAE_BYTES),
+        row("encode_latents.py", f"{IMAGES:,} images, both sides", None, IMAGES * encoded, VAE_BYTES),
         row(
             "train_ARD_gan.py",
             f"{gan['iterations']:,} steps of {gan['global_batch_size']}, a checkpoint and a snapshot",
@@ -86,7 +88,7 @@ def count_stages(tflops: float, steps: int, mask: str, stack: int) -> list[dict[
             "sample_ARD.py",
             f"{drawn:,} images",
             drawn * sampling_gflops(student, steps) * 2 / 1e3,
-            drawn * PIXELS**2 * 3,
+            drawn * samples.row_bytes(PIXELS),
             own + VAE_BYTES,
         ),
         row(

@@ -31,15 +31,32 @@ def count_flops(work: Callable[[], object]) -> int:
 
 
 @torch.no_grad()
-def sampling_gflops(model: DiT, steps: int) -> float:
+def sampling_gflops(model: DiT, steps: int, cfg_scale: float = 1.5) -> float:
     """Multiply-accumulates, in 1e9, that one image costs: a student's sampling, or a teacher's guided DDIM."""
     device = next(model.parameters()).device
     noise, y = torch.empty(1, *model.latent_shape, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     if isinstance(model, ARD):
         return count_flops(lambda: model.sample(noise, y)) / 2e9
     # A guided step is the same work at every time: count one, on both halves of the batch, and multiply.
-    one = count_flops(lambda: create_diffusion("1").ddim_trajectory(model, noise, y, cfg_scale=1.5))
+    one = count_flops(lambda: create_diffusion("1").ddim_trajectory(model, noise, y, cfg_scale))
     return one * steps / 2e9
+
+
+def training_flops(model: DiT) -> int:
+    """Operations of a training step for one sample, forward and backward; the model is on the meta device.
+
+    A student's is that of regression, on all of its steps.
+    """
+    x, y = torch.empty(1, *model.latent_shape, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
+    inputs = (x.expand(1, model.steps, *model.latent_shape), y) if isinstance(model, ARD) else (x, y, y)
+    return count_flops(lambda: model(*inputs).sum().backward())
+
+
+def count_online_step(student: ARD, teacher: DiT, solver_steps: int) -> float:
+    """Operations of a step of regression for one sample whose trajectory is made in the step."""
+    with torch.device("meta"):
+        on_meta, source = ARD(**student.config).to("meta"), DiT(**teacher.config).to("meta")
+    return training_flops(on_meta) + 2e9 * sampling_gflops(source, solver_steps)
 
 
 def count_gan_step(

@@ -16,6 +16,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,6 +37,9 @@ RANK_LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed? ?out|broken 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)  # torch's words
 RANKS_PAUSE = 10.0  # seconds that the main rank has to say first what all ranks have found
+
+
+FETCHING: ContextVar[bool] = ContextVar("FETCHING", default=True)  # False in a dry run, which downloads nothing
 
 
 class UserError(Exception):
@@ -150,6 +154,7 @@ class Parser(argparse.ArgumentParser):
 def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[str] | None = None) -> None:
     """Parse the command line and run; ``UserError`` (exit code 2) and ``RunError`` (1) become one line on stderr."""
     args = parser.parse_args(argv)
+    fetching = FETCHING.set(not getattr(args, "dry_run", False))
     try:
         with _sigterm_as_error():
             run(args)
@@ -177,6 +182,8 @@ def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[s
         # The error of a data worker comes with its traceback, whose last line names the class and the text.
         text = str(error).splitlines()[-1].removeprefix(f"{__name__}.{type(error).__name__}: ")
         fail(parser, parser.told(text, args), 2 if isinstance(error, UserError) else 1)
+    finally:
+        FETCHING.reset(fetching)
 
 
 def world_size() -> int:

@@ -100,10 +100,11 @@ class DistributedContext:
         return box[0]
 
 
-def setup(device: str = "auto") -> DistributedContext:
+def setup(device: str = "auto", join: bool = True) -> DistributedContext:
     """Join the process group if torchrun (or Slurm through env://) started us, and choose this process's device.
 
     ``device`` is "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1". Raises ``UserError`` if it is not there.
+    Without ``join`` nobody is waited for: a plan is made by each rank alone.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
@@ -125,7 +126,7 @@ def setup(device: str = "auto") -> DistributedContext:
         torch.backends.cudnn.benchmark = True  # the autoencoder and Inception see few shapes, many times
     else:
         keep_freed_memory()
-    if world_size > 1 and not dist.is_initialized():
+    if join and world_size > 1 and not dist.is_initialized():
         die_with_launcher()
         watchdog = threading.Timer(IMPATIENCE.total_seconds(), _give_up)  # torch's own timeout does not always fire
         watchdog.daemon = True

@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from runtime.cli import UserError
+from runtime.cli import FETCHING, AbsentError, UserError
 from runtime.distributed import DistributedContext
 
 # What reading a damaged .npz may raise: RuntimeError where a bit says that it is encrypted (NotImplementedError is one:
@@ -113,6 +113,8 @@ def cached_download(url: str, option: str, hash_prefix: str | None = None) -> Pa
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if path.is_file():
         return path
+    if not FETCHING.get():
+        raise AbsentError(f"{option}: would be fetched from {url} to {path}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # the first rank downloads, the others wait here
@@ -137,7 +139,8 @@ def cached_snapshot(repository: str, inner: str) -> Path:
     for kind in ("safetensors", "bin"):
         names = ("config.json", f"{DIFFUSERS_STEM}.{kind}")
         wanted = [f"{place}{name}" for place in ("", f"{inner}/") for name in names]
-        folder = Path(snapshot_download(repository, allow_patterns=wanted))
+        local = not FETCHING.get()
+        folder = Path(snapshot_download(repository, allow_patterns=wanted, local_files_only=local))
         if any(folder.rglob(f"{DIFFUSERS_STEM}.{kind}")):
             break
     return folder

@@ -1,18 +1,23 @@
 """Between pixels and latents: Stable Diffusion's autoencoder through diffusers, or nothing for pixel-space models."""
 
+import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from runtime.cli import UserError, shortened
+from runtime.cli import FETCHING, AbsentError, UserError, shortened
 from runtime.files import cached_snapshot
 from runtime.precision import DTYPES
 from runtime.provenance import weights_hash
 
 NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+EXPECTED = f"give ema, mse, none or a folder in diffusers' layout (config.json and {WEIGHTS[0]})"
 HUB_ID = r"[\w.-]+/[\w.-]+"  # of a Hugging Face repository, as opposed to a path
+VAE_BYTES = 4 * 83_653_863  # of the weights of these two
 IMAGES_AT_ONCE = 16  # what an encoder or decoder takes at a time: 16 images of 512 pixels need about 10 GB in fp32
 
 
@@ -20,6 +25,7 @@ class Pixels:
     """The latent space of a model that works on pixels: images in [-1, 1] as they are."""
 
     name, hash, scale, factor, channels, image_channels = None, None, 1.0, 1, None, None
+    weights_bytes, here = 0, True
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """images: (B, C, H, W) in [-1, 1] -> mean and standard deviation of the latent: the image, and zero."""
@@ -28,6 +34,56 @@ class Pixels:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """latents: (B, C, H, W) -> images of the same shape, in [-1, 1] where the model is right."""
         return latents
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What an autoencoder's config says of it: how many times smaller latents are, and channels."""
+
+    name: str
+    factor: int
+    channels: int
+    image_channels: int
+    weights_bytes: int
+    here: bool = True  # False: it would be fetched
+    hash: str | None = None
+
+
+def outline_vae(name: str | None, option: str = "--vae") -> Outline | Pixels:
+    """The outline of the autoencoder of that name; nothing is loaded or fetched. None or "none" is pixel space.
+
+    ``AbsentError`` where it is to be fetched, and not one of ``NAMES``; ``UserError`` where there is none.
+    """
+    path = resolve_name(name)
+    if path is None:
+        return Pixels()
+    config, here = Path(path) / "config.json", True
+    if (Path(path) / "vae" / "config.json").is_file():  # a whole pipeline's folder
+        config = Path(path) / "vae" / "config.json"
+    elif not Path(path).is_dir():
+        if not re.fullmatch(HUB_ID, path):
+            raise UserError(f"{option} {name}: no such folder; give ema, mse, none, a hub id or a folder")
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = [try_to_load_from_cache(path, file) for file in ("config.json", WEIGHTS[0])]
+        here = all(isinstance(file, str) for file in cached)
+        if isinstance(cached[0], str):
+            config = Path(cached[0])
+        elif path in NAMES.values():
+            return Outline(path, 8, 4, 3, VAE_BYTES, here=False)
+        else:
+            raise AbsentError(f"{option} {name}: would be fetched from the Hugging Face hub")
+    try:
+        about = json.loads(config.read_text())
+        factor = 2 ** (len(about["block_out_channels"]) - 1)
+        sizes = [file.stat().st_size for file in (config.with_name(name) for name in WEIGHTS) if file.is_file()]
+        if here and not sizes:
+            raise FileNotFoundError(f"{config.parent} has no {WEIGHTS[0]}")
+        size = sizes[0] if sizes else VAE_BYTES
+        return Outline(path, factor, int(about["latent_channels"]), int(about["in_channels"]), size, here)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"its config lacks {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{option} {name}: cannot load the autoencoder; {EXPECTED} ({reason})") from None
 
 
 class VAE:
@@ -58,8 +114,7 @@ class VAE:
                 raise ValueError(f"its weights lack {shortened(absent, 3)}")
         except Exception as error:  # diffusers raises many kinds for a missing file, a bad config, no network
             raise UserError(
-                f"--vae {name}: cannot load the autoencoder; give ema, mse, none or a folder in diffusers' layout "
-                f"(config.json and diffusion_pytorch_model.safetensors){fetch} ({str(error).splitlines()[0]})"
+                f"--vae {name}: cannot load the autoencoder; {EXPECTED}{fetch} ({str(error).splitlines()[0]})"
             ) from None
         self.name, self.dtype, self.compiled = path, DTYPES[precision], compile
         self.scale = self.model.config.scaling_factor
@@ -69,6 +124,7 @@ class VAE:
             self.model.decoder.compile(dynamic=False)
         self.factor = 2 ** (len(self.model.config.block_out_channels) - 1)
         self.channels, self.image_channels = self.model.config.latent_channels, self.model.config.in_channels
+        self.weights_bytes, self.here = sum(p.nbytes for p in self.model.parameters()), True
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,8 +162,13 @@ def decoder_precision(given: str, device: torch.device) -> str:
     return given if given != "auto" else "bf16" if device.type == "cuda" else "fp32"
 
 
-def load_vae(name: str | None, device: torch.device, precision: str = "fp32", compile: bool = False) -> VAE | Pixels:
-    """The autoencoder of that name ("ema", "mse", a hub id or a folder); None or "none" is pixel space."""
+def load_vae(name: str | None, device: torch.device, precision: str = "fp32", compile: bool = False) -> Any:
+    """The autoencoder of that name ("ema", "mse", a hub id or a folder); None or "none" is pixel space.
+
+    A ``VAE`` or ``Pixels``; in a dry run, which loads and fetches nothing, an ``Outline``.
+    """
+    if not FETCHING.get():
+        return outline_vae(name)
     return Pixels() if name is None or resolve_name(name) is None else VAE(name, device, precision, compile)
 
 
@@ -118,7 +179,7 @@ def load_same_vae(
     given: str | None = None,
     precision: str = "fp32",
     compile: bool = False,
-) -> VAE | Pixels:
+) -> Any:
     """The autoencoder of this name and hash, loaded from ``given`` (``--vae``) if there is one; ``UserError`` if not.
 
     Where no hash is known, as with others' weights and those of earlier versions, what is given is believed.
@@ -127,7 +188,7 @@ def load_same_vae(
         space = "pixels" if name is None else f"latents of {name}"
         raise UserError(f"--vae {given}: this model works on {space}, leave the option out")
     vae = load_vae(given or name, device, precision, compile)
-    if hash not in (None, vae.hash):
+    if vae.hash and hash not in (None, vae.hash):
         raise UserError(
             f"--vae {given or name}: this autoencoder ({vae.hash}) is not {name} ({hash}), whose latents these "
             "are; give the folder that holds that one"

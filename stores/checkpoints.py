@@ -64,6 +64,16 @@ def load(path: str | Path, option: str) -> dict:
     return content
 
 
+def weights_bytes(model: nn.Module) -> int:
+    """What a model's weights take in a checkpoint, and in memory."""
+    return sum(value.numel() * value.element_size() for value in model.state_dict().values())
+
+
+def moments_bytes(model: nn.Module) -> int:
+    """What AdamW keeps of a model in training, two moments of each weight that is trained."""
+    return 2 * sum(value.numel() * value.element_size() for value in model.parameters() if value.requires_grad)
+
+
 def damaged_member(path: Path) -> str | None:
     """The first part of a torch file whose content differs from the checksum beside it, which torch does not look at.
 

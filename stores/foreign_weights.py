@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from models import DiT_models, sincos_positions
-from runtime.cli import UserError
+from runtime.cli import FETCHING, AbsentError, UserError
 from runtime.files import DIFFUSERS_STEM as STEM
 from runtime.files import cached_download, cached_snapshot
 from runtime.vae import HUB_ID, NAMES
@@ -52,11 +52,19 @@ def find(source: str | Path, option: str) -> Path:
     )
 
 
+def shape_by_name(source: str) -> dict | None:
+    """The arguments of ``DiT`` for an official name, or its hub id, before its file is here; None for other names."""
+    known = re.fullmatch(r"(?:facebook/)?(DiT-XL)-(2)-(256|512)(?:x\3\.pt)?", source)
+    return dict(DiT_models[f"{known[1]}/{known[2]}"].keywords, input_size=int(known[3]) // 8) if known else None
+
+
 def _snapshot(repository: str, option: str) -> Path:
     """The transformer of a Hugging Face repository."""
     try:
         return cached_snapshot(repository, "transformer")
     except Exception as error:  # huggingface_hub raises many kinds for no network, no repository, no permission
+        if not FETCHING.get():
+            raise AbsentError(f"{option} {repository}: would be fetched from the Hugging Face hub") from None
         raise UserError(
             f"{option} {repository}: no such folder, and not to be had from the Hugging Face hub; fetch it where there "
             f"is a network, hf download {repository} --include 'transformer/*' --local-dir FOLDER, and give FOLDER "

@@ -16,13 +16,14 @@ so that trainers say ``real_latents(batch, vae)`` and need not know which it is.
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from runtime.cli import UserError, existing_folder
-from runtime.vae import VAE, Pixels, load_same_vae, load_vae, resolve_name
+from runtime.vae import VAE, Outline, Pixels, load_same_vae, load_vae, resolve_name
 from stores.latents import LatentStore, is_store
 
 
@@ -159,7 +160,7 @@ def open_source(
 
 def open_vae(
     source: Source, given: str | None, device: torch.device, needs_decoder: bool
-) -> tuple[VAE | Pixels, str | None, str | None]:
+) -> tuple[Any, str | None, str | None]:
     """The autoencoder to use, its full name and hash: ``--vae`` as given, else the source's own; None is pixel space.
 
     Latents need one for pictures only: what is not needed is not loaded. ``UserError`` when they are another one's.
@@ -182,7 +183,7 @@ def open_vae(
     return vae, name, source.vae_hash
 
 
-def latent_shape(source: Source, vae: VAE | Pixels) -> tuple[int, ...]:
+def latent_shape(source: Source, vae: VAE | Outline | Pixels) -> tuple[int, ...]:
     """(C, h, w) of a source's latents. ``UserError`` when its images do not suit the autoencoder."""
     if isinstance(source, LatentStore):
         return source.latent_shape

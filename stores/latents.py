@@ -18,9 +18,15 @@ import torch
 
 from runtime import cli
 from runtime.cli import UserError
+from runtime.precision import DTYPES
 from stores.shards import ShardStore, add_store_commands
 
 KIND = "latents"  # the manifest's word for this format
+
+
+def row_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    """What an image takes: mean and deviation of both sides, latents of ``shape``, and the label."""
+    return 4 * torch.Size(shape).numel() * DTYPES[dtype].itemsize + torch.int64.itemsize
 
 
 def is_store(folder: str | Path) -> bool:

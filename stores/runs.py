@@ -17,11 +17,18 @@ import torch
 from tqdm import tqdm
 
 from models import model_name
+from runtime.checks import writable_folder
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
 from runtime.files import LOCK, WriteBehind, claim, release, write_text
 from runtime.provenance import differences, with_current_keys
 from stores import checkpoints
+
+
+def run_bytes(checkpoint_bytes: int, iterations: int, ckpt_every: int, keep: int) -> int:
+    """What a run writes: the checkpoints that are kept, and the snapshot, or the one that is being written."""
+    written = -(-iterations // ckpt_every)
+    return checkpoint_bytes * (1 + (min(keep, written) if keep else written))
 
 
 class RunFolder:
@@ -165,8 +172,14 @@ def begin(config: dict, results_dir: str, run_dir: str | None) -> str:
     return str(folder)
 
 
+def check_place(results_dir: str, run_dir: str | None) -> None:
+    """``UserError`` where no run can be written."""
+    writable_folder("--run-dir" if run_dir else "--results-dir", run_dir or results_dir)
+
+
 def find_run(config: dict, results_dir: str, run_dir: str | None) -> Path:
     """The folder of the run that this config began, else of a new one: ``results/000-DiT-XL-2``."""
+    check_place(results_dir, run_dir)
     if run_dir:
         folder = Path(run_dir)
         if folder.exists() and not is_fresh(folder):

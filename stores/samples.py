@@ -24,6 +24,14 @@ from runtime.files import DAMAGED_NPZ, SharedWriter, atomic_write, claim, releas
 from runtime.provenance import require_same, with_current_keys
 from stores.images import to_uint8
 
+INDEX_BYTES = 40  # that a rank needs for each sample, to know which are missing
+
+
+def row_bytes(size: int, latent_shape: tuple[int, ...] = ()) -> int:
+    """What a sample of ``size`` pixels takes: image, label and, where latents of a shape are kept, the latent."""
+    latent = torch.Size(latent_shape).numel() * torch.float32.itemsize if latent_shape else 0
+    return 3 * size * size + torch.int64.itemsize + latent
+
 
 class SampleWriter(SharedWriter):
     """Fills ``path`` with exactly ``count`` samples, by any number of ranks, and writes a PNG grid of the first 100.
@@ -78,7 +86,7 @@ class SampleWriter(SharedWriter):
             return self
         self.context.barrier()  # everybody has looked before the main rank begins
         done = self.context.on_main(self._begin)
-        self._missing = sorted(set(range(self.count)) - done)
+        self._missing = [index for index in range(self.count) if index not in done]
         own = self.context.share(len(self._missing))
         self.start_progress(len(own), "sample")
         return self

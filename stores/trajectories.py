@@ -26,12 +26,18 @@ from models import DiT
 from runtime import cli, distributed
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
+from runtime.precision import DTYPES
 from runtime.provenance import require_same
 from runtime.randomness import Shuffle
 from runtime.vae import load_same_vae
 from stores import checkpoints
 from stores.samples import SampleWriter
 from stores.shards import ShardStore, add_store_commands
+
+
+def row_bytes(shape: tuple[int, ...], points: int, targets: int, dtype: str) -> int:
+    """What a trajectory takes: latents of ``shape``, the noise and each target at each point, and the label."""
+    return torch.Size(shape).numel() * DTYPES[dtype].itemsize * (1 + points * targets) + torch.int64.itemsize
 
 
 class TrajectoryStore(ShardStore):

@@ -1,0 +1,190 @@
+"""What a command will need, counted from shapes before anything is loaded or made.
+
+A run is refused by its plan where it cannot work, and ``--dry-run`` prints it, in every script alike:
+
+    "disk_bytes"             what the run writes, at its peak
+    "memory_bytes_per_rank"  by parts, and in "total": at least so much, for a few small things are not counted
+    "steps"                  how often the script's loop goes round: optimiser steps, or batches of a rank
+    "epochs"                 passes over the data; null where they are made, or not known yet
+    "flops"                  operations of all ranks together, two for a multiply-accumulate; null where not counted
+    "fetch"                  what would be downloaded first
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from discriminator import Discriminator
+from evaluations.flops import count_gan_step, sampling_gflops, training_flops
+from models import DiT
+from models_ard import ARD
+from runtime.checks import require_disk, require_memory, size_of
+from runtime.distributed import DistributedContext
+from runtime.precision import DTYPES
+from runtime.vae import Outline, Pixels
+from stores.checkpoints import moments_bytes, weights_bytes
+from stores.runs import find_run, run_bytes
+
+COST_OPTIONS = ("d_time", "d_width", "bn_group", "rollout")  # what ``count_gan_step`` takes of the options
+# What ``plan_training`` takes of the options.
+PLANNED_OPTIONS = ("global_batch_size", "accumulation", "iterations", "ckpt_every", "keep")
+PIXELS = Pixels()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See above. ``flops`` counts when it is called, which takes seconds for large models."""
+
+    disk_bytes: int
+    memory: dict[str, int]
+    steps: int
+    epochs: float | None = None
+    flops: Callable[[], float] | None = None
+    fetch: list[str] = field(default_factory=list)
+    more: Callable[[], dict] = dict  # to tell
+
+    def check(self, option: str, path: str | Path, batch_option: str, device: torch.device) -> None:
+        """``UserError`` where disk or memory are too small for it; what lies at ``path`` is an earlier part of it."""
+        there = Path(path).with_suffix(".partial") if Path(path).suffix == ".npz" else Path(path)
+        if not Path(path).is_file():
+            require_disk(option, path, self.disk_bytes - size_of(there))
+        require_memory(batch_option, self.memory.get("batch", 0), torch.device("cpu"))  # it is made there
+        require_memory(f"{batch_option} and this model", sum(self.memory.values()), device)
+
+    def check_run(self, config: dict, context: DistributedContext, results_dir: str, run_dir: str | None) -> str:
+        """The same for a run of this config; the folder that it has, or will have."""
+        folder = find_run(config, results_dir, run_dir)
+        self.check("--run-dir" if run_dir else "--results-dir", folder, "--global-batch-size", context.device)
+        return str(folder)
+
+    def describe(self) -> dict:
+        """As JSON has it."""
+        return {
+            "disk_bytes": self.disk_bytes,
+            "memory_bytes_per_rank": self.memory | {"total": sum(self.memory.values())},
+            "steps": self.steps,
+            "epochs": self.epochs,
+            "flops": self.flops and self.flops(),
+            "fetch": self.fetch,
+            **self.more(),
+        }
+
+
+def outline(config: dict) -> DiT:
+    """The model of a config on the meta device: shapes without numbers. ``ValueError`` where there is no such model."""
+    side = config.get("input_size", 32)
+    positions = 8 * (side // config.get("patch_size", 2)) ** 2 * config.get("hidden_size", 1152)
+    require_memory(f"a model of {side} x {side} pixels or latents", positions, torch.device("cpu"))
+    with torch.device("meta"):
+        return ARD(**config).to("meta") if "steps" in config else DiT(**config).to("meta")
+
+
+def plan_training(
+    config: dict,
+    context: DistributedContext,
+    *,
+    rows: int | None,
+    global_batch_size: int,
+    accumulation: int,
+    iterations: int,
+    ckpt_every: int,
+    keep: int,
+    vae: Outline | Pixels = PIXELS,
+    frozen: nn.Module | None = None,
+    heads: Sequence[nn.Module] = (),
+    flops_per_sample: Callable[[], float] | None = None,
+) -> Plan:
+    """Of a trainer, whose model has this ``config``, on ``rows`` of data.
+
+    ``frozen`` is a model that is used besides, ``heads`` are more in training, without an average.
+    """
+    model = outline(config)
+    trained = [model, *heads]
+    moments = sum(moments_bytes(each) for each in trained)
+    weights, average = sum(weights_bytes(each) for each in trained), weights_bytes(model)
+    share, points = len(context.share(global_batch_size)), getattr(model, "steps", 1)
+    tokens = points * model.pos_embed.shape[1] * model.pos_embed.shape[2]  # numbers between two blocks, of a sample
+    memory = {
+        "weights": weights + vae.weights_bytes + (weights_bytes(frozen) if frozen else 0),
+        "gradients": moments // 2,
+        "adam": moments,
+        "ema": average,
+        "order": 8 * (rows or 0),
+        "batch": 4 * share * (points + 1) * math.prod(model.latent_shape),
+        "activations": 4 * math.ceil(share / accumulation) * tokens * len(model.blocks),
+    }
+    samples = iterations * global_batch_size
+    return Plan(
+        run_bytes(weights + average + moments, iterations, ckpt_every, keep),
+        memory,
+        iterations,
+        samples / rows if rows else None,
+        lambda: samples * (flops_per_sample() if flops_per_sample else training_flops(model)),
+        [] if vae.here else [str(vae.name)],
+    )
+
+
+def plan_gan(
+    student: dict,
+    teacher: dict,
+    context: DistributedContext,
+    *,
+    d_time: int,
+    d_width: int | None,
+    bn_group: int,
+    rollout: bool,
+    **options: Any,
+) -> Plan:
+    """Of R+D with models of these configs; the options are those of ``count_gan_step`` and of ``plan_training``."""
+    cost = cache(
+        partial(count_gan_step, student, teacher, d_time=d_time, d_width=d_width, bn_group=bn_group, rollout=rollout)
+    )
+    frozen = outline(teacher)
+    with torch.device("meta"):
+        head = Discriminator(1, frozen.config["hidden_size"], d_width, bn_group)
+    heads = [head] * len(frozen.blocks)  # all alike: making one spares seconds
+    plan = plan_training(
+        student,
+        context,
+        frozen=frozen,
+        heads=heads,
+        flops_per_sample=lambda: 1e12 * cost()["tflops_per_sample"]["R+D"],
+        **options,
+    )
+    return replace(plan, more=cost)
+
+
+def plan_sampling(
+    config: dict,
+    context: DistributedContext,
+    *,
+    count: int,
+    batch_size: int,
+    row_bytes: int,
+    held_bytes: int = 0,
+    solver_steps: int = 0,
+    cfg_scale: float = 1.5,
+    precision: str = "fp32",
+    vae: Outline | Pixels = PIXELS,
+) -> Plan:
+    """Of what draws ``count`` samples or trajectories, ``row_bytes`` each on the disk.
+
+    ``held_bytes``: what a rank holds of them in memory beside a batch. ``solver_steps`` of a teacher; a student has its
+    own.
+    """
+    model: Any = outline(config)
+    held = min(batch_size, count) * math.prod(model.latent_shape) * 4
+    memory = {
+        "weights": weights_bytes(model) * DTYPES[precision].itemsize // 4 + vae.weights_bytes,
+        "batch": held * (2 * solver_steps + 1 if solver_steps else model.steps + 1),
+        "rows": held_bytes,
+    }
+    steps = math.ceil(len(context.share(count)) / batch_size)
+    flops = lambda: 2e9 * count * sampling_gflops(model, solver_steps, cfg_scale)  # noqa: E731
+    return Plan(count * row_bytes, memory, steps, None, flops, [] if vae.here else [str(vae.name)])

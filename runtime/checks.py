@@ -1,0 +1,85 @@
+"""What a command needs before it starts: places that can be written, room on the disk, memory. A sentence each.
+
+Refused is only what cannot work. Bytes are counted from shapes, by the owners of the formats.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from runtime.cli import UserError
+
+
+def in_words(count: float) -> str:
+    """Bytes to read."""
+    units = ["bytes", "kB", "MB", "GB", "TB", "PB"]
+    while count >= 1000 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:.3g} {units[0]}"
+
+
+def writable_folder(option: str, path: str | Path) -> Path:
+    """The path of a folder to write to, which need not be there. ``UserError`` where it cannot be made or written."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{option} {path}: is a file, give a folder")
+    above = nearest(path)
+    if not above.is_dir():
+        raise UserError(f"{option} {path}: {above} is a file, give a place in a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {path}: this user may not write to {above.absolute()}, give another place")
+    return path
+
+
+def writable_file(option: str, path: str | Path) -> Path:
+    """The path of a file to write. ``UserError`` where it cannot be."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder, give the name of a file")
+    writable_folder(option, path.parent)
+    return path
+
+
+def nearest(path: Path) -> Path:
+    """The path itself or the first above it that exists."""
+    return next((place for place in (path, *path.parents) if place.exists()), Path())
+
+
+def require_disk(option: str, path: str | Path, needed: int) -> None:
+    """``UserError`` where the disk of a place has less room than what is to be written there."""
+    free = shutil.disk_usage(nearest(Path(path))).free
+    if needed > free:
+        raise UserError(
+            f"{option} {path}: {in_words(needed)} are to be written, the disk has {in_words(free)} free; "
+            "write less (--dry-run counts it) or give a place on another disk"
+        )
+
+
+def size_of(path: Path) -> int:
+    """Bytes of all files in a folder, 0 where there is none."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def machine_memory() -> int:
+    """Bytes of memory that the processes of this machine, or of this container, may use; swap counts."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+        total += sum(int(words[1]) * 1024 for words in lines if words[0] == "SwapTotal:")
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        return min(total, int(limit)) if limit.isdecimal() else total
+    except (OSError, ValueError, IndexError):  # not Linux, or no container
+        return total
+
+
+def require_memory(what: str, needed: int, device: torch.device) -> None:
+    """``UserError`` where a rank needs more memory than the device, or its share of the machine, has at all."""
+    if device.type == "cuda":
+        total, whose = torch.cuda.get_device_properties(device).total_memory, "the GPU"
+    else:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        total, whose = machine_memory() // ranks, "this machine" + (f" for each of {ranks} ranks" if ranks > 1 else "")
+    if needed > total:
+        raise UserError(f"{what}: at least {in_words(needed)} of memory are needed, {whose} has {in_words(total)}")
