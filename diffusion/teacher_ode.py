@@ -25,7 +25,7 @@ def add_ode_options(group: OptionGroup) -> None:
         "--cfg-scale", type=not_negative_number, default=1.5, help="Guide by this scale; 1 is no guidance."
     )
     group.add_argument(
-        "--cfg-channels", type=positive, default=3, help="Guide only the first channels; DiT's samples have 3 of 4."
+        "--cfg-channels", type=positive, help="Guide only the first so many; without it 3, as DiT's samples, or all."
     )
 
 
@@ -58,8 +58,10 @@ def pick_points(x: torch.Tensor, x0: torch.Tensor, solver_indices: list[int]) ->
 class TeacherODE:
     """Trajectories of a teacher by DDIM with guidance; ``provenance`` is all that decides them but noise and label."""
 
-    def __init__(self, teacher: DiT, *, solver_steps: int = 25, cfg_scale: float = 1.5, cfg_channels: int = 3):
-        """``UserError`` for impossible numbers of steps, and for guidance of a teacher without a null label."""
+    def __init__(
+        self, teacher: DiT, *, solver_steps: int = 25, cfg_scale: float = 1.5, cfg_channels: int | None = None
+    ):
+        """``UserError`` for impossible numbers of steps and channels, and for guidance of one without a null label."""
         guidable = teacher.num_classes and teacher.config["class_dropout_prob"]
         if cfg_scale != 1 and not guidable:
             raise UserError(f"--cfg-scale {cfg_scale}: this teacher has no null label, give --cfg-scale 1")
@@ -68,7 +70,9 @@ class TeacherODE:
         except ValueError as error:
             raise UserError(f"--solver-steps {solver_steps}: {error}") from None
         self.teacher = teacher
-        self.guidance = cfg_scale, min(cfg_channels, teacher.in_channels)
+        if cfg_channels and cfg_channels > teacher.in_channels:
+            raise UserError(f"--cfg-channels {cfg_channels}: this teacher has {teacher.in_channels}, give no more")
+        self.guidance = cfg_scale, cfg_channels or min(3, teacher.in_channels)
         self.provenance = {
             "num_classes": teacher.num_classes,
             "solver": "ddim",

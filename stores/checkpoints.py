@@ -44,6 +44,8 @@ def save(path: str | Path, content: dict) -> None:
 
 def load(path: str | Path, option: str) -> dict:
     """Read a torch or safetensors file onto the CPU. ``UserError`` naming ``option`` when it is missing or neither."""
+    if Path(path).is_dir():
+        raise UserError(f"{option} {path}: is a folder, give a checkpoint{foreign_weights.example(Path(path))}")
     path = existing_file(option, path)
     try:
         if path.suffix == ".safetensors":
@@ -55,13 +57,29 @@ def load(path: str | Path, option: str) -> dict:
             mapped = zipfile.is_zipfile(path)  # then what is not looked at takes no memory
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds for truncated, foreign and pickled files
-        reason = (str(error) or type(error).__name__).splitlines()[0]  # an EOFError says nothing
-        raise UserError(f"{option} {path}: not a readable checkpoint ({reason})") from None
+        raise UserError(f"{option} {path}: not a readable checkpoint ({why_not(path, error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{option} {path}: holds a {type(content).__name__}, a checkpoint is a dictionary")
     if isinstance(content.get("config"), dict):
         content["config"] = with_current_keys(content["config"])
     return content
+
+
+def why_not(path: Path, error: Exception) -> str:
+    """Why a file cannot be read. torch's own words are codes, and advice to load what may run code."""
+    with path.open("rb") as file:
+        begin = file.read(2)
+    if not begin:
+        return "it is empty"
+    if path.suffix == ".safetensors":
+        return f"damaged, or another format than its name says: {error}".splitlines()[0]
+    if isinstance(error, (ValueError, zipfile.BadZipFile, EOFError)):
+        return (str(error) or "it is truncated").splitlines()[0]
+    if begin == b"PK":
+        return "it holds Python objects, which are never loaded" if zipfile.is_zipfile(path) else "it is truncated"
+    if begin[:1] == b"\x80":  # torch's format before 1.6, or a plain pickle
+        return "it is truncated, or holds Python objects, which are never loaded"
+    return "it is no file of torch.save or safetensors"
 
 
 def weights_bytes(model: nn.Module) -> int:
@@ -109,8 +127,13 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], what: str) ->
 def _own(content: dict, kind: str, weights: str, what: str) -> tuple[dict, dict]:
     """Config and weights of a checkpoint of this project; other kinds are refused."""
     config = content["config"]
-    if config.get("kind") != kind:
-        raise UserError(f"{what}: holds a {config.get('kind')}, give a checkpoint of a {kind}")
+    if config.get("kind") not in (kind, None):
+        raise UserError(f"{what}: holds a {config['kind']}, give a checkpoint of a {kind}")
+    absent = [name for name in ("kind", "model", "vae", "provenance", "training") if name not in config]
+    absent += [name for name in ("model", "provenance") if name in config and not isinstance(config[name], dict)]
+    absent += [] if "step" in content else ["step"]
+    if absent:
+        raise UserError(f"{what}: no whole checkpoint of this project's trainers, it lacks {shortened(absent, 5)}")
     key = {"ema": "ema", "raw": "model"}[weights]
     if key not in content:
         raise UserError(f"{what}: has no {weights} weights")
@@ -128,6 +151,8 @@ def _build(kind: type[Model], shape: dict, what: str) -> Model:
         return kind(**shape)
     except ValueError as error:
         raise UserError(f"{what}: {error}") from None
+    except (TypeError, ArithmeticError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{what}: its config makes no model ({error})") from None
 
 
 def add_heads_option(group: OptionGroup) -> None:

@@ -179,14 +179,23 @@ RENAMED_BLOCK = {
 }
 
 
+def example(folder: Path) -> str:
+    """A checkpoint of a run in a folder, or in a folder of runs, for a message."""
+    for pattern in ("*.pt", "checkpoints/*.pt", "*/checkpoints/*.pt"):
+        found = sorted(folder.glob(pattern), key=lambda path: (path.parent, path.stem.isdecimal(), path.name))
+        if found:
+            return f", such as {found[-1]}"
+    return ""
+
+
 def diffusers_files(folder: Path, option: str) -> tuple[Path, Path]:
     """Config and weights of the transformer in a folder, which may be that of a whole pipeline."""
     inner = folder / "transformer" if (folder / "transformer").is_dir() else folder
     weights = [inner / f"{STEM}.{kind}" for kind in ("safetensors", "bin") if (inner / f"{STEM}.{kind}").is_file()]
     if not weights or not (inner / "config.json").is_file():
         raise UserError(
-            f"{option} {folder}: no DiT in diffusers' layout (config.json and {STEM}.safetensors or .bin, in the "
-            f"folder or its sub-folder transformer)"
+            f"{option} {folder}: is a folder without a DiT in diffusers' layout (config.json and {STEM}.safetensors "
+            f"or .bin, in it or its sub-folder transformer); give a checkpoint{example(folder)}"
         )
     return inner / "config.json", weights[0]
 

@@ -34,6 +34,10 @@ def is_store(folder: str | Path) -> bool:
     return (Path(folder) / "manifest.json").is_file() or any(Path(folder).glob("shard-*"))
 
 
+# Of a store's provenance, what its readers ask for.
+NEEDED = ("data", "listing", "image_size", "channels", "classes", "vae", "dtype", "vae_precision")
+
+
 class LatentStore(ShardStore):
     """A finished store of latents as a source of real images (images.py says what a source is)."""
 
@@ -45,6 +49,9 @@ class LatentStore(ShardStore):
         origin = self.provenance
         if origin.get("kind") != KIND:
             raise UserError(f"{option} {folder}: this store holds no latents; encode_latents.py makes one that does")
+        absent = [name for name in NEEDED if name not in origin]
+        if absent:
+            raise UserError(f"{option} {folder}/manifest.json: its provenance lacks {', '.join(absent)}; make it again")
         self.vae, self.vae_hash = origin["vae"], origin.get("vae_hash")
         self.size, self.channels = origin["image_size"], origin["channels"]
         self.count, self.num_classes = len(self), len(origin["classes"])

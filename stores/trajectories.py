@@ -40,6 +40,10 @@ def row_bytes(shape: tuple[int, ...], points: int, targets: int, dtype: str) -> 
     return torch.Size(shape).numel() * DTYPES[dtype].itemsize * (1 + points * targets) + torch.int64.itemsize
 
 
+# Of a store's provenance, what its readers ask for.
+NEEDED = ("teacher", "teacher_hash", "teacher_weights", "vae", "num_classes", "solver_steps", "cfg_scale")
+
+
 class TrajectoryStore(ShardStore):
     """A finished store of trajectories, open for random reads."""
 
@@ -50,6 +54,9 @@ class TrajectoryStore(ShardStore):
         super().__init__(folder, option, verify)
         if "solver_indices" not in self.provenance:
             raise UserError(f"{option} {folder}: this store holds no trajectories; sample_trajectory.py makes one")
+        absent = [name for name in NEEDED if name not in self.provenance]
+        if absent:
+            raise UserError(f"{option} {folder}/manifest.json: its provenance lacks {', '.join(absent)}; make it again")
         self.solver_indices: list[int] = self.provenance["solver_indices"]
 
     @property

@@ -33,7 +33,9 @@ def test_a_points_x0_is_predicted_from_its_state_and_the_last_is_the_sample():
 def test_impossible_steps_are_refused_and_channels_are_those_there_are(official_model):
     with pytest.raises(UserError, match="--solver-steps 2000"):
         TeacherODE(official_model, solver_steps=2000)
-    assert TeacherODE(official_model, cfg_channels=7).provenance["cfg_channels"] == official_model.in_channels
+    with pytest.raises(UserError, match="^--cfg-channels 5: this teacher has 4, give no more$"):
+        TeacherODE(official_model, cfg_channels=5)
+    assert [TeacherODE(official_model, cfg_channels=n).provenance["cfg_channels"] for n in (None, 1, 4)] == [3, 1, 4]
 
 
 def test_online_trajectories_are_those_of_a_dump(store, teacher_file):

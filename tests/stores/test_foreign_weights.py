@@ -216,7 +216,7 @@ def test_unreadable_files_are_refused(state, folder, tmp_path):
     with pytest.raises(UserError, match="not a readable checkpoint"):
         checkpoints.load_teacher(cut)
     file.unlink()
-    with pytest.raises(UserError, match="no DiT in diffusers' layout"):
+    with pytest.raises(UserError, match="is a folder without a DiT in diffusers' layout"):
         checkpoints.load_teacher(cut)
 
 
