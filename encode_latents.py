@@ -8,17 +8,21 @@ command again: finished shards are kept.
 """
 
 import argparse
+import math
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from evaluations.plans import Plan
 from runtime import cli, distributed
+from runtime.checks import writable_folder
 from runtime.cli import RunError, UserError
+from runtime.distributed import DistributedContext
 from runtime.precision import DTYPES, STORED, add_precision_option
-from runtime.vae import VAE, resolve_name
+from runtime.vae import load_vae, outline_vae, resolve_name
 from stores.images import ImageFolder, from_uint8, latent_shape
-from stores.latents import KIND
+from stores.latents import KIND, row_bytes
 from stores.shards import ShardWriter
 
 
@@ -38,7 +42,7 @@ def build_parser() -> cli.Parser:
     )
     group = parser.add_argument_group("run")
     group.add_argument("--per-proc-batch-size", type=cli.positive, default=64, help="Images of a rank at once.")
-    group.add_argument("--num-workers", type=cli.not_negative, default=4, help="Processes of a rank that read images.")
+    group.add_argument("--num-workers", type=cli.workers, default=4, help="Processes of a rank that read images.")
     cli.add_dry_run_option(group)
     distributed.add_device_option(group)
     return parser
@@ -57,10 +61,23 @@ class ImageBatches(Dataset):
 def run(args: argparse.Namespace) -> None:
     if resolve_name(args.vae) is None:
         raise UserError(f"--vae {args.vae}: images without an autoencoder need no encoding, train on them directly")
+    writable_folder("--out", args.out)
+    about_vae = outline_vae(args.vae)
+    context = distributed.setup(args.device, join=not args.dry_run)
     source = ImageFolder(args.data_path, args.image_size, args.unconditional)
-    context = distributed.setup(args.device)
-    vae = VAE(args.vae, context.device, args.vae_precision)
-    shape = latent_shape(source, vae)
+    shape = latent_shape(source, about_vae)
+    row = row_bytes(shape, args.dtype)
+    shard = 2 * row * min(args.rows_per_shard, source.count)  # batches, and the shard of them
+    batch = 3 * 4 * min(args.per_proc_batch_size, source.count) * args.image_size**2
+    plan = Plan(
+        source.count * row,
+        {"weights": about_vae.weights_bytes, "batch": batch, "rows": shard},
+        math.ceil(len(context.share(source.count)) / args.per_proc_batch_size),
+        epochs=1,
+        fetch=[] if about_vae.here else [str(about_vae.name)],
+    )
+    plan.check("--out", args.out, "--per-proc-batch-size", context.device)
+    vae = load_vae(args.vae, context.device, args.vae_precision)
     provenance = {
         "kind": KIND,
         "data": args.data_path,
@@ -77,12 +94,13 @@ def run(args: argparse.Namespace) -> None:
         "count": source.count,
         "rows_per_shard": args.rows_per_shard,
     }
+    alone = DistributedContext() if args.dry_run else context
+    writer = ShardWriter(args.out, provenance, alone, unit="image")
     if args.dry_run:
-        size = 4 * source.count * int(np.prod(shape)) * DTYPES[args.dtype].itemsize
-        cli.show_plan(provenance | {"latent_shape": shape, "bytes": size}, args)
+        cli.show_plan(provenance | {"latent_shape": shape} | plan.describe(), args)
         return
 
-    with ShardWriter(args.out, provenance, context, unit="image") as writer:
+    with writer:
         for rows in writer.missing_shards():
             starts = range(rows.start, rows.stop, args.per_proc_batch_size)
             borders = [(start, min(start + args.per_proc_batch_size, rows.stop)) for start in starts]

@@ -6,16 +6,19 @@ python sample.py --teacher assets/digits_teacher.pt --num-samples 100 --out resu
 import argparse
 
 from diffusion.teacher_ode import ODE_OPTIONS, TeacherODE, add_ode_options
+from evaluations.plans import SAMPLED_OPTIONS, SOLVER_OPTIONS, plan_samples
 from presets import preset
 from runtime import cli, distributed
 from runtime.cli import chosen
-from sampler import SAMPLING_OPTIONS, SamplingJob, add_sampling_options
+from runtime.distributed import DistributedContext
+from sampler import PLACE_OPTIONS, SAMPLING_OPTIONS, SamplingJob, add_sampling_options, samples_path
 from stores import checkpoints
+from stores.foreign_weights import shape_by_name
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, description="Sample the teacher to .npz.")
-    parser.add_presets(preset("sample.py"))
+    parser.add_presets(preset("sample.py"), plan_of_options)
     group = parser.add_argument_group("teacher and its ODE")
     group.add_argument("--teacher", type=cli.file, required=True, help="Checkpoint, official name or hub id.")
     checkpoints.add_heads_option(group)
@@ -24,14 +27,30 @@ def build_parser() -> cli.Parser:
     return parser
 
 
+def plan_of_options(args: argparse.Namespace) -> dict:
+    """The plan for the size that a name or a preset says, where the weights are not here yet."""
+    config = shape_by_name(args.teacher)
+    return (
+        plan_samples(
+            config, DistributedContext(), **chosen(args, SAMPLED_OPTIONS) | chosen(args, SOLVER_OPTIONS)
+        ).describe()
+        if config
+        else {}
+    )
+
+
 def run(args: argparse.Namespace) -> None:
+    samples_path(args.teacher, **chosen(args, PLACE_OPTIONS))
+    context = distributed.setup(args.device, join=not args.dry_run)
     teacher, config = checkpoints.load_teacher(args.teacher, weights=args.weights, heads=args.teacher_heads)
     ode = TeacherODE(teacher, **chosen(args, ODE_OPTIONS))
     config["provenance"] |= ode.provenance
-    context = distributed.setup(args.device)
     job = SamplingJob(teacher, config, args.teacher, context, **chosen(args, SAMPLING_OPTIONS))
+    options = chosen(args, SAMPLED_OPTIONS) | chosen(args, SOLVER_OPTIONS) | {"vae": job.about_vae}
+    plan = plan_samples(teacher.config, context, **options)
+    plan.check("--num-samples", job.out, "--per-proc-batch-size", context.device)
     if args.dry_run:
-        cli.show_plan(job.plan, args)
+        cli.show_plan(job.plan | plan.describe(), args)
         return
     sampler, writer = job.start(ode.sample)
     with writer:

@@ -11,9 +11,12 @@ import argparse
 import torch
 
 from diffusion.teacher_ode import GRIDS, ODE_OPTIONS, TARGETS, TeacherODE, add_ode_options, grid_steps, pick_points
+from evaluations.plans import SOLVER_OPTIONS, Plan, latent_shape_of, plan_sampling
 from presets import preset
 from runtime import cli, distributed
+from runtime.checks import writable_folder
 from runtime.cli import UserError, chosen
+from runtime.distributed import DistributedContext
 from runtime.precision import (
     DTYPES,
     STORED,
@@ -25,12 +28,14 @@ from runtime.precision import (
 )
 from runtime.randomness import LABEL_POLICIES, labels, noise
 from stores import checkpoints
+from stores.foreign_weights import shape_by_name
 from stores.shards import ShardWriter
+from stores.trajectories import row_bytes
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, description="Dump the teacher's ODE trajectories.")
-    parser.add_presets(preset("sample_trajectory.py"))
+    parser.add_presets(preset("sample_trajectory.py"), plan_of_options)
     group = parser.add_argument_group("teacher and its ODE")
     group.add_argument("--teacher", type=cli.file, required=True, help="Checkpoint, official name or hub id.")
     checkpoints.add_heads_option(group)
@@ -59,7 +64,36 @@ def build_parser() -> cli.Parser:
     return parser
 
 
+def plan_dump(config: dict, context: DistributedContext, args: argparse.Namespace) -> Plan:
+    """What the dump of a teacher of that config needs."""
+    points = len(grid_steps(args.steps, args.grid, args.solver_steps))
+    row = row_bytes(latent_shape_of(config), points, len(kept_targets(args.store)), args.dtype)
+    return plan_sampling(
+        config,
+        context,
+        count=args.num_trajectories,
+        batch_size=args.per_proc_batch_size,
+        row_bytes=row,
+        held_bytes=2 * row * min(args.rows_per_shard, args.num_trajectories),  # batches, and the shard of them
+        precision=args.precision,
+        **chosen(args, SOLVER_OPTIONS),
+    )
+
+
+def plan_of_options(args: argparse.Namespace) -> dict:
+    """The plan for an official teacher that is not here yet."""
+    config = shape_by_name(args.teacher)
+    return plan_dump(config, DistributedContext(), args).describe() if config else {}
+
+
+def kept_targets(store: str) -> tuple[str, ...]:
+    """What ``--store`` means."""
+    return TARGETS if store == "both" else (store,)
+
+
 def run(args: argparse.Namespace) -> None:
+    writable_folder("--out", args.out)
+    context = distributed.setup(args.device, join=not args.dry_run)
     teacher, config = checkpoints.load_teacher(args.teacher, weights=args.teacher_weights, heads=args.teacher_heads)
     ode = TeacherODE(teacher, **chosen(args, ODE_OPTIONS))
     try:
@@ -71,16 +105,19 @@ def run(args: argparse.Namespace) -> None:
     provenance = config["provenance"] | ode.provenance | {"solver_indices": solver_indices}
     provenance |= chosen(args, ("store", "dtype", "precision", "seed", "label_policy"))
     provenance |= {"count": args.num_trajectories, "rows_per_shard": args.rows_per_shard}
+    plan = plan_dump(teacher.config, context, args)
+    plan.check("--num-trajectories", args.out, "--per-proc-batch-size", context.device)
+    alone = DistributedContext() if args.dry_run else context
+    writer = ShardWriter(args.out, provenance, alone, unit="trajectory")
     if args.dry_run:
-        cli.show_plan(provenance, args)
+        cli.show_plan(provenance | plan.describe(), args)
         return
-    context = distributed.setup(args.device)
     cast_weights(teacher.to(context.device), args.precision)
     if args.compile:
         compile_blocks(teacher)
-    kept = TARGETS if args.store == "both" else (args.store,)
+    kept = kept_targets(args.store)
 
-    with ShardWriter(args.out, provenance, context, unit="trajectory") as writer:
+    with writer:
         for rows in writer.missing_shards():
             parts = []
             for start in range(rows.start, rows.stop, args.per_proc_batch_size):

@@ -13,6 +13,7 @@ import torch
 
 from models import DiT
 from models_ard import ARD
+from runtime.checks import writable_file
 from runtime.cli import Parser, UserError, add_dry_run_option, file, name, not_negative, positive
 from runtime.distributed import DistributedContext, add_device_option
 from runtime.precision import (
@@ -26,7 +27,7 @@ from runtime.precision import (
     inference_copy,
 )
 from runtime.randomness import LABEL_POLICIES, labels, noise
-from runtime.vae import VAE, Pixels, decoder_precision, load_same_vae, resolve_name
+from runtime.vae import VAE, Pixels, decoder_precision, load_same_vae, outline_vae, resolve_name
 from stores.images import to_uint8
 from stores.samples import SampleWriter, save_grid
 
@@ -148,6 +149,17 @@ def student_previews(
     return Sampler(draw, student, vae, device, stream="preview", precision=precision)
 
 
+PLACE_OPTIONS = ("out", "weights", "seed", "num_samples")  # what ``samples_path`` takes of the options
+
+
+def samples_path(source: str, out: str | None, *, weights: str, seed: int, num_samples: int) -> Path:
+    """The .npz to write: ``--out``, or one beside the checkpoint ``source``. ``UserError`` where it cannot be."""
+    path = Path(out or f"{Path(source).with_suffix('')}-{weights}-seed{seed}-{num_samples}.npz")
+    if path.suffix != ".npz":
+        raise UserError(f"--out {path}: the file's name must end in .npz")
+    return writable_file("--out", path)
+
+
 class SamplingJob:
     """A sampler's command line, checked: ``plan`` is what --dry-run shows, ``start`` opens what the loop needs."""
 
@@ -179,13 +191,12 @@ class SamplingJob:
             raise UserError(f"--vae {vae}: this model works on pixels, leave the option out")
         if vae == "none" and config["vae"] is not None:
             raise UserError(f"--vae none: this model works on latents of {config['vae']}, leave the option out")
-        self.out = Path(out or f"{Path(source).with_suffix('')}-{weights}-seed{seed}-{num_samples}.npz")
-        if self.out.suffix != ".npz":
-            raise UserError(f"--out {self.out}: the file's name must end in .npz")
+        self.out = samples_path(source, out, weights=weights, seed=seed, num_samples=num_samples)
         self.model, self.context, self.num_samples, self.save_latents = model, context, num_samples, save_latents
         self.compile, self.cuda_graph = compile, cuda_graph
         self.vae, self.own_vae = vae, (config["vae"], config["provenance"].get("vae_hash"))
         self.vae_precision = decoder_precision(vae_precision, context.device)
+        self.about_vae = outline_vae(vae or config["vae"])
         self.drawing: dict[str, Any] = {
             "seed": seed,
             "label_policy": label_policy,
@@ -202,6 +213,7 @@ class SamplingJob:
             "decoder_precision": self.vae_precision,
         }
         self.plan = self.provenance | {"out": str(self.out), "count": num_samples}
+        SampleWriter(self.out, num_samples, self.provenance, context, save_latents)  # refuses what is there of others
 
     def start(self, draw: Draw) -> tuple[Sampler, SampleWriter]:
         """What draws samples by index with ``draw``, and what writes them; the model is on its device then."""

@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 
 from diffusion import create_diffusion
 from diffusion.teacher_ode import TeacherODE
-from evaluations.plans import PLANNED_OPTIONS, outline, plan_training
+from evaluations.flops import outline
+from evaluations.plans import PLANNED_OPTIONS, plan_training
 from evaluations.quality import QUALITY_OPTIONS, PeriodicEvaluator, add_quality_options
 from models import DiT, DiT_models
 from optimiser import STATE_OPTIONS, TrainState

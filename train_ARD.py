@@ -132,9 +132,12 @@ def run(args: argparse.Namespace) -> None:
         require_same(f"--model {args.model}: the teacher is another model", teacher.config, size)
     try:
         solver_indices = grid_steps(args.steps, args.grid, provenance["solver_steps"])
+    except ValueError as error:
+        raise UserError(f"--steps {args.steps} --grid {args.grid}: {error}") from None
+    try:
         student = ARD.from_teacher(teacher, args.steps, args.mask, args.stack, args.level_embedding)
     except ValueError as error:
-        raise UserError(f"--steps {args.steps} --stack {args.stack} --grid {args.grid}: {error}") from None
+        raise UserError(f"--stack {args.stack}: {error}") from None
     order: dict[str, Any] = {"global_batch_size": args.global_batch_size, "seed": args.seed, "context": context}
     batches: OnlineBatches | TrajectoryBatches
     if isinstance(source, TeacherODE):

@@ -61,7 +61,7 @@ def add_training_options(parser: cli.Parser, *, lr: float, batch: int, iteration
     group.add_argument("--snapshot-minutes", type=cli.not_negative_number, default=10.0, help=minutes)
     group.add_argument("--snapshot-every", type=not_negative, default=0, help="Steps between more of them, 0 for none.")
     group.add_argument("--keep", type=not_negative, default=0, help="Checkpoints that are kept, 0 for all.")
-    group.add_argument("--num-workers", type=not_negative, default=0, help="Processes of a rank that read data ahead.")
+    group.add_argument("--num-workers", type=cli.workers, default=0, help="Processes of a rank that read data ahead.")
     group.add_argument("--verify", action="store_true", help="Compare each shard's checksum when it is first read.")
     group.add_argument("--max-bad-steps", type=positive, default=20, help="Non-finite steps in a row that end the run.")
     cli.add_dry_run_option(group)

@@ -9,6 +9,8 @@ paper counts multiply-accumulates, half of what PyTorch counts, of the backbone,
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,6 +22,7 @@ from models import DiT, DiT_models
 from models_ard import ARD
 from presets import TABLE_1
 from runtime import cli
+from runtime.checks import require_memory
 from runtime.files import write_text
 
 
@@ -28,6 +31,27 @@ def count_flops(work: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
+
+
+def outline(config: dict) -> DiT:
+    """The model of a config on the meta device: shapes without numbers. ``ValueError`` where there is no such model."""
+    side = config.get("input_size", 32)
+    positions = 8 * (side // config.get("patch_size", 2)) ** 2 * config.get("hidden_size", 1152)
+    require_memory(f"a model of {side} x {side} pixels or latents", positions, torch.device("cpu"))
+    with torch.device("meta"):
+        return ARD(**config).to("meta") if "steps" in config else DiT(**config).to("meta")
+
+
+def count_by_blocks(config: dict, count: Callable[[Any], float]) -> float:
+    """``count`` of the model of that config, in a moment: from models of one or two blocks, since all cost the same."""
+    depth, layers = config.get("depth", 28), config.get("history_layers", 0)
+
+    def few(blocks: int, with_history: int) -> float:
+        history = {"history_layers": with_history} if "history_layers" in config else {}
+        return count(outline(config | {"depth": blocks} | history))
+
+    one, two = few(1, 0), few(2, 0)
+    return one + (depth - 1) * (two - one) + (layers * (few(2, 1) - two) if layers else 0)
 
 
 @torch.no_grad()
@@ -54,9 +78,8 @@ def training_flops(model: DiT) -> int:
 
 def count_online_step(student: ARD, teacher: DiT, solver_steps: int) -> float:
     """Operations of a step of regression for one sample whose trajectory is made in the step."""
-    with torch.device("meta"):
-        on_meta, source = ARD(**student.config).to("meta"), DiT(**teacher.config).to("meta")
-    return training_flops(on_meta) + 2e9 * sampling_gflops(source, solver_steps)
+    made = count_by_blocks(teacher.config, partial(sampling_gflops, steps=solver_steps))
+    return count_by_blocks(student.config, training_flops) + 2e9 * made
 
 
 def count_gan_step(

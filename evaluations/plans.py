@@ -21,19 +21,21 @@ import torch
 import torch.nn as nn
 
 from discriminator import Discriminator
-from evaluations.flops import count_gan_step, sampling_gflops, training_flops
-from models import DiT
-from models_ard import ARD
+from evaluations.flops import count_by_blocks, count_gan_step, outline, sampling_gflops, training_flops
 from runtime.checks import require_disk, require_memory, size_of
+from runtime.cli import ShortageError, UserError
 from runtime.distributed import DistributedContext
 from runtime.precision import DTYPES
-from runtime.vae import Outline, Pixels
+from runtime.vae import Outline, Pixels, outline_vae
+from stores import samples
 from stores.checkpoints import moments_bytes, weights_bytes
 from stores.runs import find_run, run_bytes
 
 COST_OPTIONS = ("d_time", "d_width", "bn_group", "rollout")  # what ``count_gan_step`` takes of the options
 # What ``plan_training`` takes of the options.
 PLANNED_OPTIONS = ("global_batch_size", "accumulation", "iterations", "ckpt_every", "keep")
+SAMPLED_OPTIONS = ("num_samples", "per_proc_batch_size", "precision", "save_latents")  # of ``plan_samples``
+SOLVER_OPTIONS = ("solver_steps", "cfg_scale")  # of ``plan_sampling``, for a teacher
 PIXELS = Pixels()
 
 
@@ -50,9 +52,15 @@ class Plan:
     more: Callable[[], dict] = dict  # to tell
 
     def check(self, option: str, path: str | Path, batch_option: str, device: torch.device) -> None:
-        """``UserError`` where disk or memory are too small for it; what lies at ``path`` is an earlier part of it."""
-        there = Path(path).with_suffix(".partial") if Path(path).suffix == ".npz" else Path(path)
-        if not Path(path).is_file():
+        """``ShortageError`` where disk or memory are too small; what lies at ``path`` is a part of it."""
+        try:
+            self._check(option, Path(path), batch_option, device)
+        except UserError as error:
+            raise ShortageError(str(error), self.describe) from None
+
+    def _check(self, option: str, path: Path, batch_option: str, device: torch.device) -> None:
+        there = path.with_suffix(".partial") if path.suffix == ".npz" else path
+        if not path.is_file():
             require_disk(option, path, self.disk_bytes - size_of(there))
         require_memory(batch_option, self.memory.get("batch", 0), torch.device("cpu"))  # it is made there
         require_memory(f"{batch_option} and this model", sum(self.memory.values()), device)
@@ -76,13 +84,10 @@ class Plan:
         }
 
 
-def outline(config: dict) -> DiT:
-    """The model of a config on the meta device: shapes without numbers. ``ValueError`` where there is no such model."""
+def latent_shape_of(config: dict) -> tuple[int, int, int]:
+    """(C, H, W) of what a model of that config makes; DiT's own defaults where it does not say."""
     side = config.get("input_size", 32)
-    positions = 8 * (side // config.get("patch_size", 2)) ** 2 * config.get("hidden_size", 1152)
-    require_memory(f"a model of {side} x {side} pixels or latents", positions, torch.device("cpu"))
-    with torch.device("meta"):
-        return ARD(**config).to("meta") if "steps" in config else DiT(**config).to("meta")
+    return config.get("in_channels", 4), side, side
 
 
 def plan_training(
@@ -125,7 +130,7 @@ def plan_training(
         memory,
         iterations,
         samples / rows if rows else None,
-        lambda: samples * (flops_per_sample() if flops_per_sample else training_flops(model)),
+        lambda: samples * (flops_per_sample() if flops_per_sample else count_by_blocks(config, training_flops)),
         [] if vae.here else [str(vae.name)],
     )
 
@@ -160,6 +165,34 @@ def plan_gan(
     return replace(plan, more=cost)
 
 
+def plan_samples(
+    config: dict,
+    context: DistributedContext,
+    *,
+    num_samples: int,
+    per_proc_batch_size: int,
+    precision: str,
+    save_latents: bool,
+    vae: Any = None,
+    **solver: Any,
+) -> Plan:
+    """Of a sampler, whose options these are; parts and the file made of them lie on the disk side by side."""
+    channels, side, _ = latent = latent_shape_of(config)
+    vae = outline_vae("ema" if channels == 4 else None) if vae is None else vae
+    row = samples.row_bytes(side * vae.factor, latent if save_latents else ())
+    return plan_sampling(
+        config,
+        context,
+        count=num_samples,
+        batch_size=per_proc_batch_size,
+        row_bytes=2 * row,
+        held_bytes=samples.INDEX_BYTES * num_samples,
+        precision=precision,
+        vae=vae,
+        **solver,
+    )
+
+
 def plan_sampling(
     config: dict,
     context: DistributedContext,
@@ -186,5 +219,6 @@ def plan_sampling(
         "rows": held_bytes,
     }
     steps = math.ceil(len(context.share(count)) / batch_size)
-    flops = lambda: 2e9 * count * sampling_gflops(model, solver_steps, cfg_scale)  # noqa: E731
-    return Plan(count * row_bytes, memory, steps, None, flops, [] if vae.here else [str(vae.name)])
+    one = partial(sampling_gflops, steps=solver_steps, cfg_scale=cfg_scale)
+    fetch = [] if vae.here else [str(vae.name)]
+    return Plan(count * row_bytes, memory, steps, None, lambda: 2e9 * count * count_by_blocks(config, one), fetch)

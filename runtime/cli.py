@@ -29,6 +29,7 @@ from runtime.values import not_negative as not_negative
 from runtime.values import not_negative_number as not_negative_number
 from runtime.values import positive as positive
 from runtime.values import positive_number as positive_number
+from runtime.values import workers as workers
 
 OptionGroup = argparse._ArgumentGroup | argparse.ArgumentParser  # whatever has ``add_argument``
 
@@ -48,6 +49,14 @@ class UserError(Exception):
 
 class AbsentError(UserError):
     """Something that a run would fetch from the network first. A dry run fetches nothing and plans without it."""
+
+
+class ShortageError(UserError):
+    """Room or memory do not suffice. A dry run shows what was counted all the same, ``plan()``."""
+
+    def __init__(self, text: str, plan: Callable[[], dict]):
+        super().__init__(text)
+        self.plan = plan
 
 
 class RunError(Exception):
@@ -137,6 +146,8 @@ class Parser(argparse.ArgumentParser):
             value = getattr(args, action.dest, None)
             if value is None or not action.option_strings or self.typed(action.option_strings):
                 continue
+            if str(value).startswith("("):  # said to be missing
+                continue
             whose = f"of --preset {preset}" if action.dest in self.presets.get(preset or "", {}) else "the default"
             said = rf"({re.escape(f'{action.option_strings[0]} {value}')})(?=[\s:,;]|$)"
             text = re.sub(said, rf"\1 ({whose})", text, count=1)
@@ -179,6 +190,8 @@ def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[s
         if getattr(args, "dry_run", False) and (getattr(args, "preset", None) or isinstance(error, AbsentError)):
             show_plan({"not_checked": parser.told(str(error), args)} | parser.estimate(args), args)
             return
+        if getattr(args, "dry_run", False) and isinstance(error, ShortageError):
+            show_plan(error.plan(), args)
         # The error of a data worker comes with its traceback, whose last line names the class and the text.
         text = str(error).splitlines()[-1].removeprefix(f"{__name__}.{type(error).__name__}: ")
         fail(parser, parser.told(text, args), 2 if isinstance(error, UserError) else 1)

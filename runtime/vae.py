@@ -41,6 +41,7 @@ class Outline:
     """What an autoencoder's config says of it: how many times smaller latents are, and channels."""
 
     name: str
+    scale: float
     factor: int
     channels: int
     image_channels: int
@@ -70,7 +71,7 @@ def outline_vae(name: str | None, option: str = "--vae") -> Outline | Pixels:
         if isinstance(cached[0], str):
             config = Path(cached[0])
         elif path in NAMES.values():
-            return Outline(path, 8, 4, 3, VAE_BYTES, here=False)
+            return Outline(path, 0.18215, 8, 4, 3, VAE_BYTES, here=False)
         else:
             raise AbsentError(f"{option} {name}: would be fetched from the Hugging Face hub")
     try:
@@ -80,7 +81,8 @@ def outline_vae(name: str | None, option: str = "--vae") -> Outline | Pixels:
         if here and not sizes:
             raise FileNotFoundError(f"{config.parent} has no {WEIGHTS[0]}")
         size = sizes[0] if sizes else VAE_BYTES
-        return Outline(path, factor, int(about["latent_channels"]), int(about["in_channels"]), size, here)
+        channels = int(about["latent_channels"]), int(about["in_channels"])
+        return Outline(path, float(about.get("scaling_factor", 0.18215)), factor, *channels, size, here)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"its config lacks {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{option} {name}: cannot load the autoencoder; {EXPECTED} ({reason})") from None

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,14 @@ def not_negative(text: str) -> int:
     value = _whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} must not be negative")
+    return value
+
+
+def workers(text: str) -> int:
+    """argparse type: a number of processes that this machine may bear."""
+    value, most = not_negative(text), 64 * (os.cpu_count() or 1)
+    if value > most:
+        raise argparse.ArgumentTypeError(f"{text} must be at most {most}, 64 for each core of this machine")
     return value
 
 
@@ -75,6 +84,8 @@ def name(text: str) -> str:
     """argparse type: a word, a path or a name, not an empty one."""
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError("must not be empty")
+    if max(len(os.fsencode(part)) for part in text.split("/")) > 255 or len(os.fsencode(text)) > 4000:
+        raise argparse.ArgumentTypeError(f"{text[:40]}... must be shorter, no file can be called so")
     return text
 
 
@@ -89,6 +100,6 @@ def folder(text: str) -> str:
 
 
 # What the help calls the value of an option of each type.
-METAVARS: dict[Any, str] = dict.fromkeys((positive, not_negative), "N")
+METAVARS: dict[Any, str] = dict.fromkeys((positive, not_negative, workers), "N")
 METAVARS |= dict.fromkeys((positive_number, not_negative_number, fraction), "X")
 METAVARS |= {file: "FILE", Path: "FILE", folder: "FOLDER"}

@@ -1,5 +1,6 @@
 """encode_latents.py: an encoding that broke off, on several ranks, of an image that is none."""
 
+import json
 import shutil
 
 import pytest
@@ -49,5 +50,7 @@ def test_a_broken_image_is_named(image_folder, autoencoder, tmp_path, capsys, wo
 def test_a_dry_run_counts_the_bytes_and_writes_nothing(image_folder, autoencoder, tmp_path, capsys):
     call("encode_latents.py", "--data-path", image_folder, "--image-size", 8, "--vae", autoencoder,
          "--out", tmp_path / "out", "--dtype", "fp16", "--dry-run")  # fmt: skip
-    assert f'"bytes": {11 * 2 * 2 * 4 * 4 * 4 * 2}' in capsys.readouterr().out  # images, sides, mean and std, fp16
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["disk_bytes"] == 11 * (2 * 2 * 4 * 4 * 4 * 2 + 8)  # images, sides, mean and std, fp16, label
+    assert plan["latent_shape"] == [4, 4, 4] and plan["scale"] == 0.5 and plan["vae"] == str(autoencoder)
     assert not list(tmp_path.iterdir())
