@@ -30,6 +30,8 @@ from diffusion.teacher_ode import TARGETS
 from models import DiT
 from models_ard import ARD
 from runtime import cli
+from runtime.checks import writable_folder
+from runtime.distributed import die_with_parent
 from runtime.files import atomic_write, write_text
 from runtime.randomness import labels, noise
 from stores import checkpoints
@@ -86,12 +88,30 @@ def call(commands: list[list], threads: int | None = None) -> None:
         launcher = {"python": [], "torchrun": ["-m", "torch.distributed.run", "--standalone"]}[words[0]]
         silent = subprocess.DEVNULL if running else None  # one progress bar is enough
         real = [sys.executable, *launcher, *words[1:]]
-        running.append(subprocess.Popen(real, cwd=Path(__file__).parent, env=environment, stderr=silent))
-    codes = [process.wait() for process in running]
+        running.append(
+            subprocess.Popen(
+                real, cwd=Path(__file__).parent, env=environment, stderr=silent, preexec_fn=die_with_parent
+            )
+        )
+    try:
+        codes = [process.wait() for process in running]
+    finally:  # interrupted or terminated: none is left behind
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
     for command, code in zip(commands, codes, strict=True):
         if code:
             failed = shlex.join(str(word) for word in command)
             raise cli.RunError(f"this command failed with exit code {code}, run it by itself to see why: {failed}")
+
+
+def own_folder(out: str) -> Path:
+    """The folder of the results. ``UserError`` where it holds other things than an earlier demo's."""
+    folder = writable_folder("--out", out)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "trajectories").is_dir():
+        raise cli.UserError(f"--out {out}: the folder holds other files, give a new one or that of an earlier demo")
+    return folder
 
 
 def evaluate_command(reference: Path, samples: Path, *options: str) -> list:
@@ -232,7 +252,7 @@ def distance(samples: Path, teacher: Path) -> float:
 
 def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
-    folder = Path(args.out or ("results/demo" if args.seed == 0 else f"results/demo-seed{args.seed}"))
+    folder = own_folder(args.out or ("results/demo" if args.seed == 0 else f"results/demo-seed{args.seed}"))
     folder.mkdir(parents=True, exist_ok=True)
     make_reference_and_teacher(folder, args.seed, args.num_trajectories, args.num_samples)
     students: list[Student] = []

@@ -147,8 +147,14 @@ def _give_up() -> None:
 
 
 def die_with_launcher() -> None:
-    """Have the system end this rank with SIGTERM when torchrun dies, so that none is left behind. Linux only."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+    """Have the system end this rank when torchrun dies, so that none is left behind. Linux only."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+
+
+def die_with_parent() -> None:
+    """Have the system end this process with SIGTERM when the one that started it dies. Linux only."""
+    if sys.platform == "linux":
         parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl.h
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
 

@@ -1,9 +1,55 @@
 """The demo, from the shipped teacher to picture and table, in the processes that a user would start."""
 
 import json
+import os
+import signal
+import time
+from pathlib import Path
 
 import pytest
-from helpers import spawn
+from helpers import refused, spawn, start, state_of
+
+
+def test_a_folder_of_other_files_is_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("mine")
+    before = state_of(tmp_path)
+    assert f"--out {tmp_path}: the folder holds other files" in refused(capsys, "demo.py", "--out", tmp_path)
+    assert f"--out {tmp_path}/thesis.tex: is a file" in refused(capsys, "demo.py", "--out", tmp_path / "thesis.tex")
+    assert state_of(tmp_path) == before
+
+
+def naming(text: str) -> list[int]:
+    """Processes with a text in their command line."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes()
+        except OSError:  # it has just ended
+            continue
+        if text.encode() in words:
+            found.append(int(entry.name))
+    return found
+
+
+def waits_until(condition, seconds: float = 120) -> bool:
+    """Whether a condition comes true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks at Linux's list of processes")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_demo_that_is_killed_leaves_no_process_behind(how, tmp_path):
+    out = tmp_path / "demo"
+    process = start("demo.py", "--out", out, "--num-trajectories", 10**6)
+    assert waits_until(lambda: (out / "trajectories/.lock").exists())  # its ranks are at work
+    assert len(naming(str(out))) >= 3  # the demo, torchrun, a rank
+    os.kill(process.pid, how)
+    process.wait(60)
+    assert waits_until(lambda: not naming(str(out)), 60)
 
 
 @pytest.mark.slow
