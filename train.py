@@ -18,16 +18,16 @@ from evaluations.flops import outline
 from evaluations.plans import PLANNED_OPTIONS, plan_training
 from evaluations.quality import QUALITY_OPTIONS, PeriodicEvaluator, add_quality_options
 from models import DiT, DiT_models
-from optimiser import STATE_OPTIONS, TrainState
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
 from runtime.distributed import DistributedContext
 from runtime.precision import autocast, prepare_blocks
 from runtime.randomness import Shuffle, generator, noise
+from runtime.training_options import RESULT_OPTIONS, RUN_OPTIONS, STATE_OPTIONS, add_training_options
 from sampler import Sampler
 from stores.images import Source, latent_shape, open_source, open_vae, real_latents
 from stores.runs import check_place
-from trainer import RESULT_OPTIONS, RUN_OPTIONS, Trainer, add_training_options
+from trainer import Trainer, TrainState
 
 MODELS = ", ".join(DiT_models)
 SIZES = {"depth": "depth", "width": "hidden_size", "heads": "num_heads", "patch": "patch_size"}  # option: argument

@@ -25,24 +25,19 @@ from evaluations.quality import QUALITY_OPTIONS, PeriodicEvaluator, add_quality_
 from losses import regression_losses
 from models import DiT, DiT_models
 from models_ard import ARD, MASKS
-from optimiser import STATE_OPTIONS, TrainState
 from presets import preset
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
 from runtime.distributed import DistributedContext
 from runtime.precision import autocast, cast_weights, prepare_blocks
 from runtime.provenance import require_same
+from runtime.training_options import RESULT_OPTIONS, RUN_OPTIONS, STATE_OPTIONS, add_training_options
 from runtime.vae import Pixels, load_same_vae
 from sampler import student_previews
 from stores import checkpoints
 from stores.runs import check_place
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
-from trainer import (
-    RESULT_OPTIONS,
-    RUN_OPTIONS,
-    Trainer,
-    add_training_options,
-)
+from trainer import Trainer, TrainState
 
 
 def build_parser() -> cli.Parser:

@@ -20,7 +20,6 @@ from evaluations.plans import COST_OPTIONS, PLANNED_OPTIONS, plan_gan
 from evaluations.quality import QUALITY_OPTIONS, PeriodicEvaluator, add_quality_options
 from losses import AdversarialLosses, own_history
 from models import DiT, DiT_models
-from optimiser import STATE_OPTIONS, TrainState
 from presets import preset
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
@@ -28,6 +27,7 @@ from runtime.distributed import DistributedContext
 from runtime.precision import autocast, cast_weights, compile_each, prepare_blocks
 from runtime.provenance import require_same
 from runtime.randomness import Shuffle, generator, noise
+from runtime.training_options import RESULT_OPTIONS, RUN_OPTIONS, STATE_OPTIONS, add_training_options
 from runtime.vae import Pixels, load_same_vae
 from sampler import student_previews
 from stores import checkpoints
@@ -35,12 +35,7 @@ from stores.images import Source, latent_shape, open_source, real_latents
 from stores.latents import is_store
 from stores.runs import check_place
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
-from trainer import (
-    RESULT_OPTIONS,
-    RUN_OPTIONS,
-    Trainer,
-    add_training_options,
-)
+from trainer import Trainer, TrainState
 
 # What trajectories must share with those that the student was trained on; seed and number may differ.
 SAME_TEACHER = ("teacher_hash", "vae", "solver", "solver_steps", "cfg_scale", "cfg_channels")

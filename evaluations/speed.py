@@ -23,7 +23,6 @@ from evaluations.metrics import frechet_distance, precision_recall, statistics
 from losses import AdversarialLosses, regression_losses
 from models import DiT, DiT_models
 from models_ard import ARD
-from optimiser import TrainState
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
 from runtime.precision import (
@@ -39,6 +38,7 @@ from runtime.timing import Case
 from runtime.vae import VAE
 from stores.shards import ShardWriter
 from stores.trajectories import TrajectoryStore
+from trainer import TrainState
 
 OPTIMISER: dict[str, Any] = {"lr": 1e-4, "clip": 1.0}
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimiser import TrainState
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
+from trainer import TrainState
 
 
 @settings(max_examples=30, deadline=None)
