@@ -70,13 +70,15 @@ def run(args: argparse.Namespace) -> None:
     shard = 2 * row * min(args.rows_per_shard, source.count)  # batches, and the shard of them
     batch = 3 * 4 * min(args.per_proc_batch_size, source.count) * args.image_size**2
     plan = Plan(
+        f"--out {args.out}",
+        f"--per-proc-batch-size {args.per_proc_batch_size}",
         source.count * row,
         {"weights": about_vae.weights_bytes, "batch": batch, "rows": shard},
         math.ceil(len(context.share(source.count)) / args.per_proc_batch_size),
         epochs=1,
         fetch=[] if about_vae.here else [str(about_vae.name)],
     )
-    plan.check("--out", args.out, "--per-proc-batch-size", context.device)
+    plan.check(args.out, context.device)
     vae = load_vae(args.vae, context.device, args.vae_precision)
     provenance = {
         "kind": KIND,

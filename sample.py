@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     job = SamplingJob(teacher, config, args.teacher, context, **chosen(args, SAMPLING_OPTIONS))
     options = chosen(args, SAMPLED_OPTIONS) | chosen(args, SOLVER_OPTIONS) | {"vae": job.about_vae}
     plan = plan_samples(teacher.config, context, **options)
-    plan.check("--num-samples", job.out, "--per-proc-batch-size", context.device)
+    plan.check(job.out, context.device)
     if args.dry_run:
         cli.show_plan(job.plan | plan.describe(), args)
         return

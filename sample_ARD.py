@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     job = SamplingJob(student, config, args.ckpt_path, context, **chosen(args, SAMPLING_OPTIONS))
     options = chosen(args, SAMPLED_OPTIONS) | {"vae": job.about_vae}
     plan = plan_samples(student.config, context, **options)
-    plan.check("--num-samples", job.out, "--per-proc-batch-size", context.device)
+    plan.check(job.out, context.device)
     if args.dry_run:
         cli.show_plan(job.plan | plan.describe(), args)
         return

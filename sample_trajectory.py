@@ -71,6 +71,7 @@ def plan_dump(config: dict, context: DistributedContext, args: argparse.Namespac
     return plan_sampling(
         config,
         context,
+        amount=f"--num-trajectories {args.num_trajectories}",
         count=args.num_trajectories,
         batch_size=args.per_proc_batch_size,
         row_bytes=row,
@@ -106,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
     provenance |= chosen(args, ("store", "dtype", "precision", "seed", "label_policy"))
     provenance |= {"count": args.num_trajectories, "rows_per_shard": args.rows_per_shard}
     plan = plan_dump(teacher.config, context, args)
-    plan.check("--num-trajectories", args.out, "--per-proc-batch-size", context.device)
+    plan.check(args.out, context.device)
     alone = DistributedContext() if args.dry_run else context
     writer = ShardWriter(args.out, provenance, alone, unit="trajectory")
     if args.dry_run:

@@ -41,8 +41,10 @@ PIXELS = Pixels()
 
 @dataclass(frozen=True)
 class Plan:
-    """See above. ``flops`` counts when it is called, which takes seconds for large models."""
+    """See above. ``flops`` counts when it is called; ``amount`` and ``batch`` are the options to name in a message."""
 
+    amount: str
+    batch: str
     disk_bytes: int
     memory: dict[str, int]
     steps: int
@@ -51,24 +53,22 @@ class Plan:
     fetch: list[str] = field(default_factory=list)
     more: Callable[[], dict] = dict  # to tell
 
-    def check(self, option: str, path: str | Path, batch_option: str, device: torch.device) -> None:
+    def check(self, path: str | Path, device: torch.device) -> None:
         """``ShortageError`` where disk or memory are too small; what lies at ``path`` is a part of it."""
+        path = Path(path)
+        there = path.with_suffix(".partial") if path.suffix == ".npz" else path
         try:
-            self._check(option, Path(path), batch_option, device)
+            if not path.is_file():
+                require_disk(self.amount, path, self.disk_bytes - size_of(there))
+            require_memory(self.batch, self.memory.get("batch", 0), torch.device("cpu"))  # it is made there
+            require_memory(f"{self.batch}, with this model", sum(self.memory.values()), device)
         except UserError as error:
             raise ShortageError(str(error), self.describe) from None
-
-    def _check(self, option: str, path: Path, batch_option: str, device: torch.device) -> None:
-        there = path.with_suffix(".partial") if path.suffix == ".npz" else path
-        if not path.is_file():
-            require_disk(option, path, self.disk_bytes - size_of(there))
-        require_memory(batch_option, self.memory.get("batch", 0), torch.device("cpu"))  # it is made there
-        require_memory(f"{batch_option} and this model", sum(self.memory.values()), device)
 
     def check_run(self, config: dict, context: DistributedContext, results_dir: str, run_dir: str | None) -> str:
         """The same for a run of this config; the folder that it has, or will have."""
         folder = find_run(config, results_dir, run_dir)
-        self.check("--run-dir" if run_dir else "--results-dir", folder, "--global-batch-size", context.device)
+        self.check(folder, context.device)
         return str(folder)
 
     def describe(self) -> dict:
@@ -126,6 +126,8 @@ def plan_training(
     }
     samples = iterations * global_batch_size
     return Plan(
+        f"--iterations {iterations} with --ckpt-every {ckpt_every}",
+        f"--global-batch-size {global_batch_size}",
         run_bytes(weights + average + moments, iterations, ckpt_every, keep),
         memory,
         iterations,
@@ -183,6 +185,7 @@ def plan_samples(
     return plan_sampling(
         config,
         context,
+        amount=f"--num-samples {num_samples}",
         count=num_samples,
         batch_size=per_proc_batch_size,
         row_bytes=2 * row,
@@ -197,6 +200,7 @@ def plan_sampling(
     config: dict,
     context: DistributedContext,
     *,
+    amount: str,
     count: int,
     batch_size: int,
     row_bytes: int,
@@ -221,4 +225,7 @@ def plan_sampling(
     steps = math.ceil(len(context.share(count)) / batch_size)
     one = partial(sampling_gflops, steps=solver_steps, cfg_scale=cfg_scale)
     fetch = [] if vae.here else [str(vae.name)]
-    return Plan(count * row_bytes, memory, steps, None, lambda: 2e9 * count * count_by_blocks(config, one), fetch)
+    batch = f"--per-proc-batch-size {batch_size}"
+    return Plan(
+        amount, batch, count * row_bytes, memory, steps, None, lambda: 2e9 * count * count_by_blocks(config, one), fetch
+    )

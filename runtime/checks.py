@@ -47,13 +47,13 @@ def nearest(path: Path) -> Path:
     return next((place for place in (path, *path.parents) if place.exists()), Path())
 
 
-def require_disk(option: str, path: str | Path, needed: int) -> None:
+def require_disk(what: str, path: str | Path, needed: int) -> None:
     """``UserError`` where the disk of a place has less room than what is to be written there."""
     free = shutil.disk_usage(nearest(Path(path))).free
     if needed > free:
         raise UserError(
-            f"{option} {path}: {in_words(needed)} are to be written, the disk has {in_words(free)} free; "
-            "write less (--dry-run counts it) or give a place on another disk"
+            f"{what}: {in_words(needed)} are to be written to {path}, where the disk has {in_words(free)} free; "
+            "ask for less or give a place on another disk"
         )
 
 

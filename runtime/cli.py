@@ -15,7 +15,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
@@ -134,10 +134,9 @@ class Parser(argparse.ArgumentParser):
             action.required = action.required and action.default is None
         return super().parse_args(args, namespace)
 
-    def typed(self, names: Iterable[str]) -> str | None:
-        """Which of an option's names stands on the command line, None if none does."""
-        given = {word.split("=")[0] for word in self.words}
-        return next((name for name in names if name in given), None)
+    def typed(self, names: Sequence[str]) -> str | None:
+        """Which of an option's names stands on the command line, the last of them; None if none does."""
+        return next((name for word in reversed(self.words) if (name := word.split("=")[0]) in names), None)
 
     def told(self, text: str, args: argparse.Namespace) -> str:
         """A message with a remark behind each value that nobody typed: it is the default, or that of the preset."""

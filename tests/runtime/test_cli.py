@@ -1,6 +1,7 @@
 """Command lines: one sentence for a mistake, its exit code, presets as defaults, plans that do nothing."""
 
 import errno
+import importlib
 import json
 import os
 import signal
@@ -216,6 +217,23 @@ def test_the_help_says_what_an_option_takes_what_is_required_and_how_it_is_used(
     assert "--data FOLDER  Read this. (required)" in text and "--out FILE     Write this.\n" in text
     assert "--speed N      Read so fast. (default: 5)" in text
     assert text.endswith("examples:\n  python tool.py --data x\n  torchrun tool.py \\\n        --data y\n")
+
+
+PARSERS = ("train", "train_ARD", "train_ARD_gan", "sample", "sample_ARD", "sample_trajectory", "encode_latents", "demo",
+           "evaluations.evaluator", "evaluations.flops", "evaluations.costs")  # fmt: skip
+
+
+@pytest.mark.parametrize("script", PARSERS)
+def test_the_help_of_every_script_can_be_read(script):
+    parser = importlib.import_module(script).build_parser()
+    text = parser.format_help()
+    assert "(default: None)" not in text and "(default: False)" not in text and "\nexamples:\n  " in text
+    for action in parser._actions:
+        assert action.help, action
+        if action.option_strings and action.nargs != 0 and action.choices is None and action.metavar is None:
+            assert f"{action.option_strings[0]} {action.dest.upper()}" not in text, action.dest  # argparse's own word
+        assert not action.option_strings or action.type is not int and action.type is not str, action.dest
+    assert text.count("(required)") == sum(bool(a.option_strings) and a.required for a in parser._actions)
 
 
 def test_a_preset_is_shown_with_its_cost_where_data_are_missing(capsys):
