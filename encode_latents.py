@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--vae {args.vae}: images without an autoencoder need no encoding, train on them directly")
     writable_folder("--out", args.out)
     about_vae = outline_vae(args.vae)
-    context = distributed.setup(args.device, join=not args.dry_run)
+    context = distributed.stand_alone(args.device)
     source = ImageFolder(args.data_path, args.image_size, args.unconditional)
     shape = latent_shape(source, about_vae)
     row = row_bytes(shape, args.dtype)
@@ -96,11 +96,12 @@ def run(args: argparse.Namespace) -> None:
         "count": source.count,
         "rows_per_shard": args.rows_per_shard,
     }
-    alone = DistributedContext() if args.dry_run else context
-    writer = ShardWriter(args.out, provenance, alone, unit="image")
     if args.dry_run:
+        ShardWriter(args.out, provenance, DistributedContext(), unit="image")
         cli.show_plan(provenance | {"latent_shape": shape} | plan.describe(), args)
         return
+    distributed.join(context)
+    writer = ShardWriter(args.out, provenance, context, unit="image")
 
     with writer:
         for rows in writer.missing_shards():

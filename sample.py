@@ -41,7 +41,7 @@ def plan_of_options(args: argparse.Namespace) -> dict:
 
 def run(args: argparse.Namespace) -> None:
     samples_path(args.teacher, **chosen(args, PLACE_OPTIONS))
-    context = distributed.setup(args.device, join=not args.dry_run)
+    context = distributed.stand_alone(args.device)
     teacher, config = checkpoints.load_teacher(args.teacher, weights=args.weights, heads=args.teacher_heads)
     ode = TeacherODE(teacher, **chosen(args, ODE_OPTIONS))
     config["provenance"] |= ode.provenance
@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         cli.show_plan(job.plan | plan.describe(), args)
         return
+    distributed.join(context)
     sampler, writer = job.start(ode.sample)
     with writer:
         for indices in writer.missing_batches(args.per_proc_batch_size):

@@ -37,7 +37,7 @@ def plan_of_options(args: argparse.Namespace) -> dict:
 
 def run(args: argparse.Namespace) -> None:
     samples_path(args.ckpt_path, **chosen(args, PLACE_OPTIONS))
-    context = distributed.setup(args.device, join=not args.dry_run)
+    context = distributed.stand_alone(args.device)
     student, config = checkpoints.load_named_student(weights=args.weights, **chosen(args, checkpoints.STUDENT_OPTIONS))
     job = SamplingJob(student, config, args.ckpt_path, context, **chosen(args, SAMPLING_OPTIONS))
     options = chosen(args, SAMPLED_OPTIONS) | {"vae": job.about_vae}
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         cli.show_plan(job.plan | plan.describe(), args)
         return
+    distributed.join(context)
 
     def draw(noise: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return student.sample(noise, y)[:, -1]

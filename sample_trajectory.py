@@ -94,7 +94,7 @@ def kept_targets(store: str) -> tuple[str, ...]:
 
 def run(args: argparse.Namespace) -> None:
     writable_folder("--out", args.out)
-    context = distributed.setup(args.device, join=not args.dry_run)
+    context = distributed.stand_alone(args.device)
     teacher, config = checkpoints.load_teacher(args.teacher, weights=args.teacher_weights, heads=args.teacher_heads)
     ode = TeacherODE(teacher, **chosen(args, ODE_OPTIONS))
     try:
@@ -108,11 +108,12 @@ def run(args: argparse.Namespace) -> None:
     provenance |= {"count": args.num_trajectories, "rows_per_shard": args.rows_per_shard}
     plan = plan_dump(teacher.config, context, args)
     plan.check(args.out, context.device)
-    alone = DistributedContext() if args.dry_run else context
-    writer = ShardWriter(args.out, provenance, alone, unit="trajectory")
     if args.dry_run:
+        ShardWriter(args.out, provenance, DistributedContext(), unit="trajectory")
         cli.show_plan(provenance | plan.describe(), args)
         return
+    distributed.join(context)
+    writer = ShardWriter(args.out, provenance, context, unit="trajectory")
     cast_weights(teacher.to(context.device), args.precision)
     if args.compile:
         compile_blocks(teacher)

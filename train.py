@@ -114,7 +114,7 @@ def model_shape(model: str | None, **sizes: int | None) -> tuple[dict[str, Any],
 def run(args: argparse.Namespace) -> None:
     check_place(args.results_dir, args.run_dir)
     sizes, sizes_given = model_shape(**chosen(args, ("model", *SIZES)))
-    context = distributed.setup(args.device, join=not args.dry_run)
+    context = distributed.stand_alone(args.device)
     source = open_source(args.data_path, args.image_size, args.unconditional, verify=args.verify)
     vae, vae_name, vae_hash = open_vae(source, args.vae, context.device, bool(args.sample_every or args.eval_every))
     channels, side, _ = latent_shape(source, vae)
@@ -155,6 +155,7 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         cli.show_plan(config | plan.describe() | {"iterations": args.iterations, "run_dir": folder}, args)
         return
+    distributed.join(context)
     torch.manual_seed(args.seed)
     # Labels are dropped by the data, a function of the index: the model itself stays in eval mode throughout.
     model = DiT(**shape).eval()

@@ -118,7 +118,7 @@ def plan_of_options(args: argparse.Namespace) -> dict:
 
 def run(args: argparse.Namespace) -> None:
     check_place(args.results_dir, args.run_dir)
-    context = distributed.setup(args.device, join=not args.dry_run)
+    context = distributed.stand_alone(args.device)
     teacher, teacher_config, provenance, source = open_teacher(
         args.data_path, args.teacher, **chosen(args, ("teacher_heads", "online", "seed", "verify", *ODE_OPTIONS))
     )
@@ -171,6 +171,7 @@ def run(args: argparse.Namespace) -> None:
         about = {"iterations": args.iterations, "ranks": context.describe_batch(args.global_batch_size)}
         cli.show_plan(config | plan.describe() | about | {"run_dir": folder}, args)
         return
+    distributed.join(context)
     del plan, teacher  # it lives on in the ODE, if that is to make trajectories
     blocks = {"compile": args.compile, "checkpoint_activations": args.checkpoint_activations}
     prepare_blocks(student, **blocks)

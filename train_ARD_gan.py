@@ -201,7 +201,7 @@ def run(args: argparse.Namespace) -> None:
     if args.real_data_path != "digits":
         cli.existing_folder("--real-data-path", args.real_data_path)
     store = TrajectoryStore(args.data_path, verify=args.verify)
-    context = distributed.setup(args.device, join=not args.dry_run)
+    context = distributed.stand_alone(args.device)
     check_groups(args.global_batch_size, args.accumulation, args.bn_group, context)
     student, start = checkpoints.load_named_student(
         weights=args.init_weights, **chosen(args, checkpoints.STUDENT_OPTIONS)
@@ -260,6 +260,7 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         cli.show_plan(config | plan.describe() | {"iterations": args.iterations, "run_dir": folder}, args)
         return
+    distributed.join(context)
     torch.manual_seed(args.seed)
     heads = Discriminator.for_teacher(teacher, args.d_width, args.bn_group)
     cast_weights(teacher, args.precision)

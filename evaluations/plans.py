@@ -78,7 +78,7 @@ class Plan:
             "memory_bytes_per_rank": self.memory | {"total": sum(self.memory.values())},
             "steps": self.steps,
             "epochs": self.epochs,
-            "flops": self.flops and self.flops(),
+            "flops": round(self.flops()) if self.flops else None,
             "fetch": self.fetch,
             **self.more(),
         }

@@ -37,7 +37,7 @@ OptionGroup = argparse._ArgumentGroup | argparse.ArgumentParser  # whatever has 
 RANK_LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed? ?out|broken pipe", re.IGNORECASE)
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)  # torch's words
-RANKS_PAUSE = 10.0  # seconds that the main rank has to say first what all ranks have found
+RANKS_PAUSE = 30.0  # seconds that the main rank has to say first what all ranks have found
 
 
 FETCHING: ContextVar[bool] = ContextVar("FETCHING", default=True)  # False in a dry run, which downloads nothing

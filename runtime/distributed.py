@@ -100,11 +100,17 @@ class DistributedContext:
         return box[0]
 
 
-def setup(device: str = "auto", join: bool = True) -> DistributedContext:
-    """Join the process group if torchrun (or Slurm through env://) started us, and choose this process's device.
+def setup(device: str = "auto") -> DistributedContext:
+    """Choose this process's device and join the other ranks."""
+    context = stand_alone(device)
+    join(context)
+    return context
+
+
+def stand_alone(device: str = "auto") -> DistributedContext:
+    """Choose this process's device, and wait for nobody: what can be refused, each rank refuses by itself.
 
     ``device`` is "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1". Raises ``UserError`` if it is not there.
-    Without ``join`` nobody is waited for: a plan is made by each rank alone.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
@@ -126,16 +132,20 @@ def setup(device: str = "auto", join: bool = True) -> DistributedContext:
         torch.backends.cudnn.benchmark = True  # the autoencoder and Inception see few shapes, many times
     else:
         keep_freed_memory()
-    if join and world_size > 1 and not dist.is_initialized():
+    return DistributedContext(rank, world_size, chosen)
+
+
+def join(context: DistributedContext) -> None:
+    """Meet the other ranks in a process group, if torchrun (or Slurm through env://) started us."""
+    if context.world_size > 1 and not dist.is_initialized():
         die_with_launcher()
         watchdog = threading.Timer(IMPATIENCE.total_seconds(), _give_up)  # torch's own timeout does not always fire
         watchdog.daemon = True
         watchdog.start()
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        backend = "nccl" if context.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method="env://", timeout=IMPATIENCE)
         _patient_group()
         watchdog.cancel()
-    return DistributedContext(rank, world_size, chosen)
 
 
 def _give_up() -> None:
