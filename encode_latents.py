@@ -21,7 +21,8 @@ from runtime.cli import RunError, UserError
 from runtime.distributed import DistributedContext
 from runtime.precision import DTYPES, STORED, add_precision_option
 from runtime.vae import load_vae, outline_vae, resolve_name
-from stores.images import ImageFolder, from_uint8, latent_shape
+from stores.image_folder import ImageFolder, add_skip_bad_option
+from stores.images import from_uint8, latent_shape, must_not_hold, summary
 from stores.latents import KIND, row_bytes
 from stores.shards import ShardWriter
 
@@ -32,6 +33,7 @@ def build_parser() -> cli.Parser:
     group.add_argument("--data-path", type=cli.folder, required=True, help="One sub-folder of images for each class.")
     group.add_argument("--image-size", type=cli.positive, default=256, help="Pixels of a side, cropped as ADM does.")
     group.add_argument("--unconditional", action="store_true", help="Use no classes; the folder may be flat then.")
+    add_skip_bad_option(group)
     group.add_argument("--vae", type=cli.name, default="ema", help="Autoencoder: ema, mse, a folder or hub id.")
     add_precision_option(group, "--vae-precision", "the autoencoder")
     group = parser.add_argument_group("store")
@@ -64,7 +66,11 @@ def run(args: argparse.Namespace) -> None:
     writable_folder("--out", args.out)
     about_vae = outline_vae(args.vae)
     context = distributed.stand_alone(args.device)
-    source = ImageFolder(args.data_path, args.image_size, args.unconditional)
+    if not args.dry_run:
+        distributed.join(context)  # the main rank looks at the folder for all
+    folder = args.data_path, args.image_size, args.unconditional
+    source = ImageFolder(*folder, skip_bad=args.skip_bad, context=context)
+    must_not_hold(source, {"--out": args.out})
     shape = latent_shape(source, about_vae)
     row = row_bytes(shape, args.dtype)
     shard = 2 * row * min(args.rows_per_shard, source.count)  # batches, and the shard of them
@@ -83,10 +89,10 @@ def run(args: argparse.Namespace) -> None:
     provenance = {
         "kind": KIND,
         "data": args.data_path,
-        "listing": source.listing(),
+        "listing": source.fingerprint["listing"],
         "image_size": source.size,
         "channels": source.channels,
-        "classes": source.classes,
+        "class_names": source.classes,
         "num_classes": source.num_classes,
         "vae": vae.name,
         "vae_hash": vae.hash,
@@ -100,10 +106,11 @@ def run(args: argparse.Namespace) -> None:
         ShardWriter(args.out, provenance, DistributedContext(), unit="image")
         cli.show_plan(provenance | {"latent_shape": shape} | plan.describe(), args)
         return
-    distributed.join(context)
     writer = ShardWriter(args.out, provenance, context, unit="image")
 
     with writer:
+        if context.is_main:
+            print(f"{args.data_path}: {summary(source)}")
         for rows in writer.missing_shards():
             starts = range(rows.start, rows.stop, args.per_proc_batch_size)
             borders = [(start, min(start + args.per_proc_batch_size, rows.stop)) for start in starts]

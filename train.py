@@ -25,7 +25,8 @@ from runtime.precision import autocast, prepare_blocks
 from runtime.randomness import Shuffle, generator, noise
 from runtime.training_options import RESULT_OPTIONS, RUN_OPTIONS, STATE_OPTIONS, add_training_options
 from sampler import Sampler
-from stores.images import Source, latent_shape, open_source, open_vae, real_latents
+from stores.image_folder import add_skip_bad_option
+from stores.images import Source, latent_shape, must_not_hold, open_source, open_vae, real_latents, summary
 from stores.runs import check_place
 from trainer import Trainer, TrainState
 
@@ -43,6 +44,10 @@ def build_parser() -> cli.Parser:
         help='Train on an image folder with a sub-folder per class, a latent store, or the word "digits".',
     )
     group.add_argument("--image-size", type=cli.positive, help="Pixels of a side; image folders need it.")
+    group.add_argument(
+        "--channels", type=int, choices=(1, 3), help="1 for a folder in which all images are grey; without it, 3."
+    )
+    add_skip_bad_option(group)
     group.add_argument(
         "--vae",
         type=cli.name,
@@ -115,7 +120,11 @@ def run(args: argparse.Namespace) -> None:
     check_place(args.results_dir, args.run_dir)
     sizes, sizes_given = model_shape(**chosen(args, ("model", *SIZES)))
     context = distributed.stand_alone(args.device)
-    source = open_source(args.data_path, args.image_size, args.unconditional, verify=args.verify)
+    if not args.dry_run:
+        distributed.join(context)  # the main rank looks at a folder for all
+    images = chosen(args, ("data_path", "image_size", "unconditional", "channels", "skip_bad", "verify"))
+    source = open_source(**images, context=context)
+    must_not_hold(source, {"--run-dir": args.run_dir, "--results-dir": None if args.run_dir else args.results_dir})
     vae, vae_name, vae_hash = open_vae(source, args.vae, context.device, bool(args.sample_every or args.eval_every))
     channels, side, _ = latent_shape(source, vae)
     shape = sizes | {
@@ -155,7 +164,6 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         cli.show_plan(config | plan.describe() | {"iterations": args.iterations, "run_dir": folder}, args)
         return
-    distributed.join(context)
     torch.manual_seed(args.seed)
     # Labels are dropped by the data, a function of the index: the model itself stays in eval mode throughout.
     model = DiT(**shape).eval()
@@ -171,6 +179,7 @@ def run(args: argparse.Namespace) -> None:
         **chosen(args, ("global_batch_size", "seed", "label_dropout", "hflip")),
     )
     diffusion = create_diffusion()
+    trainer.folder.log(f"{args.data_path}: {summary(source)}")
 
     for batch in trainer.steps(batches):
         for part in state.micro_batches(batch):

@@ -31,7 +31,8 @@ from runtime.training_options import RESULT_OPTIONS, RUN_OPTIONS, STATE_OPTIONS,
 from runtime.vae import Pixels, load_same_vae
 from sampler import student_previews
 from stores import checkpoints
-from stores.images import Source, latent_shape, open_source, real_latents
+from stores.image_folder import add_skip_bad_option
+from stores.images import Source, latent_shape, must_not_hold, open_source, real_latents, summary
 from stores.latents import is_store
 from stores.runs import check_place
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
@@ -71,6 +72,7 @@ def build_parser() -> cli.Parser:
     group.add_argument(
         "--vae", type=cli.name, help="Load the teacher's autoencoder from this folder or hub id instead of by name."
     )
+    add_skip_bad_option(group)
     group.add_argument(
         "--hflip",
         action=argparse.BooleanOptionalAction,
@@ -145,22 +147,26 @@ def open_real(
     path: str,
     teacher: DiT,
     provenance: dict,
-    device: torch.device,
+    context: DistributedContext,
     *,
     given: str | None,
     needs_decoder: bool,
+    skip_bad: int,
     verify: bool,
 ) -> tuple[Source, Any]:
     """The source of real images and the autoencoder; ``UserError`` where they do not suit the teacher.
 
-    ``provenance``, the teacher's, names its autoencoder, and ``given`` is where to load that from instead.
+    ``provenance``, the teacher's, names its autoencoder, and ``given`` is where to load that from instead. A teacher of
+    grey images sees folders in grey.
     """
     encoded = is_store(path)  # then the autoencoder is needed for pictures only, and to see that it is the one given
     name, vae_hash = provenance["vae"], provenance.get("vae_hash")
     loads = given or needs_decoder or not encoded
-    vae = load_same_vae(name, vae_hash, device, given) if loads else Pixels()
+    vae = load_same_vae(name, vae_hash, context.device, given) if loads else Pixels()
     image_size = None if encoded or path == "digits" else teacher.input_size * vae.factor
-    source = open_source(path, image_size, teacher.num_classes == 0, "--real-data-path", verify)
+    channels = 1 if image_size and (vae.image_channels or teacher.in_channels) == 1 else None
+    images: dict[str, Any] = {"channels": channels, "skip_bad": skip_bad, "verify": verify, "context": context}
+    source = open_source(path, image_size, teacher.num_classes == 0, "--real-data-path", **images)
     found = {"classes": source.num_classes, "latent shape": latent_shape(source, vae)}
     wanted = {"classes": teacher.num_classes, "latent shape": teacher.latent_shape}
     if encoded:
@@ -218,15 +224,18 @@ def run(args: argparse.Namespace) -> None:
         store.provenance,
         {name: origin.get(name) for name in (*SAME_TEACHER, "vae_hash", "teacher_heads")},
     )
+    if not args.dry_run:
+        distributed.join(context)  # the main rank looks at a folder for all
     source, vae = open_real(
         args.real_data_path,
         teacher,
         teacher_config["provenance"],
-        context.device,
+        context,
         given=args.vae,
         needs_decoder=bool(args.sample_every or args.eval_every),
-        verify=args.verify,
+        **chosen(args, ("skip_bad", "verify")),
     )
+    must_not_hold(source, {"--run-dir": args.run_dir, "--results-dir": None if args.run_dir else args.results_dir})
     hflip = teacher_config["training"].get("hflip", True) if args.hflip is None else args.hflip
     trajectories = TrajectoryBatches(
         store,
@@ -260,7 +269,6 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         cli.show_plan(config | plan.describe() | {"iterations": args.iterations, "run_dir": folder}, args)
         return
-    distributed.join(context)
     torch.manual_seed(args.seed)
     heads = Discriminator.for_teacher(teacher, args.d_width, args.bn_group)
     cast_weights(teacher, args.precision)
@@ -287,6 +295,7 @@ def run(args: argparse.Namespace) -> None:
         **chosen(args, RUN_OPTIONS),
     )
 
+    trainer.folder.log(f"{args.real_data_path}: {summary(source)}")
     for batch in trainer.steps(batches):
         batch["real"] = real_latents(batch, vae)
         if args.rollout:

@@ -45,6 +45,11 @@ class DistributedContext:
         """True in the one process that prints and writes shared files."""
         return self.rank == 0
 
+    @property
+    def has_met(self) -> bool:
+        """Whether there are others with whom to agree on anything (``join``)."""
+        return self.world_size > 1 and dist.is_initialized()
+
     def share(self, count: int) -> range:
         """This rank's part of ``range(count)``: contiguous, sizes differ by at most one, nothing lost."""
         return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
@@ -73,6 +78,8 @@ class DistributedContext:
 
     def on_main(self, work: Callable[[], Result]) -> Result:
         """What ``work()`` returns in the main rank, on every rank; its error about files and options is everybody's."""
+        if not self.has_met:
+            return work()
         outcome: tuple[bool, Any] = (True, None)
         if self.is_main:
             try:
@@ -93,7 +100,7 @@ class DistributedContext:
 
     def broadcast_object(self, value: Any) -> Any:
         """The main rank's value (any small Python object) on every rank."""
-        if self.world_size == 1:
+        if not self.has_met:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0, group=_patient_group())

@@ -2,6 +2,8 @@
 
 import contextlib
 import hashlib
+import io
+import math
 import os
 import platform
 import tokenize
@@ -13,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -23,6 +26,7 @@ from runtime.distributed import DistributedContext
 # What reading a damaged .npz may raise: RuntimeError where a bit says that it is encrypted (NotImplementedError is one:
 # another compression), OSError where a position is impossible, TokenError from numpy's second try at a header.
 DAMAGED_NPZ = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, OSError, tokenize.TokenError)
+MOST_OF_A_MEMBER = 1 << 28  # bytes of an array that is read whole: statistics of 2048 features take 34 MB
 LOCK = ".lock"  # in a folder that somebody is at work in
 Item = TypeVar("Item")
 
@@ -67,6 +71,55 @@ def file_sha256(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def must_differ(option: str, path: str | Path, inputs: dict[str, str | Path | None]) -> None:
+    """``UserError`` where ``path``, to be written, is one of the ``inputs`` (paths by options); links are followed."""
+    for name, given in inputs.items():
+        if given is not None and Path(path).resolve() == Path(given).resolve():
+            raise UserError(f"{option} {path}: would be written over {name}, give another file")
+
+
+def must_lie_outside(option: str, path: str | Path, folder_option: str, folder: str | Path) -> None:
+    """``UserError`` where ``path``, to be written, is or lies in a folder that is read as a whole."""
+    if Path(path).resolve().is_relative_to(Path(folder).resolve()):
+        raise UserError(f"{option} {path}: lies in {folder_option} {folder}, of which all is read; give another place")
+
+
+def must_be_replaceable(option: str, path: str | Path, what: str, is_ours: Callable[[Path], object]) -> None:
+    """``UserError`` where ``path`` exists and is not ``what`` the command writes: ``is_ours`` is false or fails."""
+    path = Path(path)
+    if not path.exists():
+        return
+    with contextlib.suppress(Exception):  # a foreign file can fail to be read in any way
+        if path.is_file() and is_ours(path):
+            return
+    raise UserError(f"{option} {path}: is there already and is not {what}; give another name")
+
+
+def npz_member(path: Path, name: str, most: int = MOST_OF_A_MEMBER) -> np.ndarray | None:
+    """An array of an .npz, None where it has no such. What a damaged file may raise is ``DAMAGED_NPZ``.
+
+    Never a pickle, and never more memory than ``most`` bytes, whatever the headers claim.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if f"{name}.npy" not in archive.namelist():
+            return None
+        with archive.open(f"{name}.npy") as member:
+            content = io.BytesIO(member.read(most + 1))
+    shape, _, dtype = npy_header(content)
+    claimed = math.prod(shape) * dtype.itemsize
+    if content.getbuffer().nbytes > most or claimed != content.getbuffer().nbytes - content.tell():
+        raise ValueError(f"{name} claims {claimed} bytes")
+    content.seek(0)
+    return np.lib.format.read_array(content, allow_pickle=False)
+
+
+def npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran order, and dtype, from the start of an .npy."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
 
 
 _claims: dict[Path, FileLock] = {}  # what this process holds

@@ -9,12 +9,14 @@ import torch
 from runtime.cli import UserError
 
 # Keys of provenance that artefacts of earlier versions have under another name.
-RENAMED_KEYS = {"points": "solver_indices"}
+RENAMED_KEYS = {"points": "solver_indices", "classes": "class_names"}
 # Keys that they lack: beside which one each stands, and what was meant without it.
 ADDED_KEYS: list[tuple[str, str, Callable[[dict], Any]]] = [
     ("gan_weight", "d_clip", lambda training: training.get("clip")),  # the heads were clipped as the student
     ("ema_decay", "ema_warmup", lambda training: False),
 ]
+# What does not decide which images they are, where the hash of their listing is known.
+BESIDE_THE_LISTING = {"data", "class_names"}
 
 
 def with_current_keys(config: dict) -> dict:
@@ -41,11 +43,15 @@ def weights_hash(state: dict[str, torch.Tensor]) -> str:
 def differences(found: dict, wanted: dict, prefix: str = "") -> str:
     """The values in which two nested dicts differ, as text; empty where they are equal.
 
-    Autoencoders are told apart by "vae_hash" where both sides have one, else by "vae", their name or path.
+    Autoencoders are told apart by "vae_hash" where both sides have one, else by "vae", their name or path. Images are
+    the same where their listings are, wherever they lie; what an earlier version wrote of a folder has no such hash,
+    and goes by its path and the number of images.
     """
-    parts = []
+    parts, keys = [], found.keys() | wanted.keys()
     hashes = found.get("vae_hash"), wanted.get("vae_hash")
-    for key in sorted((found.keys() | wanted.keys()) - {"vae_hash"}):
+    if wanted.get("listing"):
+        keys = keys - BESIDE_THE_LISTING if found.get("listing") else found.keys() - {"listing", "class_names"}
+    for key in sorted(keys - {"vae_hash"}):
         a, b = found.get(key), wanted.get(key)
         if key == "vae" and all(hashes):
             if hashes[0] != hashes[1]:

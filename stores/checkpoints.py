@@ -203,6 +203,8 @@ def load_teacher(
         provenance["vae_hash"] = config["vae_hash"]
     if bare and own != foreign_weights.heads_of_size(config["model"]):
         provenance["teacher_heads"] = own
+    if names := config["provenance"].get("class_names"):
+        provenance["class_names"] = names
     return model.eval(), {**config, "provenance": provenance}
 
 

@@ -1,4 +1,4 @@
-"""Real images: the bundled UCI digits, folders of images (class = sub-folder), stores of their latents (latents.py).
+"""Real images: the bundled UCI digits, folders of images (image_folder.py), stores of their latents (latents.py).
 
 Pixels are uint8 outside the models and float32 in [-1, 1] inside; ``from_uint8`` and ``to_uint8`` are the only two ways
 between them, and a uint8 image survives the round trip exactly.
@@ -8,22 +8,23 @@ A source, whichever it is, has
     labels               (count,) int64, all 0 without classes
     size, channels       pixels of a side and colour channels of its images
     vae, vae_hash        the autoencoder whose latents it holds, None for pixels; its hash where it is known
-    fingerprint          plain dict that says which data they are, part of a run's config
+    fingerprint          plain dict that says which data they are, part of a run's config; "class_names" in it where
+                         classes have names
     read(rows, flips)    rows (B,) and which of them to mirror (B,) bool -> {"y": (B,) labels} and either
                          {"images": (B, channels, size, size) uint8} or {"mean", "std": (B, C, h, w) float32}
 so that trainers say ``real_latents(batch, vae)`` and need not know which it is.
 """
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
-from runtime.cli import UserError, existing_folder
+from runtime.cli import UserError, shortened
+from runtime.distributed import DistributedContext
+from runtime.files import must_lie_outside
 from runtime.vae import VAE, Outline, Pixels, load_same_vae, load_vae, resolve_name
+from stores.image_folder import ImageFolder, mirrored
 from stores.latents import LatentStore, is_store
 
 
@@ -54,77 +55,11 @@ class DigitImages:
     def __init__(self) -> None:
         self.images, self.labels = digits_images()
         self.count = len(self.labels)
-        self.fingerprint = {"data": "digits", "images": self.count, "image_size": self.size}
+        self.fingerprint: dict[str, Any] = {"data": "digits", "images": self.count, "image_size": self.size}
 
     def read(self, rows: np.ndarray, flips: np.ndarray) -> dict[str, torch.Tensor]:
         """See above; images (B, 1, 8, 8)."""
         return {"images": mirrored(self.images[rows], flips), "y": self.labels[rows]}
-
-
-class ImageFolder:
-    """A folder with one sub-folder of images per class, read as ADM does: centre crop, resized to ``size``.
-
-    ``unconditional`` takes every image below the folder, with or without sub-folders, and no classes.
-    """
-
-    channels, vae, vae_hash = 3, None, None
-
-    def __init__(self, folder: str | Path, size: int, unconditional: bool = False, option: str = "--data-path"):
-        from torchvision.datasets import ImageFolder as Listing
-        from torchvision.datasets.folder import IMG_EXTENSIONS
-
-        self.option, self.size = option, size
-        self.root = root = existing_folder(option, folder)
-        if unconditional:
-            self.paths = sorted(str(path) for path in root.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
-            self.classes, labels = [], [0] * len(self.paths)
-            if not self.paths:
-                raise UserError(f"{option} {folder}: holds no images ({', '.join(IMG_EXTENSIONS)})")
-        else:
-            try:
-                listing = Listing(str(root))
-            except FileNotFoundError as error:
-                raise UserError(
-                    f"{option} {folder}: give a folder with one sub-folder of images for each class, or "
-                    f"--unconditional ({str(error).splitlines()[0]})"
-                ) from None
-            self.classes, self.paths, labels = listing.classes, [path for path, _ in listing.samples], listing.targets
-        self.labels = torch.tensor(labels)
-        self.count, self.num_classes = len(self.paths), len(self.classes)
-        self.fingerprint = {"data": str(folder), "images": self.count, "image_size": size}
-
-    def read(self, rows: np.ndarray, flips: np.ndarray) -> dict[str, torch.Tensor]:
-        """See above; ``UserError`` names a file that is no image."""
-        images = torch.stack([self._image(self.paths[row]) for row in rows])
-        return {"images": mirrored(images, flips), "y": self.labels[rows]}
-
-    def listing(self) -> str:
-        """16 hex digits that name the images: a hash of their paths inside the folder, in order."""
-        inside = "\n".join(str(Path(path).relative_to(self.root)) for path in self.paths)
-        return hashlib.sha256(inside.encode()).hexdigest()[:16]
-
-    def _image(self, path: str) -> torch.Tensor:
-        try:
-            with Image.open(path) as file:
-                cropped = center_crop(file.convert("RGB"), self.size)
-        except OSError as error:
-            raise UserError(f"{self.option}: {path} is not a readable image ({error})") from None
-        return torch.from_numpy(np.array(cropped)).permute(2, 0, 1)
-
-
-def mirrored(images: torch.Tensor, flips: np.ndarray) -> torch.Tensor:
-    """images (B, C, H, W) with those where ``flips`` (B,) is True turned left to right."""
-    return torch.where(torch.from_numpy(flips)[:, None, None, None], images.flip(-1), images)
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's preprocessing: halve by box filter while twice too large, bicubic to the short side, crop the centre."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
 
 
 Source = DigitImages | ImageFolder | LatentStore
@@ -135,12 +70,17 @@ def open_source(
     image_size: int | None = None,
     unconditional: bool = False,
     option: str = "--data-path",
+    *,
+    channels: int | None = None,
+    skip_bad: int = 0,
     verify: bool = False,
+    context: DistributedContext | None = None,
 ) -> Source:
     """The source that an option names: the word "digits", a store of latents, or a folder of images.
 
     ``image_size`` is needed for images; a latent store knows its own and a contradiction is refused. ``unconditional``
-    leaves out the classes, ``verify`` compares the checksums of a latent store when it is read.
+    leaves out the classes. ``channels``: 3 for folders unless told otherwise; the others know their own. ``skip_bad``
+    is for folders; ``verify`` compares the checksums of a latent store when it is read.
     """
     source: Source
     if data_path == "digits":
@@ -150,12 +90,34 @@ def open_source(
     elif image_size is None:
         raise UserError(f"{option} {data_path}: an image folder needs --image-size (256 for DiT-XL/2)")
     else:
-        source = ImageFolder(data_path, image_size, unconditional, option)
+        source = ImageFolder(
+            data_path, image_size, unconditional, option, channels=channels or 3, skip_bad=skip_bad, context=context
+        )
     if image_size not in (None, source.size):
         raise UserError(f"--image-size {image_size}: the images of {option} {data_path} have {source.size} pixels")
+    if channels not in (None, source.channels):
+        raise UserError(f"--channels {channels}: the images of {option} {data_path} have {source.channels}")
+    if skip_bad and not isinstance(source, ImageFolder):
+        raise UserError(f"--skip-bad {skip_bad}: {option} {data_path} is no image folder, leave the option out")
     if unconditional:
         source.num_classes, source.labels = 0, torch.zeros_like(source.labels)
+        source.fingerprint.pop("class_names", None)
     return source
+
+
+def summary(source: Source) -> str:
+    """What a source holds, in a line: "303 images, 3 classes: a, b, c"."""
+    text, names = f"{source.count} images", source.fingerprint.get("class_names")
+    if source.num_classes:
+        text += f", {source.num_classes} classes" + (f": {shortened(names, 8)}" if names else "")
+    return "; ".join([text, *getattr(source, "notes", [])])
+
+
+def must_not_hold(source: Source, outputs: dict[str, str | None]) -> None:
+    """``UserError`` where one of the paths to be written, by their options, lies in the folder that a source reads."""
+    for option, path in outputs.items():
+        if path and isinstance(source, ImageFolder):
+            must_lie_outside(option, path, source.option, source.root)
 
 
 def open_vae(

@@ -35,7 +35,7 @@ def is_store(folder: str | Path) -> bool:
 
 
 # Of a store's provenance, what its readers ask for.
-NEEDED = ("data", "listing", "image_size", "channels", "classes", "vae", "dtype", "vae_precision")
+NEEDED = ("data", "listing", "image_size", "channels", "class_names", "num_classes", "vae", "dtype", "vae_precision")
 
 
 class LatentStore(ShardStore):
@@ -54,9 +54,11 @@ class LatentStore(ShardStore):
             raise UserError(f"{option} {folder}/manifest.json: its provenance lacks {', '.join(absent)}; make it again")
         self.vae, self.vae_hash = origin["vae"], origin.get("vae_hash")
         self.size, self.channels = origin["image_size"], origin["channels"]
-        self.count, self.num_classes = len(self), len(origin["classes"])
+        self.count, self.num_classes = len(self), origin["num_classes"]
         self.fingerprint = {name: origin[name] for name in ("data", "image_size", "listing", "dtype", "vae_precision")}
         self.fingerprint["images"] = self.count
+        if self.num_classes:
+            self.fingerprint["class_names"] = origin["class_names"]
         self.labels = torch.cat([tensors["label"] for tensors in self.tensors])
 
     @property

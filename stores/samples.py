@@ -20,7 +20,7 @@ from torchvision.utils import make_grid
 
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
-from runtime.files import DAMAGED_NPZ, SharedWriter, atomic_write, claim, release, write_text
+from runtime.files import DAMAGED_NPZ, SharedWriter, atomic_write, claim, npz_member, release, write_text
 from runtime.provenance import require_same, with_current_keys
 from stores.images import to_uint8
 
@@ -179,8 +179,8 @@ def range_of(part: Path) -> range:
 def read_provenance(path: str | Path) -> dict:
     """The provenance that a sample file carries, {} where it has none."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return with_current_keys(json.loads(str(file["provenance"]))) if "provenance" in file.files else {}
+        text = npz_member(Path(path), "provenance")
+        return {} if text is None else with_current_keys(json.loads(str(text)))
     except (*DAMAGED_NPZ, KeyError, AttributeError):
         raise UserError(f"{path}: not a complete .npz file, it is damaged or something else; remove it") from None
 

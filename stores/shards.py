@@ -155,6 +155,7 @@ def repair(folder: str | Path, option: str) -> list[str]:
     manifest = folder / "manifest.json"
     try:
         shards = json.loads(manifest.read_text())["shards"]
+        _check_names(shards)
         bad = [shard for shard in tqdm(shards, unit="shard", disable=None) if not _is_whole(folder, shard)]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{option} {manifest}: no manifest that can be read; run the command that made it") from None
@@ -167,6 +168,12 @@ def repair(folder: str | Path, option: str) -> list[str]:
             note_of(folder / shard["file"]).unlink()
         manifest.unlink()
     return [shard["file"] for shard in bad]
+
+
+def _check_names(shards: list[dict]) -> None:
+    """``ValueError`` where a manifest names a file outside its folder."""
+    if any(Path(shard["file"]).name != shard["file"] for shard in shards):
+        raise ValueError("a shard lies elsewhere")
 
 
 def _is_whole(folder: Path, shard: dict) -> bool:
@@ -214,6 +221,7 @@ class ShardStore:
             self.provenance, self.shards = with_current_keys(content["provenance"]), content["shards"]
             if not all({"file", "rows", "bytes", "sha256"} <= shard.keys() for shard in self.shards):
                 raise ValueError
+            _check_names(self.shards)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{option} {manifest}: not a manifest of a {self.kind}") from None
         self.tensors = []

@@ -237,7 +237,7 @@ def test_mistakes_about_images_and_latents_are_named(latent_store, image_folder,
         ("encode_latents.py", (*here, "--vae", "none", *encoder), "need no encoding"),
         ("encode_latents.py", (*here, "--vae", image_folder, *encoder), "cannot load the autoencoder"),
         ("encode_latents.py", ("--data-path", tmp_path / "nothing", *vae, *encoder), "no such folder"),
-        ("encode_latents.py", (*here, *vae, "--out", image_folder), "the folder holds other files"),
+        ("encode_latents.py", (*here, *vae, "--out", image_folder), "of which all is read; give another place"),
     ]
     before = state_of(tmp_path, latent_store, image_folder, autoencoder)
     for script, options, message in cases:

@@ -44,7 +44,7 @@ def test_a_broken_image_is_named(image_folder, autoencoder, tmp_path, capsys, wo
     (folder / "class1" / "01.png").write_bytes(b"no image")
     error = refused(capsys, "encode_latents.py", "--data-path", folder, "--image-size", 8, "--vae", autoencoder,
                     "--out", tmp_path / "out", "--num-workers", workers)  # fmt: skip
-    assert f"--data-path: {folder}/class1/01.png is not a readable image" in error
+    assert f"--data-path {folder}: 1 of 11 images cannot be read: class1/01.png (none of the formats" in error
 
 
 def test_a_dry_run_counts_the_bytes_and_writes_nothing(image_folder, autoencoder, tmp_path, capsys):

@@ -175,7 +175,7 @@ def test_dry_run_counts_the_cost_of_a_step_and_writes_nothing(store, student_fil
 def test_bad_input_is_one_sentence_and_nothing_is_written(store, student_file, tmp_path, capsys, changes, words):
     for name in ("images/a", "images/b"):
         (tmp_path / name).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+        Image.new("L", (8, 8)).save(tmp_path / name / "0.png")
     changes = {name: tmp_path / "images" if value == "IMAGES" else value for name, value in changes.items()}
     given = gan_options(store, student_file, run_dir=tmp_path / "run", **changes)
     assert words in refused(capsys, "train_ARD_gan.py", *given) and not (tmp_path / "run").exists()

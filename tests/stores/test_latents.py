@@ -7,7 +7,8 @@ from helpers import call
 
 from runtime.cli import UserError
 from runtime.vae import VAE
-from stores.images import ImageFolder, from_uint8, latent_shape
+from stores.image_folder import ImageFolder
+from stores.images import from_uint8, latent_shape
 from stores.latents import LatentStore, is_store
 
 
@@ -17,7 +18,7 @@ def test_the_store_holds_both_sides_of_every_image(latent_store, image_folder, a
     vae = VAE(str(autoencoder), torch.device("cpu"))
     assert len(opened.shards) == 3 and opened.count == 11 and opened.num_classes == 3
     assert opened.vae == str(autoencoder) and opened.latent_shape == (4, 4, 4) == latent_shape(source, vae)
-    assert opened.provenance["classes"] == ["class0", "class1", "class2"] and opened.provenance["scale"] == 0.5
+    assert opened.provenance["class_names"] == ["class0", "class1", "class2"] and opened.provenance["scale"] == 0.5
     rows, flips = np.array([10, 0, 3, 4, 0, 7]), np.array([True, False, True, False, True, True])
     got, pixels = opened.read(rows, flips), source.read(rows, flips)
     mean, std = vae.encode(from_uint8(pixels["images"]))
