@@ -1,12 +1,14 @@
-"""FID, sFID, Inception Score, precision and recall of a file of samples, by the protocol of ADM's evaluator.
+"""FID, sFID, Inception Score, precision and recall of samples, by the protocol of ADM's evaluator.
 
     python -m evaluations.evaluator VIRTUAL_imagenet256_labeled.npz samples.npz
     torchrun --nproc_per_node=8 -m evaluations.evaluator REFERENCE.npz SAMPLES.npz --json metrics.json
     python -m evaluations.evaluator data/digits_reference.npz samples.npz --features digits --floor
+    python -m evaluations.evaluator photos folder_of_samples --image-size 256
 
-Both files hold arr_0 (N, H, W, 3) uint8. As in ADM: FID and sFID use the mu, sigma, mu_s, sigma_s stored in the
-reference file where it has them; the Inception Score is the samples'; precision and recall (k=3) compare the images in
-the two files. The extracted features are kept beside each file and used again as long as it does not change.
+Files hold arr_0 (N, H, W, 3) uint8; a folder of images serves as well. As in ADM: FID and sFID use the mu, sigma, mu_s,
+sigma_s stored in the reference file where it has them; the Inception Score is the samples'; precision and recall (k=3)
+compare the images. The extracted features are kept beside each file and used again as long as it does not change; those
+of a folder are not (``evaluations.reference`` makes a file of it).
 """
 
 import argparse
@@ -14,82 +16,41 @@ import importlib.metadata
 import json
 import platform
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from evaluations.extraction import features
 from evaluations.features import NAMES, Extractor, extractor
-from evaluations.files import Images, write_whole
-from evaluations.metrics import frechet_distance, full_precision, inception_score, precision_recall, statistics
+from evaluations.files import open_images, write_whole
+from evaluations.metrics import frechet_distance, inception_score, precision_recall, statistics
 from runtime import cli, distributed
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
-from runtime.files import file_sha256, read_ahead
+from runtime.files import must_be_replaceable, must_differ, read_json
 from runtime.provenance import with_current_keys
 
 K = 3  # neighbours, ADM's choice
 PUBLISHED_COUNT = 50_000  # FID falls with the number of samples; published values use this many
 
 
-def extract(images: Images, network: Extractor, batch_size: int, context: DistributedContext) -> dict[str, Any]:
-    """Features of all images on every rank: name -> (N, width) float32; each rank extracts its share.
-
-    The next batch is read while the network works.
-    """
-    table = {name: np.zeros((images.count, width), dtype=np.float32) for name, width in network.widths.items()}
-    rows = context.share(images.count)
-    progress = tqdm(total=len(rows), desc=images.path.name, disable=None if context.is_main else True)
-    with nullcontext() if network.tf32 else full_precision(), progress:
-        for start, batch in read_ahead(images.batches(rows, batch_size)):
-            outputs = network(batch)
-            for name, values in table.items():
-                values[start : start + len(batch)] = outputs[name]
-            progress.update(len(batch))
-    if context.world_size > 1:  # everyone's rows are zero but its own, so the sum is the whole table, exactly
-        for name, values in table.items():
-            table[name] = context.all_reduce(torch.from_numpy(values).to(context.device)).cpu().numpy()
-    return table
-
-
-def features(
-    images: Images, digest: str, network: Extractor, batch_size: int, context: DistributedContext, cache: bool
-) -> dict:
-    """The same from the file kept beside the images if it fits them and the network, else extracted and kept.
-
-    Complete on the main rank. The other ranks' may be empty.
-    """
-    path = images.path.with_name(f"{images.path.stem}.{network.name}.features.npz")
-    key = json.dumps(dict(images=digest, weights=network.weights_sha256) | (dict(tf32=True) if network.tf32 else {}))
-    kept = read_cache(path, key) if cache and context.is_main else None
-    if context.broadcast_object(kept is not None):
-        return kept or {}
-    table = extract(images, network, batch_size, context)
-    if cache and context.is_main:
-        try:
-            write_whole("features", path, lambda file: np.savez(file, key=np.array(key), **table))
-        except UserError as error:  # a read-only folder costs time, not the result
-            print(f"warning: {error}", file=sys.stderr)
-    return table
-
-
-def read_cache(path: Path, key: str) -> dict[str, np.ndarray] | None:
-    """The features in the file, or None unless it is readable and was written under this key."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files if name != "key"} if file["key"] == key else None
-    except Exception:  # absent, truncated, not ours: it will be written anew
-        return None
-
-
 class Evaluation:
-    """Two files and a network, opened and checked: everything that can be refused is refused here."""
+    """Two files or folders and a network, opened and checked: everything that can be refused is refused here."""
 
-    def __init__(self, reference: str | Path, samples: str | Path, network: Extractor, allow_few: bool = False):
-        self.reference, self.samples, self.network = Images("REFERENCE", reference), Images("SAMPLES", samples), network
+    def __init__(
+        self,
+        reference: str | Path,
+        samples: str | Path,
+        network: Extractor,
+        allow_few: bool = False,
+        image_size: int | None = None,
+        context: DistributedContext | None = None,
+    ):
+        """``image_size``: crop the images of a reference folder to so many pixels."""
+        self.reference = open_images("REFERENCE", reference, image_size, context)
+        self.samples, self.network = open_images("SAMPLES", samples, context=context), network
         ours, theirs = ((i.width, i.height) for i in (self.samples, self.reference))
         if ours != theirs:
             raise UserError(
@@ -133,7 +94,7 @@ class Evaluation:
         """Where the figures come from: files, network, versions."""
         packages = ("torch", "numpy", "torch-fidelity") if self.network.name == "inception" else ("torch", "numpy")
         files = {
-            role: dict(name=images.path.name, sha256=digests[role], count=images.count)
+            role: {"name": images.path.name, images.hashed: digests[role], "count": images.count}
             for role, images in (("reference_file", self.reference), ("samples_file", self.samples))
         }
         return dict(
@@ -149,12 +110,14 @@ class Evaluation:
             samples=self.provenance_of_samples,
         )
 
+    def digests(self) -> dict[str, str]:
+        """The hashes of both."""
+        return {"samples_file": self.samples.digest(), "reference_file": self.reference.digest()}
+
     def run(self, batch_size: int, context: DistributedContext, cache: bool, floor: bool) -> dict:
         """All figures and their provenance, the same on every rank."""
         pairs = (("samples_file", self.samples), ("reference_file", self.reference))
-        digests = context.broadcast_object(
-            {role: file_sha256(images.path) for role, images in pairs} if context.is_main else None
-        )
+        digests = context.broadcast_object(self.digests() if context.is_main else None)
         sam, ref = (features(i, digests[role], self.network, batch_size, context, cache) for role, i in pairs)
         result = None
         if context.is_main:
@@ -195,15 +158,17 @@ def evaluate(
     allow_few: bool = False,
     floor: bool = False,
     tf32: bool = False,
+    image_size: int | None = None,
 ) -> dict:
-    """All figures of a file of samples against a reference file: what the command prints, for other scripts.
+    """All figures of samples against a reference, files or folders: what the command prints, for other scripts.
 
     features: "digits" or "inception". Returns fid, sfid (None for digits), inception_score, precision, recall, count,
     floor (if asked for) and provenance. Raises ``UserError`` on files and weights that do not serve.
     """
     context = context or DistributedContext()
     network = extractor(features, context.device, inception_weights, tf32)
-    return Evaluation(reference_path, samples_path, network, allow_few).run(batch_size, context, cache, floor)
+    evaluation = Evaluation(reference_path, samples_path, network, allow_few, image_size, context)
+    return evaluation.run(batch_size, context, cache, floor)
 
 
 def show(result: dict) -> None:
@@ -234,18 +199,21 @@ def show(result: dict) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.json:
+        inputs = {"REFERENCE": args.reference, "SAMPLES": args.samples, "--inception-weights": args.inception_weights}
+        must_differ("--json", args.json, inputs)
+        must_be_replaceable("--json", args.json, "figures of this command", lambda path: "fid" in read_json(path))
     context = distributed.setup(args.device)
     if not context.is_main:
         context.barrier()  # the main rank goes first, in case that the weights have to be fetched
     network = extractor(args.features, context.device, args.inception_weights, args.tf32)
     if context.is_main:
         context.barrier()
-    evaluation = Evaluation(args.reference, args.samples, network, args.allow_few)
+    evaluation = Evaluation(args.reference, args.samples, network, args.allow_few, args.image_size, context)
     if args.dry_run:
         if context.is_main:
-            files = dict(reference_file=file_sha256(args.reference), samples_file=file_sha256(args.samples))
             plan = dict(device=str(context.device), ranks=context.world_size)
-            cli.show_plan(evaluation.provenance(files) | plan, args)
+            cli.show_plan(evaluation.provenance(evaluation.digests()) | plan, args)
     else:
         result = evaluation.run(args.batch_size, context, args.cache, args.floor)
         if context.is_main:
@@ -259,8 +227,13 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(
         __doc__, prog="evaluations.evaluator", description="FID, sFID, Inception Score, precision and recall."
     )
-    parser.add_argument("reference", metavar="REFERENCE", type=Path, help="Real images, an .npz in ADM's format.")
-    parser.add_argument("samples", metavar="SAMPLES", type=Path, help="Samples, an .npz with arr_0 (N, H, W, 3) uint8.")
+    parser.add_argument(
+        "reference", metavar="REFERENCE", type=Path, help="Real images: an .npz in ADM's format, or a folder."
+    )
+    parser.add_argument(
+        "samples", metavar="SAMPLES", type=Path, help="Samples: an .npz with arr_0 (N, H, W, 3) uint8, or a folder."
+    )
+    parser.add_argument("--image-size", type=cli.positive, help="Crop a reference folder's images to so many pixels.")
     group = parser.add_argument_group("features")
     group.add_argument(
         "--features", choices=NAMES, default="inception", help="Use ADM's network, or ours for 8x8 digits."

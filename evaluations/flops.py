@@ -23,7 +23,7 @@ from models_ard import ARD
 from presets import TABLE_1
 from runtime import cli
 from runtime.checks import require_memory
-from runtime.files import write_text
+from runtime.files import must_be_replaceable, read_json, write_text
 
 
 def count_flops(work: Callable[[], object]) -> int:
@@ -150,6 +150,8 @@ def build_parser() -> cli.Parser:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.json and args.json != "-":
+        must_be_replaceable("--json", args.json, "a table of this command", lambda path: read_json(path)[0]["gflops"])
     rows = count_table(args.model)
     if args.json == "-":
         print(json.dumps(rows, indent=2))

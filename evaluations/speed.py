@@ -15,7 +15,7 @@ from diffusion import create_diffusion
 from diffusion.teacher_ode import grid_steps, pick_points
 from discriminator import Discriminator, FrozenFeatures
 from evaluations.costs import INCEPTION_GFLOPS
-from evaluations.evaluator import extract
+from evaluations.extraction import extract
 from evaluations.features import InceptionFeatures
 from evaluations.files import Images
 from evaluations.flops import count_flops, count_gan_step, sampling_gflops

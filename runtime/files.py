@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import json
 import math
 import os
 import platform
@@ -97,6 +98,13 @@ def must_be_replaceable(option: str, path: str | Path, what: str, is_ours: Calla
     raise UserError(f"{option} {path}: is there already and is not {what}; give another name")
 
 
+def read_json(path: Path) -> Any:
+    """What a small text file of JSON holds. ``ValueError`` for any other."""
+    if path.stat().st_size > MOST_OF_A_MEMBER:
+        raise ValueError(f"{path}: too large")
+    return json.loads(path.read_text())
+
+
 def npz_member(path: Path, name: str, most: int = MOST_OF_A_MEMBER) -> np.ndarray | None:
     """An array of an .npz, None where it has no such. What a damaged file may raise is ``DAMAGED_NPZ``.
 
@@ -131,7 +139,10 @@ def claim(folder: Path, option: str) -> None:
     The lock lies in the folder as ``LOCK`` and ends with the process, however that ends, or with ``release``. Where a
     file system knows no locks, nothing is held.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{option} {folder}: there is a file of that name, give a folder") from None
     path = (folder / LOCK).absolute()
     if path in _claims:
         return

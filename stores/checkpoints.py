@@ -95,11 +95,15 @@ def moments_bytes(model: nn.Module) -> int:
 def damaged_member(path: Path) -> str | None:
     """The first part of a torch file whose content differs from the checksum beside it, which torch does not look at.
 
-    None where all is well, and for files in torch's format before 1.6, which have no checksums.
+    None where all is well, and for files in torch's format before 1.6, which have no checksums. ``ValueError`` for a
+    packed part: nobody knows how large it is.
     """
     if not zipfile.is_zipfile(path):
         return None
     with zipfile.ZipFile(path) as archive:
+        for part in archive.infolist():
+            if part.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"its part {part.filename} is packed, which PyTorch does not do")
         return archive.testzip()
 
 

@@ -182,13 +182,15 @@ def find_run(config: dict, results_dir: str, run_dir: str | None) -> Path:
     check_place(results_dir, run_dir)
     if run_dir:
         folder = Path(run_dir)
-        if folder.exists() and not is_fresh(folder):
+        if folder.is_dir() and not is_fresh(folder):
             found = read_config(folder)
             if found is None:
                 raise UserError(f"--run-dir {folder}: the folder holds other files than a run, give a new one")
             if not began(folder, config):
                 raise UserError(f"--run-dir {folder}: holds another run: {differences(found, config)}")
         return folder
+    if Path(results_dir).is_file():
+        raise UserError(f"--results-dir {results_dir}: there is a file of that name, give a folder")
     runs = sorted(path for path in Path(results_dir).glob("[0-9][0-9][0-9]-*") if path.is_dir())
     for run in runs:
         if began(run, config):

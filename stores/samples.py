@@ -182,7 +182,7 @@ def read_provenance(path: str | Path) -> dict:
         text = npz_member(Path(path), "provenance")
         return {} if text is None else with_current_keys(json.loads(str(text)))
     except (*DAMAGED_NPZ, KeyError, AttributeError):
-        raise UserError(f"{path}: not a complete .npz file, it is damaged or something else; remove it") from None
+        raise UserError(f"{path}: not a complete .npz file, it is damaged or another one; give another name") from None
 
 
 def to_rgb(images: torch.Tensor) -> np.ndarray:

@@ -1,10 +1,13 @@
 """What several tests share: ways to run the scripts, small models and files, what a run has logged."""
 
+import contextlib
 import importlib
 import json
+import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +122,18 @@ def write_images(path: Path, images: np.ndarray, **members) -> Path:
     """Write images in ADM's format."""
     np.savez(path, arr_0=images, **members)
     return path
+
+
+@contextlib.contextmanager
+def memory_limit(megabytes: int) -> Iterator[None]:
+    """Within it, this process cannot take so much more memory, touched or not: what tries fails with MemoryError."""
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + megabytes * 2**20, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -34,6 +34,9 @@ def bad(tmp_path_factory, store, teacher_file, student_file):
     folder = tmp_path_factory.mktemp("bad")
     (folder / "empty").mkdir()
     (folder / "text.pt").write_text("not a checkpoint")
+    (folder / "text.npz").write_text("mine")
+    np.savez(folder / "images.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+    (folder / "a.npz").write_bytes(student_file.read_bytes())
     (folder / "half.pt").write_bytes(teacher_file.read_bytes()[:5000])
     save_teacher(folder / "other.pt", random_teacher(seed=1))
     for source, name in ((teacher_file, "nan.pt"), (student_file, "nan_student.pt")):
@@ -164,6 +167,16 @@ CASES = {
     "labels out of range": (SAMPLE, ["--class-labels", 3, 10], "--class-labels [3, 10]"),
     "not an npz": (SAMPLE, ["--out", "OUT.zip"], ".npz"),
     "vae for pixels": (TEACHER_SAMPLE, ["--vae", "ema"], "--vae ema"),
+    "a file for a run's folder": (TRAIN, ["--run-dir", "BAD/text.pt"], "BAD/text.pt: there is a file of that name"),
+    "a file for the folder of runs": (
+        TEACH[:-4],
+        ["--data-path", "digits", "--results-dir", "BAD/text.pt"],
+        "a file of",
+    ),
+    "a file for a store": (DUMP, ["--out", "BAD/text.pt"], "BAD/text.pt: there is a file of that name, give a folder"),
+    "samples over another file": (SAMPLE, ["--out", "BAD/text.npz"], "text.npz: not a complete .npz file"),
+    "samples over other images": (SAMPLE, ["--out", "BAD/images.npz"], "the samples there are others"),
+    "samples over the checkpoint": (SAMPLE, ["--ckpt-path", "BAD/a.npz", "--out", "BAD/a.npz"], "BAD/a.npz: "),
     "zero samples": (TEACHER_SAMPLE, ["--num-samples", 0], "--num-samples"),
 }
 

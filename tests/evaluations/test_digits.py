@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import ROOT, arrays, call
+from helpers import ROOT, arrays, call, refused
 
 from evaluations import digits
 from runtime.cli import UserError
@@ -53,3 +53,16 @@ def test_the_reference_is_the_digits_as_they_are(tmp_path):
     found = arrays(tmp_path / "digits.npz")
     assert found["arr_0"].shape == (1797, 8, 8, 3) and (found["arr_1"] == labels.numpy()).all()
     assert all((found["arr_0"][..., colour] == images[:, 0].numpy()).all() for colour in range(3))
+
+
+def test_its_commands_write_over_nothing_but_their_own_files(digit_files, tmp_path, capsys):
+    mine = tmp_path / "mine.pt"
+    mine.write_text("mine")
+    for command in (("train", "--steps", 1), ("reference",)):
+        for path in (mine, digit_files[1]):
+            before = path.read_bytes()
+            error = refused(capsys, "evaluations.digits", *command, "--out", path)
+            assert f"--out {path}: is there already and is not" in error
+            assert path.read_bytes() == before
+    for _ in range(2):
+        call("evaluations.digits", "reference", "--out", tmp_path / "digits.npz")

@@ -220,3 +220,44 @@ def test_a_dry_run_writes_nothing(digit_files, tmp_path, capsys):
     plan = json.loads(capsys.readouterr().out)
     assert plan["samples_file"]["count"] == 400
     assert state_of(digit_files[0].parent, tmp_path) == before
+
+
+#################################################################################
+#                        What is not to be written over                         #
+#################################################################################
+
+
+def test_figures_are_written_over_no_input_and_over_nothing_but_figures(digit_files, tmp_path, capsys):
+    reference, samples = tmp_path / "reference.npz", tmp_path / "samples.npz"
+    reference.write_bytes(digit_files[0].read_bytes())
+    samples.write_bytes(digit_files[1].read_bytes())
+    (tmp_path / "link.json").symlink_to(samples)
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "folder.json").mkdir()
+    command = ("evaluations.evaluator", reference, samples, *DIGITS, "--no-cache", "--json")
+    before = state_of(tmp_path)
+    for out, message in {
+        reference: "would be written over REFERENCE, give another file",
+        samples: "would be written over SAMPLES",
+        tmp_path / "link.json": "would be written over SAMPLES",
+        tmp_path / "x" / ".." / "samples.npz": "would be written over SAMPLES",
+        tmp_path / "list.json": "is there already and is not figures of this command; give another name",
+        tmp_path / "folder.json": "is there already",
+        digit_files[0]: "is there already",
+    }.items():
+        error = refused(capsys, *command, out)
+        assert f"--json {out}: {message}" in error
+    assert state_of(tmp_path) == before
+    call(*command, tmp_path / "figures.json")
+    call(*command, tmp_path / "figures.json")
+    assert "fid" in json.loads((tmp_path / "figures.json").read_text())
+
+
+def test_features_are_kept_over_no_other_file(digit_files, tmp_path, capsys):
+    """Of a file whose name is that of the other's features."""
+    samples, reference = tmp_path / "a.npz", tmp_path / "a.digits.features.npz"
+    samples.write_bytes(digit_files[1].read_bytes())
+    reference.write_bytes(digit_files[0].read_bytes())
+    call("evaluations.evaluator", reference, samples, *DIGITS)
+    assert f"warning: features {reference}: is there already" in capsys.readouterr().err
+    assert reference.read_bytes() == digit_files[0].read_bytes()

@@ -1,0 +1,75 @@
+"""From images to their features: extracted by all ranks, kept beside the file they are of."""
+
+import json
+import sys
+import zipfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from evaluations.features import Extractor
+from evaluations.files import AnyImages, write_whole
+from evaluations.metrics import full_precision
+from runtime.cli import UserError
+from runtime.distributed import DistributedContext
+from runtime.files import must_be_replaceable, read_ahead
+
+
+def extract(images: AnyImages, network: Extractor, batch_size: int, context: DistributedContext) -> dict[str, Any]:
+    """Features of all images on every rank: name -> (N, width) float32; each rank extracts its share.
+
+    The next batch is read while the network works.
+    """
+    table = {name: np.zeros((images.count, width), dtype=np.float32) for name, width in network.widths.items()}
+    rows = context.share(images.count)
+    progress = tqdm(total=len(rows), desc=images.path.name, disable=None if context.is_main else True)
+    with nullcontext() if network.tf32 else full_precision(), progress:
+        for start, batch in read_ahead(images.batches(rows, batch_size)):
+            outputs = network(batch)
+            for name, values in table.items():
+                values[start : start + len(batch)] = outputs[name]
+            progress.update(len(batch))
+    if context.world_size > 1:  # everyone's rows are zero but its own, so the sum is the whole table, exactly
+        for name, values in table.items():
+            table[name] = context.all_reduce(torch.from_numpy(values).to(context.device)).cpu().numpy()
+    return table
+
+
+def features(
+    images: AnyImages, digest: str, network: Extractor, batch_size: int, context: DistributedContext, cache: bool
+) -> dict:
+    """The same from the file kept beside the images if it fits them and the network, else extracted and kept.
+
+    Complete on the main rank. The other ranks' may be empty.
+    """
+    path = images.features_path(network.name) if cache else None
+    key = json.dumps(dict(images=digest, weights=network.weights_sha256) | (dict(tf32=True) if network.tf32 else {}))
+    kept = read_cache(path, key) if path and context.is_main else None
+    if context.broadcast_object(kept is not None):
+        return kept or {}
+    table = extract(images, network, batch_size, context)
+    if path and context.is_main:
+        try:
+            must_be_replaceable("features", path, "a file of features", lambda path: not is_other_npz(path))
+            write_whole("features", path, lambda file: np.savez(file, key=np.array(key), **table))
+        except UserError as error:  # a read-only folder costs time, not the result
+            print(f"warning: {error}", file=sys.stderr)
+    return table
+
+
+def read_cache(path: Path, key: str) -> dict[str, np.ndarray] | None:
+    """The features in the file, or None unless it is readable and was written under this key."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files if name != "key"} if file["key"] == key else None
+    except Exception:  # absent, truncated, not ours: it will be written anew
+        return None
+
+
+def is_other_npz(path: Path) -> bool:
+    """Whether a file is an .npz, but none of features; a damaged one may have been."""
+    return zipfile.is_zipfile(path) and "key.npy" not in zipfile.ZipFile(path).namelist()
