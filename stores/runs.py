@@ -101,6 +101,9 @@ class RunFolder:
     def _write_checkpoint(self, name: str, step: int, state: dict) -> None:
         self._write(name, step, state)
         (self.path / "checkpoints/latest.pt").unlink(missing_ok=True)
+        self._drop_old_checkpoints()
+
+    def _drop_old_checkpoints(self) -> None:
         if self.keep:
             for path in sorted((self.path / "checkpoints").glob("[0-9]*.pt"))[: -self.keep]:
                 path.unlink()
@@ -143,8 +146,9 @@ class RunFolder:
             self.release()
 
     def release(self) -> None:
-        """Give up the folder."""
+        """Give up the folder, with no more checkpoints than are to be kept: a kill may have left others."""
         if self.context.is_main:
+            self._drop_old_checkpoints()
             release(self.path)
 
     def preview(self, step: int) -> Path:

@@ -86,7 +86,7 @@ class ShardWriter(SharedWriter):
 
     def __enter__(self) -> "ShardWriter":
         if self.complete and self.context.is_main:
-            self._remove_notes()  # of a run that ended just before
+            self._clean_up()  # of a run that was killed at its very end
         if not self.complete:
             self.context.barrier()  # everybody has looked before anybody writes
             self.context.on_main(lambda: claim(self.folder, self.option))
@@ -124,8 +124,7 @@ class ShardWriter(SharedWriter):
             shards.append({"file": path.name, **note})
         content = {"provenance": self.provenance, "shards": shards}
         write_text(self.folder / "manifest.json", json.dumps(content, indent=2))
-        self._remove_notes()
-        release(self.folder)
+        self._clean_up()
 
     def _read_note(self, path: Path) -> dict:
         """What the note of a shard says. ``UserError`` where it is damaged; shard and note are removed, to be made
@@ -141,9 +140,13 @@ class ShardWriter(SharedWriter):
         note_of(path).unlink()
         raise UserError(f"{self.option} {note_of(path)}: damaged; removed with its shard, run the same command again")
 
-    def _remove_notes(self) -> None:
+    def _clean_up(self) -> None:
+        """Remove what the manifest has made superfluous, and give up the folder."""
         for path in self._paths:
             note_of(path).unlink(missing_ok=True)
+        if (self.folder / LOCK).exists():
+            claim(self.folder, self.option)
+            release(self.folder)
 
 
 def repair(folder: str | Path, option: str) -> list[str]:

@@ -147,9 +147,14 @@ def test_a_run_none_of_whose_checkpoints_can_be_read_is_not_begun_anew(store, th
 
 
 def test_keep_leaves_the_newest_checkpoints_only(store, tmp_path):
-    call("train_ARD.py", "--data-path", store, *SMALL, "--iterations", 5, "--ckpt-every", 1, "--keep", 2,
-         "--snapshot-every", 1, "--run-dir", tmp_path)  # fmt: skip
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0000004.pt", "0000005.pt"]
+    command = ("train_ARD.py", "--data-path", store, *SMALL, "--iterations", 5, "--ckpt-every", 1, "--keep", 2,
+               "--snapshot-every", 1, "--run-dir", tmp_path)  # fmt: skip
+    call(*command)
+    files = tmp_path / "checkpoints"
+    assert sorted(path.name for path in files.iterdir()) == ["0000004.pt", "0000005.pt"]
+    shutil.copyfile(files / "0000004.pt", files / "0000003.pt")  # killed between the last one and this one's removal
+    call(*command)
+    assert sorted(path.name for path in files.iterdir()) == ["0000004.pt", "0000005.pt"]
 
 
 @pytest.mark.parametrize("content", [b"", b"[1, 2]", b'{"kind": ', b"\xff\xfe", b"null"])

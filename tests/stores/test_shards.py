@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from runtime.cli import RunError, UserError
 from runtime.distributed import DistributedContext
-from runtime.files import file_sha256, release
+from runtime.files import LOCK, file_sha256, release
 from stores.latents import LatentStore
 from stores.shards import ShardStore, ShardWriter, note_of
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
@@ -164,10 +164,11 @@ def test_an_interrupted_dump_leaves_notes_that_the_next_run_uses_and_removes(tmp
     assert ShardStore(folder).verify("DIR") > 0
 
 
-def test_notes_beside_a_finished_store_are_removed(tmp_path):
+def test_notes_and_lock_beside_a_finished_store_are_removed(tmp_path):
     write(tmp_path, 4, 2)
     before = contents(tmp_path)
     note_of(tmp_path / "shard-00001.safetensors").write_text("{}")  # killed between the manifest and the notes
+    (tmp_path / LOCK).write_text("process 1")
     assert write(tmp_path, 4, 2).complete and contents(tmp_path) == before
 
 
