@@ -56,8 +56,8 @@ def features(
         try:
             must_be_replaceable("features", path, "a file of features", lambda path: not is_other_npz(path))
             write_whole("features", path, lambda file: np.savez(file, key=np.array(key), **table))
-        except UserError as error:  # a read-only folder costs time, not the result
-            print(f"warning: {error}", file=sys.stderr)
+        except (UserError, OSError) as error:  # a read-only folder or a full disk costs time, not the result
+            print(f"warning: the features are not kept ({error})", file=sys.stderr)
     return table
 
 

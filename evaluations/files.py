@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.cli import UserError, existing_file, shortened
+from runtime.cli import FULL_DISK, UserError, existing_file, shortened
 from runtime.distributed import DistributedContext
 from runtime.files import DAMAGED_NPZ, atomic_write, file_sha256, npy_header, npz_member
 from stores.image_folder import ImageFolder
@@ -27,12 +27,14 @@ from stores.image_folder import ImageFolder
 def write_whole(option: str, path: str | Path, write: Callable) -> None:
     """Let ``write(binary file)`` fill the file at ``path``, which appears only when complete; makes its folder.
 
-    Raises ``UserError``, naming the option, if the file cannot be written.
+    Raises ``UserError``, naming the option, if the file cannot be written; ``OSError`` if the disk is full.
     """
     try:
         with atomic_write(path) as partial, partial.open("wb") as file:
             write(file)
     except OSError as error:
+        if error.errno in FULL_DISK:
+            raise
         raise UserError(f"{option} {path}: {error.strerror}, give a file that can be written") from None
 
 

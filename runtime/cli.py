@@ -35,7 +35,8 @@ OptionGroup = argparse._ArgumentGroup | argparse.ArgumentParser  # whatever has 
 
 
 RANK_LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed? ?out|broken pipe", re.IGNORECASE)
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+DISK_ERRORS = (*FULL_DISK, errno.EROFS, errno.EIO)
 NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)  # torch's words
 RANKS_PAUSE = 30.0  # seconds that the main rank has to say first what all ranks have found
 

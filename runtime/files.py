@@ -33,6 +33,16 @@ Item = TypeVar("Item")
 
 
 @contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Have errors of the system that name no file, as those of a full disk while it is written, name this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """A path beside ``path`` to write to, which takes its name, on disk for good, when the block ends without error.
 
@@ -42,8 +52,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     try:
-        yield partial
-        _to_disk(partial)
+        with naming(path):
+            yield partial
+            _to_disk(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -156,7 +167,8 @@ def claim(folder: Path, option: str) -> None:
         raise UserError(f"{option} {folder}: {holder} is at work there; wait for it, or give another folder") from None
     except (OSError, NotImplementedError):
         return
-    path.write_text(f"process {os.getpid()} on {platform.node()}")
+    with naming(path):
+        path.write_text(f"process {os.getpid()} on {platform.node()}")
     _claims[path] = lock
 
 

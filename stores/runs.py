@@ -7,6 +7,7 @@ samples/  log.txt      previews, log lines; beside them tensorboard's files
 
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +19,9 @@ from tqdm import tqdm
 
 from models import model_name
 from runtime.checks import writable_folder
-from runtime.cli import UserError
+from runtime.cli import DISK_ERRORS, UserError
 from runtime.distributed import DistributedContext
-from runtime.files import LOCK, WriteBehind, claim, release, write_text
+from runtime.files import LOCK, WriteBehind, claim, naming, release, write_text
 from runtime.provenance import differences, with_current_keys
 from stores import checkpoints
 
@@ -122,8 +123,9 @@ class RunFolder:
         """One log line of that kind, and the curves."""
         self.log(f"{kind} {step:07d} " + " ".join(f"{name} {value:.6g}" for name, value in scalars.items()))
         if self._curves is not None:
-            for name, value in scalars.items():
-                self._curves.add_scalar(name, value, step)
+            with naming(self.path):
+                for name, value in scalars.items():
+                    self._curves.add_scalar(name, value, step)
 
     def has_logged(self, kind: str, step: int) -> bool:
         """Whether log.txt has a line of that kind for the step."""
@@ -136,14 +138,17 @@ class RunFolder:
         """Tensorboard's files and the thread that writes, while steps after ``step`` are logged and saved."""
         from torch.utils.tensorboard import SummaryWriter  # seconds to import
 
-        self._curves = SummaryWriter(str(self.path), purge_step=step + 1) if self.context.is_main else None
-        try:
-            with WriteBehind() as self.background:
-                yield
-        finally:
-            if self._curves is not None:
-                self._curves.close()
-            self.release()
+        with _threads_quiet_about_disks():
+            with naming(self.path):
+                self._curves = SummaryWriter(str(self.path), purge_step=step + 1) if self.context.is_main else None
+            try:
+                with WriteBehind() as self.background:
+                    yield
+            finally:
+                if self._curves is not None:
+                    with naming(self.path):
+                        self._curves.close()
+                self.release()
 
     def release(self) -> None:
         """Give up the folder, with no more checkpoints than are to be kept: a kill may have left others."""
@@ -154,6 +159,22 @@ class RunFolder:
     def preview(self, step: int) -> Path:
         """Where the preview of a step goes."""
         return self.path / "samples" / f"{step:07d}.png"
+
+
+@contextmanager
+def _threads_quiet_about_disks() -> Iterator[None]:
+    """No traceback of tensorboard's thread when the disk is full: the main thread gets the error and says it."""
+    before = threading.excepthook
+
+    def quiet(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in DISK_ERRORS):
+            before(args)
+
+    threading.excepthook = quiet
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def begin(config: dict, results_dir: str, run_dir: str | None) -> str:

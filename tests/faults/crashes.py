@@ -79,7 +79,11 @@ def crashes(stage: Stage, base: Path, at_most: int | None = None) -> Counter:
             if code == 0:  # threads: this time there were fewer
                 continue
             counts["points"] += 1
-            end = ends_well(stage, out, wanted) if code == -signal.SIGKILL else f"it ends with {code}: {job.output}"
+            end = (
+                ends_well(stage, out, wanted)
+                if code == -signal.SIGKILL
+                else f"it ends with {code}: {job.output[-600:]}"
+            )
             counts[end if end == EQUAL else f"point {number} of {points}: {end}"] += 1
     return counts
 

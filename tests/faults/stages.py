@@ -33,6 +33,8 @@ from stores import checkpoints  # noqa: E402
 
 torch.set_num_threads(1)
 EQUAL = "equal"
+STAGES = ("train", "encode_latents", "sample_trajectory", "train_ARD", "train_ARD_gan", "sample", "sample_ARD",
+          "evaluator", "slim", "export", "repair")  # fmt: skip
 
 
 def nothing() -> None:
@@ -92,11 +94,12 @@ def stages(base: Path, times: int = 1) -> dict[str, Stage]:
         return [*files, "--features", "digits", "--allow-few", "--floor", "--json", out / "figures/m.json"]
 
     def damaged(out: Path) -> None:
-        shutil.copytree(store, out / "store")
-        for number in (0, 2):
-            (out / f"store/shard-0000{number}.safetensors").write_bytes(b"damaged")
+        bad = ("shard-00000.safetensors", "shard-00002.safetensors")
+        shutil.copytree(store, out / "store", ignore=shutil.ignore_patterns(*bad))
+        for name in bad:
+            (out / "store" / name).write_bytes(b"damaged")
 
-    return {
+    known = {
         "train": Stage("train.py", into(*NANO_TEACHER, "--data-path", "digits", *saving, "--run-dir", "run")),
         "encode_latents": Stage("encode_latents.py", into(*images, "--rows-per-shard", 3, "--out", "store")),
         "sample_trajectory": Stage("sample_trajectory.py", into(*dump, "--out", "store")),
@@ -109,8 +112,10 @@ def stages(base: Path, times: int = 1) -> dict[str, Stage]:
         "evaluator": Stage("evaluations.evaluator", evaluate, two_files),
         "slim": Stage("stores.checkpoints", into("slim", student, "slim.pt"), done="is there already"),
         "export": Stage("stores.trajectories", into("export", store, "--per-proc-batch-size", 8, "--out", "s.npz")),
-        "repair": Stage("stores.trajectories", into("repair", "store"), damaged),
+        "repair": Stage("stores.trajectories", into("repair", "store"), damaged, done="no manifest that can be read"),
     }
+    assert tuple(known) == STAGES
+    return known
 
 
 def content(out: Path) -> dict:
@@ -201,14 +206,15 @@ class Job:
     def wait(self, seconds: float = 300.0) -> int | None:
         """The exit code (negative for a signal), or None if it is still at work then."""
         end = time.monotonic() + seconds
-        while self.code is None and time.monotonic() < end:
+        while self.code is None:
             if self._process is not None:
                 self.code = self._process.poll()
             else:
                 pid, status = os.waitpid(self.pid, os.WNOHANG)
                 self.code = os.waitstatus_to_exitcode(status) if pid else None
-            if self.code is None:
-                time.sleep(0.002)
+            if time.monotonic() > end:
+                break
+            time.sleep(0.002)
         return self.code
 
     def kill(self) -> None:
@@ -252,7 +258,7 @@ def ends_well(stage: Stage, out: Path, wanted: dict) -> str:
     if code is None:
         job.kill()
     if code != 0 and not (code == 2 and stage.done in job.output):
-        return f"then it ends with {code}: {job.output[-1500:]}"
+        return f"then it ends with {code}: {job.output[-600:]}"
     differ = differences(content(out), wanted)
     return f"then it differs in {differ}" if differ else EQUAL
 

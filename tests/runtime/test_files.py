@@ -1,5 +1,6 @@
 """Files: whole or not at all, beside computing, by all ranks together, fetched once."""
 
+import errno
 import hashlib
 import os
 import signal
@@ -53,6 +54,13 @@ def test_a_block_that_writes_nothing_is_an_error_and_leaves_nothing(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "file.txt"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_the_system_names_the_file(tmp_path):
+    for given, named in ((None, tmp_path / "new"), ("other", "other")):
+        with pytest.raises(OSError) as error, atomic_write(tmp_path / "new"):
+            raise OSError(errno.ENOSPC, "No space left on device", given)
+        assert error.value.filename == str(named)
 
 
 def test_what_is_there_is_replaced_and_its_checksum_is_sha256(tmp_path):

@@ -1,0 +1,153 @@
+"""Let the disk fill at a random moment in every stage, make room, run it again, and compare.
+
+    python tests/faults/disks.py --trials 20 --ranked 2 --seed 0
+
+Each disk is a tmpfs in a mount namespace of a process of its own, so that no mount outlives it; by turns it has a few
+pages and a random size. Wanted of a full disk: exit code 1 and one sentence that names a file there. Exit code 1 on
+anything else, or where a run with room does not end with equal files.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from stages import EQUAL, Job, Stage, ends_well, make_inputs, stages, told, undisturbed
+
+NEW_MOUNTS, NEW_USER = 0x00020000, 0x10000000  # CLONE_NEWNS and CLONE_NEWUSER of sched.h
+SAYS = "No space left on device"
+FULL, ROOM = "full", "had room"
+
+
+def own_mounts() -> bool:
+    """Give this process mounts of its own, as root of a user namespace if it is not root; whether that went."""
+    libc, user, group = ctypes.CDLL(None), os.getuid(), os.getgid()
+    if libc.unshare(NEW_MOUNTS) != 0:
+        if libc.unshare(NEW_MOUNTS | NEW_USER) != 0:
+            return False
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    return subprocess.run(["mount", "--make-rprivate", "/"], capture_output=True, check=False).returncode == 0
+
+
+def apart(work: Callable[[], Counter], log: Path) -> Counter | None:
+    """What ``work`` counts in a forked process with mounts of its own; None where the system has none to give."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            found = work() if own_mounts() else None
+            log.write_text(json.dumps(found))
+            code = 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
+    found = json.loads(log.read_text())
+    return None if found is None else Counter(found)
+
+
+def mount(folder: Path, size: int, *more: str) -> None:
+    """A disk of that many bytes at a folder."""
+    options = ",".join((f"size={size}", *more))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True)
+
+
+def used(folder: Path) -> int:
+    """Bytes that are taken of a disk."""
+    disk = os.statvfs(folder)
+    return (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+
+
+def says_so(job: Job, code: int | None, out: Path) -> str:
+    """ "full" for exit code 1 and one sentence that names a file there, "had room", or what is wrong."""
+    errors = [line for line in job.output.splitlines() if "error: " in line]
+    first = next((line for line in errors if SAYS in line and f"({out}" in line), None)
+    alone = bool(job.stage.ranks) or errors == job.output.splitlines()[-1:]  # another rank says that it is left alone
+    if code == 1 and first and alone and "Traceback" not in job.output:
+        return FULL
+    return ROOM if code == 0 else f"it ends with {code}: {job.output[-600:]}"
+
+
+def fill(stage: Stage, base: Path, draw: random.Random, trials: int) -> Counter:
+    """What comes of so many disks of random sizes."""
+    counts: Counter = Counter()
+    base.mkdir()
+    wanted, _ = undisturbed(stage, base / "whole")
+    out = base / "disk"
+    out.mkdir()
+    mount(out, 1 << 30)
+    stage.prepare(out)
+    before = peak = used(out)
+    job = Job(stage, out)
+    while job.wait(0) is None:
+        peak = max(peak, used(out))
+    subprocess.run(["umount", out], check=True)
+    for trial in range(trials):
+        pages = trial // 2 % 10 + (before == 0)  # many files are that small; a tmpfs of size 0 has no limit
+        drawn = draw.randrange(4096, max(8192, round(1.1 * (peak - before))))
+        size = before + (drawn if trial % 2 else 4096 * pages)
+        mount(out, size)
+        stage.prepare(out)
+        job = Job(stage, out)
+        code = job.wait()
+        if code is None:
+            job.kill()
+        end = says_so(job, code, out)
+        counts[end if end in (FULL, ROOM) else f"disk of {size} bytes: {end}"] += 1
+        mount(out, 1 << 30, "remount")
+        end = ends_well(stage, out, wanted)
+        counts[end if end == EQUAL else f"disk of {size} bytes: {end}"] += 1
+        subprocess.run(["umount", out], check=True)
+    return counts
+
+
+def good(counts: Counter) -> bool:
+    """Whether nothing else came than full disks and disks with room, and equal ends after."""
+    return counts.keys() <= {FULL, ROOM, EQUAL} and counts[EQUAL] == counts[FULL] + counts[ROOM]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Fill disks, make room, rerun, compare.")
+    parser.add_argument("--trials", type=int, default=20, help="Disks of a stage.")
+    parser.add_argument("--ranked", type=int, default=2, help="Disks of a stage under torchrun, with two ranks.")
+    parser.add_argument("--stages", nargs="+", help="Only these.")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    draw, counts = random.Random(args.seed), {}
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        with contextlib.redirect_stdout(sys.stderr):
+            known = stages(make_inputs(base / "inputs"))
+        for name in args.stages or known:
+            single, ranked = known[name], known[name]._replace(ranks=2)
+            for title, stage, trials in ((name, single, args.trials), (f"{name}, 2 ranks", ranked, args.ranked)):
+                if trials and not (stage.ranks and name in ("slim", "repair")):
+                    work = lambda: fill(stage, base / title, draw, trials)  # noqa: E731, B023
+                    found = apart(work, base / "counts.json")
+                    if found is None:
+                        print("this system gives no mounts to this user")
+                        return 1
+                    counts[title] = found
+                    print(told({title: found}), flush=True)
+                draw.random()  # in the forked process it does not go on
+    total = sum(counts.values(), Counter())
+    print(told({"all": total}) if good(total) else "not all is well")
+    return 0 if good(total) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
