@@ -116,7 +116,14 @@ def run(args: argparse.Namespace) -> None:
             borders = [(start, min(start + args.per_proc_batch_size, rows.stop)) for start in starts]
             workers = min(args.num_workers, len(borders))
             parts = []
-            for batch in DataLoader(ImageBatches(source), batch_size=None, sampler=borders, num_workers=workers):
+            loader = DataLoader(
+                ImageBatches(source),
+                batch_size=None,
+                sampler=borders,
+                num_workers=workers,
+                worker_init_fn=distributed.ignore_sigterm,
+            )
+            for batch in loader:
                 images = from_uint8(batch["images"].to(context.device))
                 mean, std = vae.encode(images)
                 mirrored_mean, mirrored_std = vae.encode(images.flip(-1))

@@ -64,6 +64,10 @@ class RunError(Exception):
     """Something that went wrong during the work, not in what the user gave: one sentence, exit code 1."""
 
 
+class Terminated(BaseException):
+    """SIGTERM has come. As ``KeyboardInterrupt`` no ``Exception``: who catches errors must not take it for one."""
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """argparse's, with the default behind an option's help only where there is one to tell, and what it takes by type.
 
@@ -121,10 +125,10 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, after the named preset has replaced the defaults."""
         self.words = [str(word) for word in (sys.argv[1:] if args is None else args)]
-        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        early: Any = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        early.error = self.error
         early.add_argument("--preset", nargs="?")
         early.add_argument("--dry-run", action="store_true")
-        early.error = self.error  # type: ignore[method-assign]
         given = early.parse_known_args(args)[0]
         chosen = self.presets.get(given.preset, {})
         for action in self._actions:
@@ -164,13 +168,16 @@ class Parser(argparse.ArgumentParser):
 
 def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[str] | None = None) -> None:
     """Parse the command line and run; ``UserError`` (exit code 2) and ``RunError`` (1) become one line on stderr."""
-    args = parser.parse_args(argv)
-    fetching = FETCHING.set(not getattr(args, "dry_run", False))
+    args, fetching = argparse.Namespace(), FETCHING.set(True)
     try:
+        args = parser.parse_args(argv)
+        FETCHING.set(not getattr(args, "dry_run", False))
         with _sigterm_as_error():
             run(args)
     except KeyboardInterrupt:
         fail(parser, "interrupted; the same command continues what it can", 130)
+    except Terminated:
+        fail(parser, "terminated; the same command continues what it can", 1)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
@@ -193,7 +200,9 @@ def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[s
         if getattr(args, "dry_run", False) and isinstance(error, ShortageError):
             show_plan(error.plan(), args)
         # The error of a data worker comes with its traceback, whose last line names the class and the text.
-        text = str(error).splitlines()[-1].removeprefix(f"{__name__}.{type(error).__name__}: ")
+        text = str(error)
+        if text.startswith("Caught "):
+            text = text.splitlines()[-1].removeprefix(f"{__name__}.{type(error).__name__}: ")
         fail(parser, parser.told(text, args), 2 if isinstance(error, UserError) else 1)
     finally:
         FETCHING.reset(fetching)
@@ -204,12 +213,18 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def one_line(text: str) -> str:
+    """The text with what would break its line, in a file's name for one, written as an escape."""
+    return text.replace("\n", "\\n").replace("\r", "\\r")
+
+
 def fail(parser: argparse.ArgumentParser, text: str, code: int) -> NoReturn:
     """End with one line on stderr and this exit code.
 
     All ranks find the same mistake (exit code 2); the main one says it, and torchrun ends the others meanwhile. This
     line is the root cause in the long report that torchrun then prints.
     """
+    text = one_line(text)
     who, rank = f"{parser.prog}: error", os.environ.get("RANK", "0")
     if world_size() > 1 and rank != "0" and code == 2:
         time.sleep(RANKS_PAUSE)
@@ -225,7 +240,7 @@ def fail(parser: argparse.ArgumentParser, text: str, code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def _sigterm_as_error() -> Iterator[None]:
-    """SIGTERM, which clusters send before they take a machine away, raises ``RunError``; a second one kills.
+    """SIGTERM, which clusters send before they take a machine away, raises ``Terminated``; a second one kills.
 
     Of several ranks the main one says so, the others end in silence: it may be torchrun that ends them.
     """
@@ -234,7 +249,7 @@ def _sigterm_as_error() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if os.environ.get("RANK", "0") != "0":
             sys.exit(1)
-        raise RunError("terminated; the same command continues what it can")
+        raise Terminated
 
     if threading.current_thread() is not threading.main_thread():
         yield

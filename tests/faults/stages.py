@@ -188,16 +188,20 @@ class Job:
                 os.dup2(log, number)
                 with contextlib.suppress(AttributeError, ValueError):
                     stream.flush()
-            sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115, PTH123
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, errors="backslashreplace", closefd=False) for n in (1, 2))
             before()
             call(self.stage.script, *options)
             code = 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
-        except BaseException:
+        except BaseException as error:
             import traceback
 
-            traceback.print_exc()
+            inside = any(frame.name == "main" for frame in traceback.extract_tb(error.__traceback__))
+            if inside or not isinstance(error, KeyboardInterrupt):  # else it came just after the command
+                traceback.print_exc()
+            else:
+                code = 0
         finally:
             with contextlib.suppress(BaseException):
                 sys.stdout.flush(), sys.stderr.flush()

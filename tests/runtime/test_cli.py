@@ -1,5 +1,6 @@
 """Command lines: one sentence for a mistake, its exit code, presets as defaults, plans that do nothing."""
 
+import contextlib
 import errno
 import importlib
 import json
@@ -71,6 +72,15 @@ def test_under_torchrun_a_mistake_is_said_once_and_is_the_root_cause_of_the_repo
     assert f"traceback : {sentence}" in lines[-2] and lines[-1].startswith("====")
 
 
+def test_a_name_of_several_lines_is_told_in_one(capsys):
+    def run(args):
+        raise cli.UserError(f"--data {args.data}: no such file")
+
+    with pytest.raises(SystemExit):
+        cli.main(parser(), run, ["--data", "a\nb"])
+    assert capsys.readouterr().err == "tool: error: --data a\\nb: no such file\n"
+
+
 def test_other_errors_are_bugs_and_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         cli.main(parser(), lambda args: 1 / 0, ["--data", "x"])
@@ -105,8 +115,9 @@ def test_sigterm_is_one_sentence_and_what_stood_for_it_comes_back(capsys):
     before = signal.getsignal(signal.SIGTERM)
 
     def run(args):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(10)
+        with contextlib.suppress(Exception):  # who reads a file takes any error for damage
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
 
     with pytest.raises(SystemExit) as stop:
         cli.main(parser(), run, ["--data", "x"])
@@ -130,6 +141,8 @@ def test_sigterm_is_one_sentence_and_what_stood_for_it_comes_back(capsys):
         (["--data", "x", "--other_name=0"], "argument --other_name: 0 must be at least 1"),
         (["--data", "x", "--preset", "medium"], "argument --preset: invalid choice: 'medium'"),
         (["--dat", "x"], "--data"),  # no abbreviations
+        (["--data", "x", "--dry-run=1"], "argument --dry-run: ignored explicit argument '1'"),
+        (["--data", "x", "a\nb"], r"unrecognized arguments: a\nb"),
     ],
 )
 def test_argparses_own_errors_are_one_line_too(words, message, capsys):

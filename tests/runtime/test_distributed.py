@@ -64,6 +64,7 @@ def test_sigterm_is_noticed_within_the_block_only():
         assert not told.is_set()
         os.kill(os.getpid(), signal.SIGTERM)
         assert told.wait(10)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one kills
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -1,0 +1,145 @@
+"""Interrupt and terminate every stage at random moments, run it again, and compare with what was never disturbed.
+
+    python tests/faults/signals.py --trials 20 --ranked 2 --seed 0
+
+Wanted: one sentence and exit code 130 for SIGINT; one sentence and exit code 1 for SIGTERM, or a plain death by it
+where no handler is there yet; no traceback; a second SIGTERM kills. The same command then ends with equal files. In
+forks, so that signals hit the work; under torchrun, with two ranks, from the start on. What python itself says of an
+interrupt while it imports torch is counted apart, as "importing". Exit code 1 on anything else.
+"""
+
+import argparse
+import contextlib
+import mmap
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from stages import EQUAL, Job, Stage, ends_well, fresh, make_inputs, stages, told, undisturbed
+
+OVER, SAID, KILLED, IMPORTING, TWICE, WORKER = (
+    "over before",
+    "a sentence",
+    "killed",
+    "importing",
+    "killed by the second",
+    "a worker's too",
+)
+GOOD = {OVER, SAID, KILLED, IMPORTING, TWICE, WORKER, EQUAL}
+SAYS = {
+    signal.SIGINT: ("interrupted; the same command continues",),
+    signal.SIGTERM: ("terminated; the same command continues", "terminated at step "),
+}
+CODES = {signal.SIGINT: (130,), signal.SIGTERM: (1,)}
+
+
+def started(stage: Stage, out: Path) -> Job:
+    """A job that has come to its command; one under torchrun just started."""
+    ready = mmap.mmap(-1, 1)
+    job = Job(stage, out, lambda: ready.write(b"!"))
+    while not stage.ranks and ready[0] == 0 and job.wait(0) is None:
+        pass
+    return job
+
+
+def end_of(job: Job, code: int | None, sent: signal.Signals) -> str:
+    """How a job has ended after a signal: one of ``GOOD``, or what is wrong."""
+    text = job.output
+    wrong = f"{sent.name}: it ends with {code}: {text[-1200:]}"
+    said = any(words in text for words in SAYS[sent])
+    if "Traceback" in text:
+        ours = "in main\n" in text and "runtime/cli.py" in text
+        if sent == signal.SIGINT and not ours:  # python's own: of a main process that imports, of a worker that ends
+            return IMPORTING if job.stage.ranks else WORKER if said and code == 130 else wrong
+        return wrong
+    if code == 0:
+        return OVER
+    if job.stage.ranks:  # torchrun has exit codes of its own
+        return SAID if said else KILLED if code is not None else wrong
+    errors = [line for line in text.splitlines() if "error: " in line]
+    if code in CODES[sent] and said and len(errors) == 1:
+        return SAID
+    return KILLED if code == -signal.SIGTERM == -sent else wrong
+
+
+def disturb(stage: Stage, out: Path, wanted: dict, seconds: float, draw: random.Random) -> list[str]:
+    """One signal at a random moment and what comes of it, then of the same command."""
+    sent = draw.choice(list(SAYS))
+    group = draw.random() < 0.5  # as a terminal does; else as kill does
+    with fresh(stage, out):
+        job = started(stage, out)
+        job.wait(draw.uniform(0, 1.02) * seconds)
+        with contextlib.suppress(ProcessLookupError):
+            (os.killpg if group else os.kill)(job.pid, sent)
+        code = job.wait(120)
+        if code is None:
+            job.kill()
+        end = end_of(job, code, sent)
+        if job.stage.ranks:
+            time.sleep(0.5)  # a rank may be about to leave
+            job.kill()
+        return [end, ends_well(stage, out, wanted)]
+
+
+def twice(stage: Stage, out: Path, wanted: dict, seconds: float, draw: random.Random) -> list[str]:
+    """Two SIGTERM, one right after the other."""
+    with fresh(stage, out):
+        job = started(stage, out)
+        job.wait(draw.uniform(0, 0.9) * seconds)
+        for _ in range(2):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(job.pid, signal.SIGTERM)
+            time.sleep(0.0005)
+        code = job.wait(120)
+        end = TWICE if code == -signal.SIGTERM and "Traceback" not in job.output else end_of(job, code, signal.SIGTERM)
+        return [end, ends_well(stage, out, wanted)]
+
+
+def send(stage: Stage, base: Path, draw: random.Random, trials: int, doubles: int = 0) -> Counter:
+    """What comes of so many signals, and of so many double ones."""
+    wanted, seconds = undisturbed(stage, base / "whole")
+    counts: Counter = Counter()
+    for number in range(trials + doubles):
+        how = disturb if number < trials else twice
+        counts.update(how(stage, base / f"signal-{number}", wanted, seconds, draw))
+    return counts
+
+
+def with_workers(stage: Stage) -> Stage:
+    """The same with two processes that read data ahead."""
+    return stage._replace(options=lambda out: [*stage.options(out), "--num-workers", 2])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Send signals, rerun, compare.")
+    parser.add_argument("--trials", type=int, default=20, help="Signals to a stage.")
+    parser.add_argument("--ranked", type=int, default=2, help="Signals to a stage under torchrun, with two ranks.")
+    parser.add_argument("--stages", nargs="+", help="Only these.")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    draw, counts = random.Random(args.seed), {}
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        with contextlib.redirect_stdout(sys.stderr):
+            known = stages(make_inputs(base / "inputs"), times=4)
+        known |= {f"{n}, workers": with_workers(known[n]) for n in ("train", "train_ARD", "encode_latents")}
+        for name in args.stages or known:
+            if args.trials:
+                counts[name] = send(known[name], base / name, draw, args.trials, args.trials // 4)
+                print(told({name: counts[name]}), flush=True)
+            if args.ranked and name not in ("slim", "repair"):
+                title, stage = f"{name}, 2 ranks", known[name]._replace(ranks=2)
+                counts[title] = send(stage, base / title, draw, args.ranked)
+                print(told({title: counts[title]}), flush=True)
+    total = sum(counts.values(), Counter())
+    print(told({"all": total}) if total.keys() <= GOOD else "not all is well")
+    return 0 if total.keys() <= GOOD else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
