@@ -166,9 +166,9 @@ def _threads_quiet_about_disks() -> Iterator[None]:
     """No traceback of tensorboard's thread when the disk is full: the main thread gets the error and says it."""
     before = threading.excepthook
 
-    def quiet(args: threading.ExceptHookArgs) -> None:
-        if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in DISK_ERRORS):
-            before(args)
+    def quiet(thrown: threading.ExceptHookArgs) -> None:
+        if not (isinstance(thrown.exc_value, OSError) and thrown.exc_value.errno in DISK_ERRORS):
+            before(thrown)
 
     threading.excepthook = quiet
     try:
