@@ -9,6 +9,7 @@ import ctypes
 import inspect
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -146,6 +147,7 @@ def join(context: DistributedContext) -> None:
     """Meet the other ranks in a process group, if torchrun (or Slurm through env://) started us."""
     if context.world_size > 1 and not dist.is_initialized():
         die_with_launcher()
+        find_launcher()
         watchdog = threading.Timer(IMPATIENCE.total_seconds(), _give_up)  # torch's own timeout does not always fire
         watchdog.daemon = True
         watchdog.start()
@@ -174,6 +176,17 @@ def die_with_parent() -> None:
     if sys.platform == "linux":
         parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl.h
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
+
+
+def find_launcher() -> None:
+    """``RunError`` where torchrun has died already, while this rank was starting: torch would look for it for long."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun listens there before it starts any rank
+        try:
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=10).close()
+        except ConnectionRefusedError:
+            raise RunError("torchrun has died; run the same command again") from None
+        except OSError:
+            pass  # a slow network: torch has the patience
 
 
 @cache

@@ -3,6 +3,7 @@
 import os
 import platform
 import signal
+import socket
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from helpers import ROOT, spawn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.cli import UserError
-from runtime.distributed import DistributedContext, notice_sigterm, setup
+from runtime.cli import RunError, UserError
+from runtime.distributed import DistributedContext, find_launcher, notice_sigterm, setup
 
 
 def ranks(world_size: int) -> list[DistributedContext]:
@@ -99,6 +100,18 @@ def test_freed_memory_is_used_again_by_the_process(tmp_path):
     # By default glibc adapts its threshold to what it has seen; a given one returns each tensor's memory every time.
     done = spawn(script, env=os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": str(2**20)})
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_rank_that_starts_after_torchrun_has_died_does_not_wait_for_it(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        told = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in (told | {"MASTER_PORT": str(server.getsockname()[1])}).items():
+            monkeypatch.setenv(name, value)
+        find_launcher()
+    with pytest.raises(RunError, match="^torchrun has died; run the same command again$"):
+        find_launcher()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")  # without torchrun, the main rank will listen there
+    find_launcher()
 
 
 MEETING = """
