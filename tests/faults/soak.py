@@ -1,24 +1,27 @@
 """Kill everything at random moments, run it again until it ends, and compare with what was never disturbed.
 
-    python tests/faults/soak.py --minutes 8 --seed 0
+    python tests/faults/soak.py                                  # 200 kills of dumps, 100 of training, 50 of drawing, ...
+    python tests/faults/soak.py --kills training=20 drawing=10   # so many instead, of these groups alone
+    python tests/faults/soak.py --minutes 5 --only train_ARD evaluator
+    python tests/faults/soak.py --bits 10000                     # flipped bits and files cut short, no kills
 
-Stages without ranks run in forks of this process, which has imported everything already: so most kills hit the work,
-not the imports. Stages with ranks run under torchrun. Prints counts per stage; exit code 1 on any difference or error.
+Stages without ranks run in forks of this process, which has imported everything already. Stages with ranks run under
+torchrun: the whole job is killed, or torchrun alone, or one rank, and the others must end by themselves with a
+sentence. Most kills come when a job has begun to work, and many right at a change among its files. Prints how often
+each outcome came; exit code 1 on any difference, leftover, traceback or rank that says nothing.
 """
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,245 +31,234 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import bits  # noqa: E402
 import torch  # noqa: E402
-from helpers import NANO_TEACHER, SMALL, call, gan_options, words, write_images  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-
-from runtime.files import LOCK  # noqa: E402
-from stores import checkpoints  # noqa: E402
+from jobs import Job  # noqa: E402
+from soak_stages import GROUPS, Stage, stages  # noqa: E402
 
 torch.set_num_threads(1)
 
-
-class Stage(NamedTuple):
-    """A command whose words know the folder that it writes to, and a reader of what it leaves there."""
-
-    script: str
-    options: Callable[[Path], list]
-    result: Callable[[Path], dict]
-    ranks: int = 0
+COUNTS = {"dumps": 200, "training": 100, "drawing": 50, "sources": 30}
+GOOD = ("kills", "kills of all", "kills of one rank", "kills of torchrun", "kills of a process alone", "equal",
+        "others ended with a sentence", "others had not begun", "others were done", "held by a child")  # fmt: skip
+AT_WORK = "is at work there"  # what a command says of a folder that another process holds
 
 
-def store_content(out: Path) -> dict:
-    """Manifest and tensors of a store, and the names of all its files: nothing is left over."""
-    shards = {path.name: load_file(path) for path in sorted((out / "store").glob("*.safetensors"))}
-    manifest = json.loads((out / "store/manifest.json").read_text())
-    return {"shards": shards, "manifest": manifest, "files": sorted(path.name for path in (out / "store").iterdir())}
+class Whole(NamedTuple):
+    """What an undisturbed job left, the seconds until it began to change its folder, and those after that."""
+
+    content: dict
+    start: float
+    work: float
 
 
-def run_content(out: Path) -> dict:
-    """The checkpoints of a run and its other files, logs apart."""
-    folder = out / "run"
-    listing = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    kept = {path.name: checkpoints.load(path, "") for path in sorted((folder / "checkpoints").glob("*.pt"))}
-    files = listing + sorted(path.name for path in folder.iterdir() if not path.name.startswith("events."))
-    return {"checkpoints": kept, "files": files, "config": json.loads((folder / "config.json").read_text())}
-
-
-def samples_content(out: Path) -> dict:
-    """The arrays of samples, and the names of all files."""
-    return {"arrays": bits.arrays_as_tensors(out / "s.npz"), "files": sorted(path.name for path in out.iterdir())}
-
-
-def stages(base: Path) -> dict[str, Stage]:
-    """All stages; their inputs are made in ``base``."""
-    teacher, store, student = base / "teacher/checkpoints/0000020.pt", base / "store", base / "student/checkpoints"
-    call("train.py", *NANO_TEACHER, "--data-path", "digits", "--global-batch-size", 64, "--iterations", 20,
-         "--run-dir", base / "teacher")  # fmt: skip
-    dump = ["--teacher", teacher, "--num-trajectories", 60, "--rows-per-shard", 7, "--per-proc-batch-size", 4]
-    call("sample_trajectory.py", *dump, "--out", store)
-    train = ["--data-path", store, *SMALL, "--snapshot-every", 2, "--ckpt-every", 5]
-    call("train_ARD.py", *train, "--iterations", 5, "--run-dir", student.parent)
-    gan = gan_options(store, student / "0000005.pt", iterations=16, snapshot_every=2, ckpt_every=6, keep=2)
-    draw = ["--ckpt-path", student / "0000005.pt", "--num-samples", 300, "--per-proc-batch-size", 8, "--save-latents"]
-    images = torch.arange(120 * 192).remainder(251).to(torch.uint8).reshape(120, 8, 8, 3)
-    call("sample_ARD.py", *draw, "--out", base / "samples.npz")
-    write_images(base / "reference.npz", torch.flip(images, [0, 1]).numpy())
-
-    def metrics(out: Path) -> list:
-        for name in ("samples.npz", "reference.npz"):
-            if not (out / name).exists():
-                shutil.copyfile(base / name, out / name)
-        files = [out / "reference.npz", out / "samples.npz"]
-        return [*files, "--features", "digits", "--allow-few", "--floor", "--batch-size", 16, "--json", out / "m.json"]
-
-    def figures(out: Path) -> dict:
-        return {"metrics": json.loads((out / "m.json").read_text()), "files": sorted(p.name for p in out.iterdir())}
-
-    def into(*options) -> Callable[[Path], list]:
-        return lambda out: [*options[:-1], out / options[-1]]
-
-    return {
-        "sample_trajectory": Stage("sample_trajectory.py", into(*dump, "--out", "store"), store_content),
-        "train_ARD": Stage("train_ARD.py", into(*train, "--iterations", 24, "--run-dir", "run"), run_content),
-        "train_ARD, workers": Stage(
-            "train_ARD.py", into(*train, "--num-workers", 2, "--iterations", 24, "--run-dir", "run"), run_content
-        ),
-        "train_ARD_gan": Stage("train_ARD_gan.py", into(*gan, "--run-dir", "run"), run_content),
-        "sample_ARD": Stage("sample_ARD.py", into(*draw, "--out", "s.npz"), samples_content),
-        "evaluator": Stage("evaluations.evaluator", metrics, figures),
-        "sample_trajectory, 2 ranks": Stage(
-            "sample_trajectory.py", into(*dump, "--out", "store"), store_content, ranks=2
-        ),
-    }
-
-
-class Job:
-    """One run of a command in a process group of its own; ``output`` is what it has said."""
-
-    def __init__(self, stage: Stage, out: Path, log: Path):
-        self.log = log
-        options = stage.options(out)
-        if stage.ranks:
-            self._process = subprocess.Popen(
-                words(stage.script, *options, ranks=stage.ranks), cwd=ROOT, stdout=log.open("w"),
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-            self.pid = self._process.pid
-            return
-        sys.stdout.flush()
-        self._process = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._work(stage.script, options)
-
-    def _work(self, script: str, options: list) -> None:
-        """The forked process: the command, and nothing of this script afterwards."""
-        code = 70
-        try:
-            os.setsid()
-            descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(descriptor, 1), os.dup2(descriptor, 2)
-            call(script, *options)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-
-    def wait(self, seconds: float) -> int | None:
-        """The exit code, or None if it is still at work then."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if self._process is not None:
-                if self._process.poll() is not None:
-                    return self._process.returncode
-            else:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
-                if pid:
-                    return os.waitstatus_to_exitcode(status)
-            time.sleep(0.005)
-        return None
-
-    def kill(self, whole_group: bool) -> None:
-        """kill -9, of the process alone or of all that it has started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL) if whole_group else os.kill(self.pid, signal.SIGKILL)
-        self.wait(10)
-
-    @property
-    def output(self) -> str:
-        return self.log.read_text(errors="replace")
-
-
-def disturb(stage: Stage, out: Path, wanted: dict, seconds: float, draw: random.Random, counts: Counter) -> None:
-    """Run a stage with kills until it ends by itself, and compare."""
+def undisturbed(stage: Stage, out: Path) -> Whole:
+    """Run a stage to its end, as the measure of the others."""
     out.mkdir()
-    for _ in range(draw.randint(1, 4)):
-        job = Job(stage, out, out.with_suffix(".log"))
-        code = job.wait(draw.uniform(0.02, 1.05) * seconds)
-        if code is None:
-            counts["kills"] += 1
-            job.kill(whole_group=bool(stage.ranks) or draw.random() < 0.5)
-        elif not said_well(job, code, counts):
-            break
-    for _ in range(60):  # who was killed may still be held for a moment by a child
-        job = Job(stage, out, out.with_suffix(".log"))
-        code = job.wait(300)
-        if code == 2 and "is at work there" in job.output:
-            counts["held by a child"] += 1
-            time.sleep(1)
-            continue
-        break
-    said_well(job, -1 if code is None else code, counts)
-    if code == 0:
-        found = stage.result(out)
-        kind = "equal" if bits.same(found, wanted) else "different"
-        if kind == "different" and bits.same(found | {"files": [n for n in found["files"] if n != LOCK]}, wanted):
-            kind = "equal, lock left"
-        elif kind == "different":
-            parts = {key: (found[key], wanted[key]) for key in ("files",) if found[key] != wanted[key]}
-            others = [key for key in wanted if key not in parts and not bits.same(found[key], wanted[key])]
-            print(f"{stage.script}: different {others} {parts}", flush=True)
-        counts[kind] += 1
-    shutil.rmtree(out)
+    begun = time.monotonic()
+    job = Job(stage, out)
+    job.changes(1, 300)
+    start = time.monotonic() - begun
+    assert job.end(300) == 0, "\n".join(job.said.values())
+    return Whole(stage.result(out), start, time.monotonic() - begun - start)
 
 
-def said_well(job: Job, code: int, counts: Counter) -> bool:
-    """Whether a command has ended well; what it says otherwise is counted and shown."""
-    if code == 0 or (code == 2 and "is at work there" in job.output):
-        return True
-    counts["tracebacks" if "Traceback" in job.output else f"exit code {code}"] += 1
-    print(f"exit code {code}:\n{job.output[-3000:]}", flush=True)
-    return False
+class Disturbance:
+    """A stage with kills until it ends by itself, and the comparison; ``counts`` and ``remarks`` say what came of it."""
+
+    def __init__(self, stage: Stage, out: Path, whole: Whole, seed: int):
+        self.stage, self.out, self.whole, self.draw = stage, out, whole, random.Random(seed)
+        self.counts, self.remarks = Counter(), []
+
+    def run(self) -> None:
+        """All of it; the folder is gone afterwards."""
+        self.out.mkdir()
+        for _ in range(self.draw.randint(3, 9) if self.stage.ranks else self.draw.randint(1, 4)):
+            job = self._job()
+            self._wait_for_a_moment(job)
+            if job.code is not None:
+                break
+            self._kill(job)
+        else:
+            job = self._job()
+        code = job.end(300)
+        if code == 0:
+            self._compare()
+        else:
+            self._bad("hangs" if code is None else f"exit code {code}", job)
+        self._look_for_tracebacks(job)
+        shutil.rmtree(self.out)
+        shutil.rmtree(job.logs)
+
+    def _job(self) -> Job:
+        """The command once more; who was killed may still be held for a moment by a child."""
+        while True:
+            job = Job(self.stage, self.out)
+            job.changes(1, 0.3)
+            if job.code != 2 or AT_WORK not in job.said["all"]:
+                return job
+            self.counts["held by a child"] += 1
+            time.sleep(0.5)
+
+    def _wait_for_a_moment(self, job: Job) -> None:
+        """Until a random moment: while it starts, in its work, or at a change among its files."""
+        kind = self.draw.choices(("start", "work", "change"), (1, 5, 4))[0]
+        if kind == "start":
+            job.end(self.draw.uniform(0, self.whole.start))
+        elif kind == "work":
+            job.changes(1, 60)
+            job.end(self.draw.uniform(0, min(self.whole.work, 2)))
+        else:
+            job.changes(self.draw.randint(1, 20), 60)
+
+    def _kill(self, job: Job) -> None:
+        how = self.draw.choice(("all", "rank", "started") if self.stage.ranks else ("all", "started"))
+        alone = "torchrun" if self.stage.ranks else "a process alone"
+        had_begun = job.has_begun
+        try:
+            seconds, rank = job.kill(how, self.draw)
+        except TimeoutError as error:
+            self._bad("others left behind", job, str(error))
+            return
+        self.counts["kills"] += 1
+        self.counts["kills of " + {"all": "all", "rank": "one rank", "started": alone}[how]] += 1
+        self._look_for_tracebacks(job)
+        if how != "all" and self.stage.ranks:
+            self.remarks.append(f"seconds {seconds:.1f}")
+            self._listen(job, had_begun, rank)
+
+    def _listen(self, job: Job, had_begun: bool, killed: int | None) -> None:
+        """Whether the ranks that were not killed have said why they ended."""
+        for rank in range(self.stage.ranks):
+            if rank != killed:
+                if ": error: " in job.said.get(str(rank), ""):
+                    self.counts["others ended with a sentence"] += 1
+                elif not had_begun:
+                    self.counts["others had not begun"] += 1
+                elif self._is_done():
+                    self.counts["others were done"] += 1
+                else:
+                    self._bad("others ended in silence", job)
+
+    def _is_done(self) -> bool:
+        """Whether the folder is as an undisturbed job leaves it."""
+        try:
+            return bits.same(self.stage.result(self.out), self.whole.content)
+        except Exception:  # what is unfinished cannot be read
+            return False
+
+    def _compare(self) -> None:
+        found, wanted = self.stage.result(self.out), self.whole.content
+        if bits.same(found, wanted):
+            self.counts["equal"] += 1
+        elif found["files"] != wanted["files"]:
+            self._bad("leftovers", text=f"files {set(found['files']) ^ set(wanted['files'])}")
+        else:
+            self._bad("different", text=f"in {[key for key in wanted if not bits.same(found[key], wanted[key])]}")
+
+    def _look_for_tracebacks(self, job: Job) -> None:
+        """Torchrun has a traceback of its own when a rank has failed; that is not counted."""
+        if any("Traceback" in text for who, text in job.said.items() if who != "all" or not self.stage.ranks):
+            self._bad("tracebacks", job)
+
+    def _bad(self, kind: str, job: Job | None = None, text: str = "") -> None:
+        said = [f"--- {who}:\n{words[-3000:]}" for who, words in job.said.items()] if job else []
+        self.counts[kind] += 1
+        self.remarks.append("\n".join([f"{kind}: {self.stage.script} {text}", *said]))
 
 
-def flip_bits(base: Path, draw: random.Random, counts: Counter) -> None:
-    """A round of damage to each kind of file."""
-    store, run, samples = base / "flipped/store", base / "flipped/000-run", base / "flipped/samples.npz"
-    if not store.exists():
-        shutil.copytree(base / "store", store)
-        shutil.copytree(base / "student", run)
-        shutil.copyfile(base / "samples.npz", samples)
-    config, weights = json.loads((run / "config.json").read_text()), run / "checkpoints/0000005.pt"
-    found = Counter()
-    shard = store / "shard-00000.safetensors"
-    found += bits.trial(shard, lambda: bits.read_store(store), draw, 8, 2)
-    found += bits.trial(shard, lambda: bits.read_store(store), draw, 8, 0, within=2000)
-    found += bits.trial(store / "manifest.json", lambda: bits.read_store(store), draw, 8, 2)
-    found += bits.trial(weights, lambda: bits.read_student(weights), draw, 6, 2)
-    found += bits.trial(run / "config.json", lambda: bits.run_by_name(run, config), draw, 8, 2)
-    found += bits.trial(samples, lambda: bits.read_samples(samples), draw, 8, 2)
-    for kind, count in found.items():
-        counts[":".join(kind.split(":")[:2])] += count
+KNOWN: dict[str, Stage] = {}  # these two reach the processes of the pool by their fork
+WHOLES: dict[str, Whole] = {}
+
+
+def disturb(name: str, out: Path, seed: int) -> tuple[str, Counter, list[str]]:
+    """A disturbance in a process of the pool."""
+    disturbance = Disturbance(KNOWN[name], out, WHOLES[name], seed)
+    disturbance.run()
+    return name, disturbance.counts, disturbance.remarks
+
+
+def soak(base: Path, args: argparse.Namespace) -> dict[str, Counter]:
+    """Disturb stages, two at a time, until there are enough kills in each group or the time is over."""
+    with contextlib.redirect_stdout(sys.stderr):
+        known = stages(base)
+    KNOWN.update({name: stage for name, stage in known.items() if stage.group in args.kills and
+                  (not args.only or name in args.only)})  # fmt: skip
+    for name, stage in KNOWN.items():
+        WHOLES[name] = undisturbed(stage, base / f"whole-{len(WHOLES)}")
+        print(f"{name}: begins after {WHOLES[name].start:.1f} s and works {WHOLES[name].work:.1f} s", flush=True)
+    counts = {name: Counter() for name in KNOWN}
+    draw, begun, said, slowest = random.Random(args.seed), time.monotonic(), 0.0, 0.0
+
+    def kills(group: str) -> int:
+        return sum(counts[name]["kills"] for name in KNOWN if KNOWN[name].group == group)
+
+    def next_stage() -> str | None:
+        """Of the group that lacks most, the stage that was disturbed least."""
+        if args.minutes and time.monotonic() - begun > 60 * args.minutes:
+            return None
+        groups = {stage.group for stage in KNOWN.values()}
+        lacking = [group for group in groups if args.minutes or kills(group) < args.kills[group]]
+        if not lacking:
+            return None
+        group = min(lacking, key=lambda group: kills(group) / args.kills[group])
+        return min((name for name in KNOWN if KNOWN[name].group == group), key=lambda name: started[name])
+
+    started, turn, running = Counter(), 0, set()
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("fork")) as pool:
+        while True:
+            while len(running) < args.jobs and (name := next_stage()) is not None:
+                running.add(pool.submit(disturb, name, base / f"turn-{turn}", draw.randrange(2**32)))
+                started[name], turn = started[name] + 1, turn + 1
+            if not running:
+                break
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                name, found, remarks = future.result()
+                counts[name] += found
+                for remark in remarks:
+                    if remark.startswith("seconds "):
+                        slowest = max(slowest, float(remark.split()[1]))
+                    else:
+                        print(remark, flush=True)
+            if time.monotonic() - said > 30:
+                said = time.monotonic()
+                progress = ", ".join(f"{group} {kills(group)}" for group in args.kills)
+                print(f"{(said - begun) / 60:.1f} minutes: kills of {progress}", flush=True)
+    minutes, total = (time.monotonic() - begun) / 60, sum(found["kills"] for found in counts.values())
+    print(f"{total} kills in {minutes:.1f} minutes; after the death of one, all others had ended in {slowest:.1f} s")
+    return counts
+
+
+def show(counts: dict[str, Counter]) -> int:
+    """Print a line for each stage and for all; 1 if there is anything that must not be."""
+    total = sum(counts.values(), Counter())
+    for name, found in [*counts.items(), ("all", total)]:
+        print(f"{name}: " + (", ".join(f"{kind} {number}" for kind, number in found.items()) or "not disturbed"))
+    bad = {kind: number for kind, number in total.items() if kind not in GOOD}
+    print(f"bad: {bad}" if bad else "bad: none")
+    return 1 if bad else 0
+
+
+def kills_of_group(text: str) -> tuple[str, int]:
+    """argparse type: training=100."""
+    group, _, count = text.partition("=")
+    if group not in GROUPS or not count.isdigit() or not int(count):
+        raise argparse.ArgumentTypeError(f"{text}: give {', '.join(f'{name}={n}' for name, n in COUNTS.items())}")
+    return group, int(count)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kill, rerun, compare.")
-    parser.add_argument("--minutes", type=float, default=8)
+    what = f"So many kills of these groups alone, by default {COUNTS}."
+    parser.add_argument("--kills", type=kills_of_group, nargs="+", default=list(COUNTS.items()), help=what)
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="Only these stages, e.g. evaluator.")
+    parser.add_argument("--minutes", type=float, help="Go on for so long instead, whatever the number of kills.")
+    parser.add_argument("--bits", type=int, help="Instead, damage so many files by a flipped bit or by cutting them.")
+    parser.add_argument("--jobs", type=int, default=2, help="Stages that are disturbed at the same time.")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    draw, end = random.Random(args.seed), time.monotonic() + 60 * args.minutes
+    args.kills = dict(args.kills)
     with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder)
-        with contextlib.redirect_stdout(sys.stderr):
-            known = stages(base)
-        wanted, seconds, counts = {}, {}, {name: Counter() for name in [*known, "bits"]}
-        for name, stage in known.items():
-            out = base / f"whole-{name.replace(' ', '-')}"
-            out.mkdir()
-            begun = time.monotonic()
-            job = Job(stage, out, out.with_suffix(".log"))
-            assert job.wait(300) == 0, job.output
-            seconds[name], wanted[name] = time.monotonic() - begun, stage.result(out)
-            print(f"{name}: {seconds[name]:.1f} s undisturbed", flush=True)
-        turn = 0
-        while time.monotonic() < end:
-            for name, stage in known.items():
-                if time.monotonic() < end and (not stage.ranks or turn % 4 == 0):
-                    disturb(stage, base / f"turn-{turn}", wanted[name], seconds[name], draw, counts[name])
-                turn += not stage.ranks
-            flip_bits(base, draw, counts["bits"])
-            turn += 1
-    good = ("kills", "equal", "equal, lock left", "refused", "held by a child")
-    for name, count in counts.items():
-        print(f"{name}: " + ", ".join(f"{kind} {number}" for kind, number in sorted(count.items())))
-    bad = [kind for count in counts.values() for kind in count if kind not in good]
-    return 1 if bad else 0
+        return show(soak(Path(folder), args))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,144 @@
+"""The commands that soak.py disturbs, with inputs of their own, and what each leaves."""
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import bits
+import numpy as np
+import torch
+from helpers import NANO_TEACHER, SMALL, call, draw_digits, gan_options, save_autoencoder, write_images
+from PIL import Image
+from safetensors.torch import load_file
+
+from stores import checkpoints
+
+GROUPS = ("dumps", "training", "drawing", "sources")  # sources: where teachers and real images come from
+
+
+class Stage(NamedTuple):
+    """A command whose words know the folder that it writes to, and a reader of what it leaves there."""
+
+    group: str
+    script: str
+    options: Callable[[Path], list]
+    result: Callable[[Path], dict]
+    ranks: int = 0
+
+
+def names(folder: Path) -> list[str]:
+    """All that lies in a folder, whose sub-folders' files are named by their paths."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def store_content(out: Path) -> dict:
+    """Manifest and tensors of a store, and the names of all its files: nothing is left over."""
+    shards = {path.name: load_file(path) for path in sorted((out / "store").glob("*.safetensors"))}
+    return {"shards": shards, "manifest": json.loads((out / "store/manifest.json").read_text()), "files": names(out)}
+
+
+def run_content(out: Path) -> dict:
+    """The checkpoints of a run and the names of its files, tensorboard's apart."""
+    kept = {path.name: checkpoints.load(path, "") for path in sorted((out / "run/checkpoints").glob("*.pt"))}
+    files = [name for name in names(out) if "events." not in name]
+    return {"checkpoints": kept, "files": files, "config": json.loads((out / "run/config.json").read_text())}
+
+
+def samples_content(out: Path, exact: bool = True) -> dict:
+    """The arrays of samples, and the names of all files.
+
+    After a kill several ranks share anew what is missing, so their batches are others, and so is the rounding: then
+    the images stand for the latents, in steps of eight grey levels.
+    """
+    arrays = bits.arrays_as_tensors(out / "s.npz")
+    if not exact:
+        arrays.pop("latents")
+        arrays["arr_0"] = (arrays["arr_0"].int() + 4) // 8
+    return {"arrays": arrays, "files": names(out)}
+
+
+def figures(out: Path) -> dict:
+    """What the evaluator has found, and the names of all files."""
+    return {"metrics": json.loads((out / "m.json").read_text()), "files": names(out)}
+
+
+def save_image_folder(folder: Path) -> Path:
+    """Forty pictures of noise in two classes."""
+    draw = np.random.default_rng(0)
+    for i in range(40):
+        path = folder / f"class{i % 2}" / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(256, size=(9, 12, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+def stages(base: Path) -> dict[str, Stage]:
+    """All stages; their inputs are made in ``base``."""
+    teacher, store, student = base / "teacher/checkpoints/0000020.pt", base / "store", base / "student/checkpoints"
+    teach = [*NANO_TEACHER, "--data-path", "digits"]
+    call("train.py", *teach, "--global-batch-size", 64, "--iterations", 20, "--run-dir", base / "teacher")
+    dump = ["--teacher", teacher, "--rows-per-shard", 4, "--per-proc-batch-size", 2, "--num-trajectories"]
+    call("sample_trajectory.py", *dump, 60, "--out", store)
+    train = ["--data-path", store, *SMALL, "--snapshot-every", 2, "--ckpt-every", 5]
+    call("train_ARD.py", *train, "--iterations", 5, "--run-dir", student.parent)
+    gan = gan_options(store, student / "0000005.pt", iterations=30, snapshot_every=2, ckpt_every=12, keep=2)
+    draw = ["--ckpt-path", student / "0000005.pt", "--per-proc-batch-size", 8, "--save-latents", "--num-samples"]
+    call("sample_ARD.py", *draw, 300, "--out", base / "samples.npz")
+    write_images(base / "reference.npz", draw_digits(400))
+    encode = ["--data-path", save_image_folder(base / "images"), "--image-size", 8, "--vae",
+              save_autoencoder(base / "vae"), "--rows-per-shard", 2, "--per-proc-batch-size", 1]  # fmt: skip
+
+    def metrics(out: Path) -> list:
+        for name in ("samples.npz", "reference.npz"):
+            if not (out / name).exists():
+                shutil.copyfile(base / name, out / name)
+        files = [out / "reference.npz", out / "samples.npz"]
+        return [*files, "--features", "digits", "--allow-few", "--floor", "--batch-size", 4, "--json", out / "m.json"]
+
+    def into(*options) -> Callable[[Path], list]:
+        return lambda out: [*options[:-1], out / options[-1]]
+
+    run, two_ranks = ("--run-dir", "run"), {"ranks": 2}
+    dumps = partial(Stage, "dumps", "sample_trajectory.py", result=store_content)
+    ard, adversarial = (partial(Stage, "training", f"{name}.py", result=run_content)
+                        for name in ("train_ARD", "train_ARD_gan"))  # fmt: skip
+    one_teacher = into(*teach, "--snapshot-every", 2, "--ckpt-every", 15, "--iterations", 30, *run)
+    return {
+        "sample_trajectory, 2 ranks": dumps(into(*dump, 400, "--out", "store"), **two_ranks),
+        "train_ARD": ard(into(*train, "--iterations", 40, *run)),
+        "train_ARD, workers": ard(into(*train, "--num-workers", 2, "--iterations", 40, *run)),
+        "train_ARD, 2 ranks": ard(into(*train, "--num-workers", 1, "--iterations", 80, *run), **two_ranks),
+        "train_ARD_gan": adversarial(into(*gan, *run)),
+        "train_ARD_gan, 2 ranks": adversarial(into(*gan, *run), **two_ranks),
+        "sample": Stage(
+            "drawing",
+            "sample.py",
+            into("--teacher", teacher, "--per-proc-batch-size", 8, "--num-samples", 100, "--out", "s.npz"),
+            samples_content,
+        ),  # fmt: skip
+        "sample_ARD": Stage("drawing", "sample_ARD.py", into(*draw, 300, "--out", "s.npz"), samples_content),
+        "sample_ARD, 2 ranks": Stage(
+            "drawing",
+            "sample_ARD.py",
+            into(*draw, 600, "--out", "s.npz"),
+            partial(samples_content, exact=False),
+            **two_ranks,
+        ),  # fmt: skip
+        "evaluator": Stage("drawing", "evaluations.evaluator", metrics, figures),
+        "evaluator, 2 ranks": Stage("drawing", "evaluations.evaluator", metrics, figures, **two_ranks),
+        "train": Stage("sources", "train.py", one_teacher, run_content),
+        "train, 2 ranks": Stage("sources", "train.py", one_teacher, run_content, **two_ranks),
+        "encode_latents": Stage(
+            "sources", "encode_latents.py", into(*encode, "--num-workers", 2, "--out", "store"), store_content
+        ),  # fmt: skip
+        "encode_latents, 2 ranks": Stage(
+            "sources",
+            "encode_latents.py",
+            into(*encode, "--num-workers", 0, "--out", "store"),
+            store_content,
+            **two_ranks,
+        ),  # fmt: skip
+    }
