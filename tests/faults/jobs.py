@@ -20,12 +20,15 @@ PATIENCE = 60  # seconds in which the other processes of a job must end when one
 
 def look(folder: Path) -> dict[str, tuple[int, int]]:
     """All that lies below a folder, with sizes and times; what vanishes meanwhile is passed over."""
-    found = {}
-    for where, _, files in os.walk(folder):
-        for name in files:
-            with contextlib.suppress(OSError):
-                about = os.stat(f"{where}/{name}")
-                found[f"{where}/{name}"] = about.st_size, about.st_mtime_ns
+    found, folders = {}, [str(folder)]
+    for where in folders:
+        with contextlib.suppress(OSError), os.scandir(where) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    folders.append(entry.path)
+                else:
+                    about = entry.stat()
+                    found[entry.path] = about.st_size, about.st_mtime_ns
     return found
 
 

@@ -1,6 +1,6 @@
 """Kill everything at random moments, run it again until it ends, and compare with what was never disturbed.
 
-    python tests/faults/soak.py                                  # 200 kills of dumps, 100 of training, 50 of drawing, ...
+    python tests/faults/soak.py                                  # 200 kills of dumps, 100 of training, ...
     python tests/faults/soak.py --kills training=20 drawing=10   # so many instead, of these groups alone
     python tests/faults/soak.py --minutes 5 --only train_ARD evaluator
     python tests/faults/soak.py --bits 10000                     # flipped bits and files cut short, no kills
@@ -62,7 +62,7 @@ def undisturbed(stage: Stage, out: Path) -> Whole:
 
 
 class Disturbance:
-    """A stage with kills until it ends by itself, and the comparison; ``counts`` and ``remarks`` say what came of it."""
+    """A stage with kills until it ends by itself, and the comparison; ``counts`` and ``remarks`` tell of it."""
 
     def __init__(self, stage: Stage, out: Path, whole: Whole, seed: int):
         self.stage, self.out, self.whole, self.draw = stage, out, whole, random.Random(seed)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import bits
 import numpy as np
-import torch
 from helpers import NANO_TEACHER, SMALL, call, draw_digits, gan_options, save_autoencoder, write_images
 from PIL import Image
 from safetensors.torch import load_file
