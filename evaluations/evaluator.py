@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import platform
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from evaluations.metrics import frechet_distance, inception_score, precision_rec
 from runtime import cli, distributed
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
-from runtime.files import must_be_replaceable, must_differ, read_json
+from runtime.files import held, must_be_replaceable, must_differ, read_json
 from runtime.provenance import with_current_keys
 
 K = 3  # neighbours, ADM's choice
@@ -215,11 +216,13 @@ def run(args: argparse.Namespace) -> None:
             plan = dict(device=str(context.device), ranks=context.world_size)
             cli.show_plan(evaluation.provenance(evaluation.digests()) | plan, args)
     else:
-        result = evaluation.run(args.batch_size, context, args.cache, args.floor)
-        if context.is_main:
-            show(result)
-            if args.json:
-                write_whole("--json", args.json, lambda file: file.write(json.dumps(result, indent=2).encode() + b"\n"))
+        with held(args.samples, "SAMPLES", context) if args.samples.is_file() else nullcontext():
+            result = evaluation.run(args.batch_size, context, args.cache, args.floor)
+            if context.is_main:
+                show(result)
+                if args.json:
+                    text = json.dumps(result, indent=2) + "\n"
+                    write_whole("--json", args.json, lambda file: file.write(text.encode()))
     distributed.finish(context)
 
 

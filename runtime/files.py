@@ -144,17 +144,24 @@ def npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
 _claims: dict[Path, FileLock] = {}  # what this process holds
 
 
-def claim(folder: Path, option: str) -> None:
-    """Hold a folder, made if need be, for this process alone. ``UserError`` says who else holds it now.
+def lock_of(place: Path) -> Path:
+    """Where the lock of a folder, or of a file that is there, lies: in the folder, or beside the file."""
+    return (place.with_name(f"{place.name}{LOCK}") if place.is_file() else place / LOCK).absolute()
 
-    The lock lies in the folder as ``LOCK`` and ends with the process, however that ends, or with ``release``. Where a
-    file system knows no locks, nothing is held.
+
+def claim(place: Path, option: str) -> None:
+    """Hold a folder, made if need be, or a file for this process alone. ``UserError`` says who else holds it now.
+
+    The lock (``lock_of``) ends with the process, however that ends, or with ``release``. Where a file system knows no
+    locks, or lets nothing be written, nothing is held.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{option} {folder}: there is a file of that name, give a folder") from None
-    path = (folder / LOCK).absolute()
+    kind = "file" if place.is_file() else "folder"
+    if kind == "folder":
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{option} {place}: there is a file of that name, give a folder") from None
+    path = lock_of(place)
     if path in _claims:
         return
     lock = FileLock(path, blocking=False)
@@ -164,20 +171,31 @@ def claim(folder: Path, option: str) -> None:
         holder = "another process"
         with contextlib.suppress(OSError):  # it may be leaving right now
             holder = path.read_text() or holder
-        raise UserError(f"{option} {folder}: {holder} is at work there; wait for it, or give another folder") from None
+        raise UserError(f"{option} {place}: {holder} is at work there; wait for it, or give another {kind}") from None
     except (OSError, NotImplementedError):
         return
-    with naming(path):
-        path.write_text(f"process {os.getpid()} on {platform.node()}")
     _claims[path] = lock
+    with contextlib.suppress(OSError):  # on a full disk it is held all the same
+        path.write_text(f"process {os.getpid()} on {platform.node()}")
 
 
-def release(folder: Path) -> None:
-    """Give up a folder that this process has claimed."""
-    path = (folder / LOCK).absolute()
+def release(place: Path) -> None:
+    """Give up a folder or a file that this process has claimed."""
+    path = lock_of(place)
     if path in _claims:
         path.unlink(missing_ok=True)
         _claims.pop(path).release()
+
+
+@contextlib.contextmanager
+def held(place: Path, option: str, context: DistributedContext) -> Iterator[None]:
+    """The main rank claims a folder or a file until the block ends; every rank hears where that fails."""
+    context.on_main(lambda: claim(place, option))
+    try:
+        yield
+    finally:
+        if context.is_main:
+            release(place)
 
 
 def cached_download(url: str, option: str, hash_prefix: str | None = None) -> Path:

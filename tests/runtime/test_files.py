@@ -19,6 +19,7 @@ from runtime.files import (
     cached_download,
     claim,
     file_sha256,
+    held,
     read_ahead,
     release,
     write_text,
@@ -76,7 +77,7 @@ def test_what_is_there_is_replaced_and_its_checksum_is_sha256(tmp_path):
 
 
 @pytest.fixture
-def held(tmp_path, monkeypatch):
+def held_folder(tmp_path, monkeypatch):
     """A folder that another process holds, and that process."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     script, folder = tmp_path / "hold.py", tmp_path / "folder"
@@ -95,8 +96,8 @@ def held(tmp_path, monkeypatch):
     process.communicate()
 
 
-def test_a_folder_that_another_process_holds_is_refused_until_that_process_is_gone(held):
-    folder, holder = held
+def test_a_folder_that_another_process_holds_is_refused_until_that_process_is_gone(held_folder):
+    folder, holder = held_folder
     for _ in range(2):  # asking does not change the answer
         with pytest.raises(UserError, match=rf"^--out {folder}: process {holder.pid} on \S+ is at work there; "):
             claim(folder, "--out")
@@ -119,6 +120,15 @@ def test_a_process_may_claim_twice_and_releases_once(tmp_path):
     assert not list(folder.iterdir())
     claim(folder, "--out")
     release(folder)
+
+
+def test_a_file_is_held_beside_it_until_the_block_ends(tmp_path):
+    file = tmp_path / "s.npz"
+    file.write_bytes(b"samples")
+    with pytest.raises(RuntimeError, match="power cut"), held(file, "SAMPLES", DistributedContext()):
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["s.npz", "s.npz.lock"]
+        raise RuntimeError("power cut")
+    assert [path.name for path in tmp_path.iterdir()] == ["s.npz"]
 
 
 #################################################################################
