@@ -23,7 +23,7 @@ from tqdm import tqdm
 from runtime.cli import RunError, UserError, existing_folder
 from runtime.distributed import DistributedContext
 from runtime.files import LOCK, SharedWriter, atomic_write, claim, file_sha256, release, write_text
-from runtime.provenance import differences, require_same, with_current_keys
+from runtime.provenance import require_same, with_current_keys
 
 
 def shard_name(number: int) -> str:
@@ -71,9 +71,9 @@ class ShardWriter(SharedWriter):
             raise UserError(f"{option} {folder}: the folder holds other files, give a new one")
         present = {name for name in names if name.endswith(".safetensors")}
         for name in sorted(present):
-            require_same(
-                f"{option} {folder}: holds data of another run", shard_provenance(self.folder / name), provenance
-            )
+            found = shard_provenance(self.folder / name)
+            require_same(f"{option} {folder}: holds data of another run", found, provenance)
+            self.provenance = found  # all shards say the same, also where an autoencoder has moved meanwhile
         self._paths = [self.folder / shard_name(number) for number in range(len(shards))]
         unknown = present - {path.name for path in self._paths}
         if unknown:
@@ -209,7 +209,7 @@ class ShardStore:
     kind = "store"  # in messages; a subclass says of what
 
     def __init__(self, folder: str | Path, option: str = "--data-path", verify: bool = False):
-        """``UserError`` naming ``option`` when the store is missing, unfinished or truncated.
+        """``UserError`` naming ``option`` when the store is missing, unfinished, truncated, or its manifest damaged.
 
         ``verify``: the checksum of each shard is compared when one of its rows is read for the first time.
         """
@@ -238,6 +238,11 @@ class ShardStore:
                     self.tensors.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
             except SafetensorError as error:
                 raise UserError(f"{option} {path}: damaged or not a shard ({error}); make it again") from None
+            if shard_provenance(path) != self.provenance:
+                raise UserError(f"{option} {path}: belongs to another {self.kind} than the manifest; make it again")
+            for name, value in self.tensors[-1].items():
+                if len(value) != shard["rows"]:
+                    raise UserError(f"{option} {path}: {name} has {len(value)} rows, the manifest says {shard['rows']}")
         self.arrays = [{name: value.numpy() for name, value in tensors.items()} for tensors in self.tensors]
         self._first_row = np.cumsum([0] + [shard["rows"] for shard in self.shards])
         self._unverified = set(range(len(self.shards))) if verify else set()
@@ -282,7 +287,7 @@ class ShardStore:
         return f"python -m {type(self).__module__} repair {self.folder}, then the command that made it, makes it anew"
 
     def verify(self, option: str) -> int:
-        """Check checksums, counts, finiteness and labels of the whole store; its size in bytes. ``UserError`` if not.
+        """Check checksums, count, finiteness and labels of the whole store; its size in bytes. ``UserError`` if not.
 
         Provenance is that of ``ShardWriter`` and has "num_classes" as well.
         """
@@ -294,11 +299,7 @@ class ShardStore:
             path = self.folder / shard["file"]
             if file_sha256(path) != shard["sha256"]:
                 raise UserError(f"{option} {path}: checksum differs from the manifest's; delete it and make it again")
-            if differences(shard_provenance(path), self.provenance):
-                raise UserError(f"{option} {path}: belongs to another {self.kind} than the manifest; make it again")
             for name, value in tensors.items():
-                if len(value) != shard["rows"]:
-                    raise UserError(f"{option} {path}: {name} has {len(value)} rows, the manifest says {shard['rows']}")
                 if name != "label" and not value.isfinite().all():
                     raise UserError(f"{option} {path}: {name} holds NaN or infinite values; make it with --dtype fp32")
             if not ((tensors["label"] >= 0) & (tensors["label"] < max(classes, 1))).all():

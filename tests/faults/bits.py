@@ -4,6 +4,7 @@ A reader returns what it has read, as nested dictionaries and lists of tensors a
 only error that it may raise.
 """
 
+import contextlib
 import copy
 import json
 import random
@@ -16,15 +17,19 @@ from typing import Any
 import numpy as np
 import torch
 from helpers import assert_equal
+from safetensors.torch import load_file
 
+from evaluations.evaluator import features
+from evaluations.features import Extractor
 from evaluations.files import Images
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
-from runtime.files import release
+from runtime.files import file_sha256, release
 from stores import checkpoints
+from stores.latents import LatentStore
 from stores.runs import RunFolder, begin, find_run, read_config
 from stores.samples import SampleWriter, read_provenance
-from stores.shards import ShardWriter
+from stores.shards import ShardWriter, note_of, shard_name
 from stores.trajectories import TrajectoryStore
 
 Reader = Callable[[], Any]
@@ -50,14 +55,18 @@ def same(a: Any, b: Any) -> bool:
 
 
 def outcome(read: Reader, *allowed: Any) -> str:
-    """ "refused", "equal" or "different" to all that is ``allowed``, or the error that is no sentence."""
+    """ "equal" to the first that is ``allowed``, "made good" as another of them, "refused", "different" to all of them,
+    or the error that is no sentence.
+    """
     try:
         found = read()
     except UserError as error:
         return "refused" if str(error).count("\n") == 0 else f"traceback: of several lines: {error}"
     except Exception as error:  # what a user would see as a traceback
         return f"traceback: {type(error).__name__}: {error}"
-    return "equal" if any(same(found, one) for one in allowed) else "different"
+    if same(found, allowed[0]):
+        return "equal"
+    return "made good" if any(same(found, one) for one in allowed[1:]) else "different"
 
 
 def trial(path: Path, read: Reader, draw: random.Random, flips: int, cuts: int, *, within: int | None = None,
@@ -81,6 +90,13 @@ def trial(path: Path, read: Reader, draw: random.Random, flips: int, cuts: int, 
 def read_store(folder: Path) -> dict:
     """A verified store, all of it."""
     store = TrajectoryStore(folder)
+    store.verify("DIR")
+    return {"provenance": store.provenance, "rows": len(store), "tensors": [dict(shard) for shard in store.tensors]}
+
+
+def read_latents(folder: Path) -> dict:
+    """A verified store of latents, all of it."""
+    store = LatentStore(folder)
     store.verify("DIR")
     return {"provenance": store.provenance, "rows": len(store), "tensors": [dict(shard) for shard in store.tensors]}
 
@@ -123,16 +139,50 @@ def read_finished(path: Path, provenance: dict) -> dict:
     return read_provenance(path)
 
 
+def read_statistics(path: Path) -> dict:
+    """What the evaluator takes from a reference file: images, and the statistics stored beside them."""
+    images = Images("REFERENCE", path)
+    return read_samples(path) | {name: torch.from_numpy(images.member(name)) for name in ("mu", "sigma")}
+
+
+def read_features(samples: Path, network: Extractor, whole: bytes) -> dict:
+    """The features of samples, from the file kept beside them ("kept") or made anew; ``whole`` is that file's content.
+
+    Made anew, it must be on the disk as it was.
+    """
+    images, kept = Images("SAMPLES", samples), samples.with_name(f"{samples.stem}.{network.name}.features.npz")
+    before = kept.read_bytes()
+    table = features(images, file_sha256(samples), network, 64, DistributedContext(), cache=True)
+    made = kept.read_bytes()
+    assert made in (before, whole)
+    return {name: torch.from_numpy(value) for name, value in table.items()} | {"kept": made == before}
+
+
+def twice(attempt: Reader) -> dict:
+    """What a command makes that may refuse damage once, remove it, and ask to be run again: then that is in "again"."""
+    try:
+        return attempt() | {"again": False}
+    except UserError as error:
+        assert "\n" not in str(error)
+        if "removed" not in str(error) or "run the same command again" not in str(error):
+            raise
+        return attempt() | {"again": True}
+
+
 def draw_all(path: Path, count: int = 9) -> dict:
     """Samples that are drawn to the end, from where they broke off; unfinished again after."""
     unfinished, before = path.with_suffix(".partial"), path.with_suffix(".before")
     shutil.copytree(unfinished, before)
-    try:
+
+    def draw() -> dict:
         with SampleWriter(path, count, {"seed": 1}, DistributedContext()) as writer:
             for indices in writer.missing_batches(4):
                 grey = torch.tensor(indices).view(-1, 1, 1, 1).expand(-1, 1, 4, 4) / 127.5 - 1
                 writer.write(indices, grey, grey, torch.tensor(indices))
         return arrays_as_tensors(path)
+
+    try:
+        return twice(draw)
     finally:
         release(unfinished)
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -140,18 +190,48 @@ def draw_all(path: Path, count: int = 9) -> dict:
         path.unlink(missing_ok=True)
 
 
-def continue_dump(folder: Path, provenance: dict) -> dict:
-    """A dump that has all its shards and notes and ends now; what its manifest says of them. Unfinished again after."""
+def continue_dump(folder: Path, whole: Path) -> dict:
+    """A dump that has its shards and notes and ends now, made again from the ``whole`` store where it must be; what its
+    manifest says. Unfinished again after.
+    """
     before = {path: path.read_bytes() for path in folder.glob("shard-*")}
-    try:
+    provenance = json.loads((whole / "manifest.json").read_text())["provenance"]
+
+    def dump() -> dict:
         with ShardWriter(folder, provenance, DistributedContext(), unit="row") as writer:
-            assert not list(writer.missing_shards())
+            for rows in writer.missing_shards():
+                writer.write(rows, load_file(whole / shard_name(rows.start // provenance["rows_per_shard"])))
         return read_store(folder)
+
+    try:
+        return twice(dump)
     finally:
         (folder / "manifest.json").unlink(missing_ok=True)
         for path, content in before.items():
             path.unlink(missing_ok=True)  # it may be mapped: a new file, not new content
             path.write_bytes(content)
+
+
+def break_off(store: Path, folder: Path) -> Path:
+    """A copy of a store as a dump leaves it that is killed before its manifest: with a note beside each shard."""
+    shutil.copytree(store, folder)
+    for shard in json.loads((folder / "manifest.json").read_text())["shards"]:
+        note = {name: shard[name] for name in ("rows", "bytes", "sha256")}
+        note_of(folder / shard["file"]).write_text(json.dumps(note))
+    (folder / "manifest.json").unlink()
+    return folder
+
+
+def begin_samples(path: Path) -> Path:
+    """Nine samples for ``draw_all``, of which four are there; their folder."""
+    writer = SampleWriter(path, 9, {"seed": 1}, DistributedContext())
+    with contextlib.suppress(KeyboardInterrupt), writer:
+        grey = torch.arange(4).view(4, 1, 1, 1).expand(4, 1, 4, 4) / 127.5 - 1
+        writer.write(list(range(4)), grey, grey, torch.arange(4))
+        writer.wait()
+        raise KeyboardInterrupt
+    release(path.with_suffix(".partial"))
+    return path.with_suffix(".partial")
 
 
 def arrays_as_tensors(path: Path) -> dict:

@@ -5,14 +5,19 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from bits import (
+    begin_samples,
+    break_off,
     continue_dump,
     draw_all,
     outcome,
+    read_features,
     read_finished,
+    read_latents,
     read_samples,
+    read_statistics,
     read_store,
     read_student,
     resume,
@@ -20,11 +25,12 @@ from bits import (
     run_by_name,
     trial,
 )
-from helpers import SMALL, call, checkpoint
+from helpers import SMALL, arrays, call, checkpoint, write_images
 
-from runtime.distributed import DistributedContext
-from runtime.files import file_sha256, release
-from stores.samples import SampleWriter, read_provenance
+from evaluations.evaluator import evaluate
+from evaluations.features import extractor
+from runtime.files import release
+from stores.samples import read_provenance
 from stores.shards import note_of
 
 
@@ -55,7 +61,7 @@ def copied(store: Path, folder: Path) -> Path:
 
 def expect(found: dict, at_least: int, *, refused: bool = True) -> None:
     """Only outcomes that are allowed, and the damage was looked at."""
-    assert found.keys() <= {"refused", "equal"}, dict(found)
+    assert found.keys() <= {"refused", "equal", "made good"}, dict(found)
     assert found.total() >= at_least and (found["refused"] or not refused), dict(found)
 
 
@@ -73,17 +79,18 @@ def test_a_damaged_manifest_is_refused(store, tmp_path):
     expect(trial(folder / "manifest.json", lambda: read_store(folder), random.Random(1), 300, 20), 320)
 
 
-def test_a_dump_does_not_go_on_from_a_damaged_shard_or_note(store, tmp_path):
-    folder = copied(store, tmp_path)
-    provenance = json.loads((folder / "manifest.json").read_text())["provenance"]
-    (folder / "manifest.json").unlink()
-    for shard in folder.glob("*.safetensors"):
-        rows = {"shard-00002.safetensors": 10}.get(shard.name, 20)
-        note = {"rows": rows, "bytes": shard.stat().st_size, "sha256": file_sha256(shard)}
-        note_of(shard).write_text(json.dumps(note))
-    shard, draw = folder / "shard-00000.safetensors", random.Random(2)
-    for path, within in ((shard, 800), (note_of(shard), None)):
-        expect(trial(path, lambda: continue_dump(folder, provenance), draw, 60, 10, within=within), 70)
+@pytest.mark.parametrize("name", ["shard-00001.safetensors", "manifest.json"])
+def test_damaged_latents_are_refused(latent_store, tmp_path, name):
+    folder = copied(latent_store, tmp_path)
+    expect(trial(folder / name, lambda: read_latents(folder), random.Random(11), 100, 20), 120)
+
+
+def test_a_dump_goes_on_from_a_damaged_shard_or_note_only_when_it_is_made_again(store, tmp_path):
+    folder = break_off(store, tmp_path / "store")
+    read, shard, draw = (lambda: continue_dump(folder, store)), folder / "shard-00000.safetensors", random.Random(2)
+    expect(trial(shard, read, draw, 60, 10, within=800), 70)
+    again = (read() | {"again": True},)
+    expect(trial(note_of(shard), read, draw, 60, 10, allowed=again), 70)
     release(folder)
 
 
@@ -132,12 +139,24 @@ def test_a_sampler_refuses_a_damaged_file_in_its_place(samples):
 @pytest.mark.parametrize("name", ["provenance.json", "00000000-00000004.npz"])
 def test_unfinished_samples_that_are_damaged_are_refused_or_drawn_again(name, tmp_path):
     path = tmp_path / "s.npz"
-    writer = SampleWriter(path, 9, {"seed": 1}, DistributedContext())
-    with pytest.raises(RuntimeError, match="power cut"), writer:
-        grey = torch.arange(4).view(4, 1, 1, 1).expand(4, 1, 4, 4) / 127.5 - 1
-        writer.write(list(range(4)), grey, grey, torch.arange(4))
-        writer.wait()
-        raise RuntimeError("power cut")
-    release(path.with_suffix(".partial"))
-    damaged = path.with_suffix(".partial") / name
-    expect(trial(damaged, lambda: draw_all(path), random.Random(10), 80, 20), 100)
+    damaged, read = begin_samples(path) / name, lambda: draw_all(path)
+    found = trial(damaged, read, random.Random(10), 80, 20, allowed=(read() | {"again": True},))
+    expect(found, 100, refused=False)
+    assert found["refused"] + found["made good"]
+
+
+def test_features_beside_damaged_ones_are_made_anew(samples):
+    network, path = extractor("digits"), samples.with_name("s.digits.features.npz")
+    evaluate(samples, samples, allow_few=True)
+    whole, draw = path.read_bytes(), random.Random(12)
+    read = lambda: read_features(samples, network, whole)  # noqa: E731
+    for within in (None, 400):
+        found = trial(path, read, draw, 60, 20, within=within, allowed=(read() | {"kept": False},))
+        expect(found, 80, refused=False)
+        assert found["made good"]
+
+
+def test_damaged_statistics_beside_real_images_are_refused(samples, tmp_path):
+    path = write_images(tmp_path / "r.npz", arrays(samples)["arr_0"], mu=np.arange(64.0), sigma=np.eye(64))
+    for within in (None, 400):
+        expect(trial(path, lambda: read_statistics(path), random.Random(13), 60, 10, within=within), 70)
