@@ -3,6 +3,7 @@
 import json
 import sys
 import zipfile
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def features(
     """
     path = images.features_path(network.name) if cache else None
     key = json.dumps(dict(images=digest, weights=network.weights_sha256) | (dict(tf32=True) if network.tf32 else {}))
-    kept = read_cache(path, key) if path and context.is_main else None
+    kept = read_cache(path, key, network.widths) if path and context.is_main else None
     if context.broadcast_object(kept is not None):
         return kept or {}
     table = extract(images, network, batch_size, context)
@@ -61,11 +62,11 @@ def features(
     return table
 
 
-def read_cache(path: Path, key: str) -> dict[str, np.ndarray] | None:
-    """The features in the file, or None unless it is readable and was written under this key."""
+def read_cache(path: Path, key: str, names: Iterable[str]) -> dict[str, np.ndarray] | None:
+    """The features of these names in the file, or None unless it is readable and was written under this key."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files if name != "key"} if file["key"] == key else None
+            return {name: file[name] for name in names} if file["key"] == key else None
     except Exception:  # absent, truncated, not ours: it will be written anew
         return None
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from runtime.cli import FULL_DISK, UserError, existing_file, shortened
 from runtime.distributed import DistributedContext
-from runtime.files import DAMAGED_NPZ, atomic_write, file_sha256, npy_header, npz_member
+from runtime.files import DAMAGED_NPZ, atomic_write, file_sha256, has_lost_members, npy_header, npz_member
 from stores.image_folder import ImageFolder
 
 
@@ -56,7 +56,9 @@ class Images:
                 with archive.open("arr_0.npy") as member:
                     shape, fortran, dtype = npy_header(member)
                     length = archive.getinfo("arr_0.npy").file_size - member.tell()
-                if archive.testzip() is not None:  # a rank that reads its share only never meets the checksum
+                if archive.testzip() is not None or has_lost_members(
+                    archive
+                ):  # a rank that reads its share only never meets the checksum
                     raise zipfile.BadZipFile
         except KeyError:
             raise UserError(f"{self.what}: has no arr_0, where ADM's format keeps the images") from None

@@ -76,6 +76,18 @@ def write_text(path: str | Path, text: str) -> None:
         partial.write_text(text)
 
 
+def has_lost_members(archive: zipfile.ZipFile) -> bool:
+    """Whether the directory at the end of an archive has not as many entries as it says: zipfile passes that over.
+
+    One damaged length there hides the entries after it.
+    """
+    assert archive.fp is not None
+    archive.fp.seek(
+        -22 - len(archive.comment), os.SEEK_END
+    )  # the end record; bytes 10 and 11 are the number of entries
+    return int.from_bytes(archive.fp.read(12)[10:], "little") != min(len(archive.infolist()), 0xFFFF)
+
+
 def file_sha256(path: str | Path) -> str:
     """Checksum of a file, 64 hex digits."""
     digest = hashlib.sha256()

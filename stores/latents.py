@@ -41,7 +41,7 @@ NEEDED = ("data", "listing", "image_size", "channels", "class_names", "num_class
 class LatentStore(ShardStore):
     """A finished store of latents as a source of real images (images.py says what a source is)."""
 
-    kind = "latent store"
+    kind, needs = "latent store", ("mean", "std", "label")
 
     def __init__(self, folder: str | Path, option: str = "--data-path", verify: bool = False):
         """``UserError`` naming ``option`` when it is missing, unfinished, truncated or another store."""

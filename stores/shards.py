@@ -207,6 +207,7 @@ class ShardStore:
     """A finished store, open for random reads. ``provenance`` is the manifest's, ``len`` the number of rows."""
 
     kind = "store"  # in messages; a subclass says of what
+    needs: tuple[str, ...] = ("label",)  # tensors that each shard has
 
     def __init__(self, folder: str | Path, option: str = "--data-path", verify: bool = False):
         """``UserError`` naming ``option`` when the store is missing, unfinished, truncated, or its manifest damaged.
@@ -240,6 +241,9 @@ class ShardStore:
                 raise UserError(f"{option} {path}: damaged or not a shard ({error}); make it again") from None
             if shard_provenance(path) != self.provenance:
                 raise UserError(f"{option} {path}: belongs to another {self.kind} than the manifest; make it again")
+            absent = {*self.needs, *self.tensors[0]} - self.tensors[-1].keys()
+            if absent:
+                raise UserError(f"{option} {path}: has no {min(absent)}; make it again")
             for name, value in self.tensors[-1].items():
                 if len(value) != shard["rows"]:
                     raise UserError(f"{option} {path}: {name} has {len(value)} rows, the manifest says {shard['rows']}")

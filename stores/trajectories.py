@@ -47,7 +47,7 @@ NEEDED = ("teacher", "teacher_hash", "teacher_weights", "vae", "num_classes", "s
 class TrajectoryStore(ShardStore):
     """A finished store of trajectories, open for random reads."""
 
-    kind = "trajectory store"
+    kind, needs = "trajectory store", ("noise", "label")
 
     def __init__(self, folder: str | Path, option: str = "--data-path", verify: bool = False):
         """``UserError`` naming ``option`` when the store is missing, unfinished, truncated or of something else."""

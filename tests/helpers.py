@@ -3,10 +3,13 @@
 import contextlib
 import importlib
 import json
+import os
 import resource
 import shutil
+import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +57,38 @@ def spawn(script: str | Path, *argv, ranks: int = 0, **options) -> subprocess.Co
 def start(script: str | Path, *argv) -> subprocess.Popen:
     """Run it from the root of the repository and do not wait; its standard output is a pipe of text."""
     return subprocess.Popen(words(script, *argv), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def call_on_ranks(ranks: int, script: str, *argv, kill: str = "") -> list[int]:
+    """``call`` on so many ranks, which are forks of this process and meet over gloo; their exit codes.
+
+    The first that opens a file whose path holds ``kill`` gets kill -9 at that moment: its code is -9.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    sys.stdout.flush()
+    pids = []
+    for rank in range(ranks):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            code = 1
+            try:
+                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                               "MASTER_PORT": port}  # fmt: skip
+                if kill:
+                    sys.addaudithook(
+                        lambda event, about: event == "open" and kill in str(about[0]) and os.kill(os.getpid(), 9)
+                    )
+                call(script, *argv)
+                code = 0
+            except SystemExit as stop:
+                code = int(stop.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(code)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
 def refused(capsys, script: str, *argv) -> str:

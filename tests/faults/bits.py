@@ -39,7 +39,7 @@ def damages(content: bytes, draw: random.Random, flips: int, cuts: int, within: 
     """Copies of some bytes, each with one bit flipped (in the first ``within`` bytes), or cut short."""
     for _ in range(flips):
         damaged = bytearray(content)
-        damaged[draw.randrange(within or len(content))] ^= 1 << draw.randrange(8)
+        damaged[draw.randrange(min(within or len(content), len(content)))] ^= 1 << draw.randrange(8)
         yield bytes(damaged)
     for _ in range(cuts):
         yield content[: draw.randrange(len(content))]

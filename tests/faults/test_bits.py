@@ -130,6 +130,23 @@ def test_a_header_that_promises_fewer_images_than_there_are_is_refused(samples):
     assert outcome(lambda: read_samples(path), wanted) == "refused"
 
 
+@pytest.mark.parametrize("what", ["samples", "features"])
+def test_a_length_in_the_directory_that_hides_what_follows_is_noticed(what, samples):
+    network, kept = extractor("digits"), samples.with_name("s.digits.features.npz")
+    evaluate(samples, samples, allow_few=True)
+    whole = kept.read_bytes()
+    path, read = {
+        "samples": (samples, lambda: read_samples(samples)),
+        "features": (kept, lambda: read_features(samples, network, whole)),
+    }[what]
+    content, wanted = path.read_bytes(), read()
+    first = content.index(b"PK\x01\x02")  # of the directory's entries; its bytes 32 and 33 are a comment's length
+    path.write_bytes(content[: first + 33] + b"\x01" + content[first + 34 :])
+    found = outcome(read, wanted, wanted | {"kept": False})
+    path.write_bytes(content)
+    assert found == {"samples": "refused", "features": "made good"}[what]
+
+
 def test_a_sampler_refuses_a_damaged_file_in_its_place(samples):
     """It reads the provenance only: what else is damaged, the evaluator finds."""
     wanted = read_provenance(samples)

@@ -71,6 +71,30 @@ def test_damaged_stores_are_refused(latent_store, tmp_path):
         LatentStore(copy)
 
 
+def test_a_damaged_name_of_a_tensor_or_key_of_the_manifest_is_refused_when_the_store_is_opened(
+    latent_store, store, tmp_path
+):
+    for kind, name in (
+        (LatentStore, "std"),
+        (LatentStore, "label"),
+        (TrajectoryStore, "noise"),
+        (TrajectoryStore, "xt"),
+    ):
+        copy = tmp_path / name
+        shutil.copytree({LatentStore: latent_store, TrajectoryStore: store}[kind], copy)
+        shard = copy / "shard-00001.safetensors"
+        shard.write_bytes(shard.read_bytes().replace(f'"{name}"'.encode(), f'"{name[:-1]}_"'.encode(), 1))
+        with pytest.raises(UserError, match=rf"shard-00001.safetensors: has no {name}; make it again$"):
+            kind(copy)
+    for key, value in (("num_classes", "num_classet"), ('"rows": 4', '"rows": 5')):
+        copy = tmp_path / value[:6]
+        shutil.copytree(latent_store, copy)
+        text = (copy / "manifest.json").read_text()
+        (copy / "manifest.json").write_text(text.replace(key, value, 1))
+        with pytest.raises(UserError, match=r"another latent store than the manifest|has 4 rows, the manifest says 5"):
+            LatentStore(copy)
+
+
 def test_a_reader_that_verifies_finds_damage_when_it_meets_it_and_not_before(store, tmp_path, capsys):
     copy = shutil.copytree(store, tmp_path / "store")
     shard = copy / "shard-00001.safetensors"  # of rows 20 to 39
