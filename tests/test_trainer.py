@@ -1,6 +1,7 @@
 """The loop that all trainers share: resume, kill -9, ranks, accumulation, non-finite steps."""
 
 import os
+import pickle
 import signal
 import time
 
@@ -8,8 +9,15 @@ import numpy as np
 import pytest
 from helpers import SMALL, assert_equal, call, checkpoint, losses, scalars, spawn, start
 
+import encode_latents
+import train
+import train_ARD_gan
+from diffusion.teacher_ode import OnlineBatches, TeacherODE
+from runtime.distributed import DistributedContext
 from stores import checkpoints
+from stores.images import open_source
 from stores.runs import RunFolder
+from stores.trajectories import TrajectoryBatches, TrajectoryStore
 
 
 @pytest.mark.parametrize("more", [(), ("--ema-warmup",)], ids=["plain", "warm average"])
@@ -77,6 +85,24 @@ def test_a_killed_run_is_continued_by_the_same_command(tmp_path, store, blow, ev
         call("train_ARD.py", *options, *folder, "--iterations", last)
     assert_equal(checkpoint(runs / "000-DiT-Nano-2", last), checkpoint(tmp_path / "whole", last))
     assert not snapshot.exists() and len(list(runs.iterdir())) == 1
+
+
+def test_every_data_set_gives_a_data_worker_the_same_items(store, image_folder, teacher_file):
+    """Workers that are spawned, or come from a fork server, get it pickled; forked ones as it is."""
+    teacher, context = checkpoints.load_teacher(teacher_file)[0], DistributedContext(1, 2)
+    order = {"global_batch_size": 6, "seed": 3, "context": context}
+    trajectories = TrajectoryBatches(TrajectoryStore(store), [6, 12, 19, 25], "x0", **order)
+    digits, images = open_source("digits"), open_source(str(image_folder), 8)
+    options = {"label_dropout": 0.5, "hflip": True}
+    for batches, item in (
+        (trajectories, 2),
+        (OnlineBatches(TeacherODE(teacher), [6, 12, 19, 25], "x0", **order), 2),
+        (train_ARD_gan.GanBatches(trajectories, digits, (1, 8, 8), hflip=True, seed=3, d_time=5), 2),
+        (train.TeacherBatches(digits, (1, 8, 8), **order, **options), 2),
+        (train.TeacherBatches(images, (3, 8, 8), **order, **options), 2),
+        (encode_latents.ImageBatches(images), (1, 4)),
+    ):
+        assert_equal(pickle.loads(pickle.dumps(batches))[item], batches[item])
 
 
 @pytest.mark.slow

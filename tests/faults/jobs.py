@@ -68,18 +68,19 @@ class Job:
     ``said`` is what it, and each of its ranks, has written to standard output and error.
     """
 
-    def __init__(self, stage: Stage, out: Path):
-        self.stage, self.out, self.logs = stage, out, out.with_suffix(".logs")
+    def __init__(self, stage: Stage, out: Path, alone: bool = False):
+        """``alone``: without ranks, whatever the stage says."""
+        self.out, self.logs, self.ranks = out, out.with_suffix(".logs"), 0 if alone else stage.ranks
         shutil.rmtree(self.logs, ignore_errors=True)
         self.logs.mkdir()
         options = stage.options(out)
         self._before, self._code = look(out), None
         self._process: subprocess.Popen | None = None
-        if stage.ranks:
+        if self.ranks:
             ranks_apart = {"PET_REDIRECTS": "3", "PET_LOG_DIR": str(self.logs)}  # options of torchrun
             with (self.logs / "all").open("w") as log:
                 self._process = subprocess.Popen(
-                    words(stage.script, *options, ranks=stage.ranks), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                    words(stage.script, *options, ranks=self.ranks), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
                     env=os.environ | ranks_apart, start_new_session=True,
                 )  # fmt: skip
             self.pid = self._process.pid
@@ -144,11 +145,7 @@ class Job:
         """
         pids = family(self.pid)
         ranks = {rank_of(pid): pid for pid in pids[1:]}
-        number = (
-            draw.choice([rank for rank in range(self.stage.ranks) if rank in ranks] or [None])
-            if how == "rank"
-            else None
-        )
+        number = draw.choice([rank for rank in range(self.ranks) if rank in ranks] or [None]) if how == "rank" else None
         victims = pids if how == "all" else [ranks[number] if number is not None else self.pid]
         for pid in victims:
             with contextlib.suppress(ProcessLookupError):

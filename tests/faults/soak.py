@@ -38,7 +38,7 @@ from soak_stages import GROUPS, Stage, stages  # noqa: E402
 
 torch.set_num_threads(1)
 
-COUNTS = {"dumps": 200, "training": 100, "drawing": 50, "sources": 30}
+COUNTS = {"dumps": 200, "training": 100, "drawing": 50, "others": 30}
 GOOD = ("kills", "kills of all", "kills of one rank", "kills of torchrun", "kills of a process alone", "equal",
         "others ended with a sentence", "others had not begun", "others were done", "held by a child", "refused",
         "complaints of orphaned data workers",
@@ -95,7 +95,7 @@ class Disturbance:
     def _job(self) -> Job:
         """The command once more; who was killed may still be held for a moment by a child."""
         while True:
-            job = Job(self.stage, self.out)
+            job = Job(self.stage, self.out, alone=self.stage.elastic and self.draw.random() < 0.5)
             job.changes(1, 0.3)
             if job.code != 2 or AT_WORK not in job.said["all"]:
                 return job
@@ -114,8 +114,8 @@ class Disturbance:
             job.changes(self.draw.randint(1, 20), 60)
 
     def _kill(self, job: Job) -> None:
-        how = self.draw.choice(("all", "rank", "started") if self.stage.ranks else ("all", "started"))
-        alone = "torchrun" if self.stage.ranks else "a process alone"
+        how = self.draw.choice(("all", "rank", "started") if job.ranks else ("all", "started"))
+        alone = "torchrun" if job.ranks else "a process alone"
         had_begun = job.has_begun
         try:
             seconds, rank = job.kill(how, self.draw)
@@ -125,13 +125,13 @@ class Disturbance:
         self.counts["kills"] += 1
         self.counts["kills of " + {"all": "all", "rank": "one rank", "started": alone}[how]] += 1
         self._look_for_tracebacks(job)
-        if how != "all" and self.stage.ranks:
+        if how != "all" and job.ranks:
             self.remarks.append(f"seconds {seconds:.1f}")
             self._listen(job, had_begun, rank)
 
     def _listen(self, job: Job, had_begun: bool, killed: int | None) -> None:
         """Whether the ranks that were not killed have said why they ended."""
-        for rank in range(self.stage.ranks):
+        for rank in range(job.ranks):
             if rank != killed:
                 if ": error: " in job.said.get(str(rank), ""):
                     self.counts["others ended with a sentence"] += 1
@@ -164,7 +164,7 @@ class Disturbance:
         Nor is that of Python's thread which hands tensors from a data worker to a process that has just been killed.
         """
         for who, text in job.said.items():
-            if who != "all" or not self.stage.ranks:
+            if who != "all" or not job.ranks:
                 found = len(re.findall(r"^Traceback", text, re.MULTILINE))
                 orphans = len(
                     re.findall(r"^Traceback .*\n.*resource_sharer.py\", line \d+, in _serve", text, re.MULTILINE)
