@@ -41,7 +41,7 @@ NEEDED = ("data", "listing", "image_size", "channels", "class_names", "num_class
 class LatentStore(ShardStore):
     """A finished store of latents as a source of real images (images.py says what a source is)."""
 
-    kind, needs = "latent store", ("mean", "std", "label")
+    kind = "latent store"
 
     def __init__(self, folder: str | Path, option: str = "--data-path", verify: bool = False):
         """``UserError`` naming ``option`` when it is missing, unfinished, truncated or another store."""
@@ -52,6 +52,7 @@ class LatentStore(ShardStore):
         absent = [name for name in NEEDED if name not in origin]
         if absent:
             raise UserError(f"{option} {folder}/manifest.json: its provenance lacks {', '.join(absent)}; make it again")
+        self.require("mean", "std", "label")
         self.vae, self.vae_hash = origin["vae"], origin.get("vae_hash")
         self.size, self.channels = origin["image_size"], origin["channels"]
         self.count, self.num_classes = len(self), origin["num_classes"]

@@ -207,7 +207,6 @@ class ShardStore:
     """A finished store, open for random reads. ``provenance`` is the manifest's, ``len`` the number of rows."""
 
     kind = "store"  # in messages; a subclass says of what
-    needs: tuple[str, ...] = ("label",)  # tensors that each shard has
 
     def __init__(self, folder: str | Path, option: str = "--data-path", verify: bool = False):
         """``UserError`` naming ``option`` when the store is missing, unfinished, truncated, or its manifest damaged.
@@ -241,15 +240,20 @@ class ShardStore:
                 raise UserError(f"{option} {path}: damaged or not a shard ({error}); make it again") from None
             if shard_provenance(path) != self.provenance:
                 raise UserError(f"{option} {path}: belongs to another {self.kind} than the manifest; make it again")
-            absent = {*self.needs, *self.tensors[0]} - self.tensors[-1].keys()
-            if absent:
-                raise UserError(f"{option} {path}: has no {min(absent)}; make it again")
             for name, value in self.tensors[-1].items():
                 if len(value) != shard["rows"]:
                     raise UserError(f"{option} {path}: {name} has {len(value)} rows, the manifest says {shard['rows']}")
         self.arrays = [{name: value.numpy() for name, value in tensors.items()} for tensors in self.tensors]
         self._first_row = np.cumsum([0] + [shard["rows"] for shard in self.shards])
         self._unverified = set(range(len(self.shards))) if verify else set()
+
+    def require(self, *names: str) -> None:
+        """``UserError`` unless every shard has these tensors, and the others that the first one has."""
+        for shard, tensors in zip(self.shards, self.tensors, strict=True):
+            absent = {*names, *self.tensors[0]} - tensors.keys()
+            if absent:
+                path = self.folder / shard["file"]
+                raise UserError(f"{self.option} {path}: has no {min(absent)}; make it again")
 
     def __getstate__(self) -> tuple[str, str, bool]:
         """A store travels to data workers as its path, and is mapped anew there."""

@@ -47,7 +47,7 @@ NEEDED = ("teacher", "teacher_hash", "teacher_weights", "vae", "num_classes", "s
 class TrajectoryStore(ShardStore):
     """A finished store of trajectories, open for random reads."""
 
-    kind, needs = "trajectory store", ("noise", "label")
+    kind = "trajectory store"
 
     def __init__(self, folder: str | Path, option: str = "--data-path", verify: bool = False):
         """``UserError`` naming ``option`` when the store is missing, unfinished, truncated or of something else."""
@@ -57,6 +57,7 @@ class TrajectoryStore(ShardStore):
         absent = [name for name in NEEDED if name not in self.provenance]
         if absent:
             raise UserError(f"{option} {folder}/manifest.json: its provenance lacks {', '.join(absent)}; make it again")
+        self.require("noise", "label")
         self.solver_indices: list[int] = self.provenance["solver_indices"]
 
     @property
