@@ -211,8 +211,10 @@ def soak(base: Path, known: dict[str, Stage], args: argparse.Namespace) -> dict[
         lacking = [group for group in groups if args.minutes or kills(group) < args.kills[group]]
         if not lacking:
             return None
-        group = min(lacking, key=lambda group: kills(group) / args.kills[group])
-        return min((name for name in KNOWN if KNOWN[name].group == group), key=lambda name: started[name])
+        names = {group: [name for name in KNOWN if KNOWN[name].group == group] for group in lacking}
+        begun_of = {group: sum(started[name] for name in names[group]) for group in lacking}
+        group = min(lacking, key=lambda group: (kills(group) / args.kills[group], begun_of[group]))
+        return min(names[group], key=lambda name: started[name])
 
     started, turn, running = Counter(), 0, set()
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("fork")) as pool:
