@@ -107,8 +107,11 @@ def damaged_member(path: Path) -> str | None:
         return archive.testzip()
 
 
-def load_weights(model: nn.Module, state: dict[str, torch.Tensor], what: str) -> None:
-    """Load weights that must fit exactly and be finite; ``UserError`` names what does not."""
+def load_weights(model: nn.Module, state: dict[str, torch.Tensor], what: str, take: bool = False) -> None:
+    """Load weights that must fit exactly and be finite; ``UserError`` names what does not.
+
+    ``take``: the model takes over the tensors themselves, so that a mapped file is in memory once and not twice.
+    """
     own = model.state_dict()
     problems = {
         "missing": [name for name in own if name not in state],
@@ -125,7 +128,9 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], what: str) ->
     bad = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
         raise UserError(f"{what}: the weights hold NaN or infinite values (first in {bad[0]})")
-    model.load_state_dict(state)
+    if take:
+        state = {name: value.to(own[name].dtype) for name, value in state.items()}
+    model.load_state_dict(state, assign=take)
 
 
 def _own(content: dict, kind: str, weights: str, what: str) -> tuple[dict, dict]:
@@ -196,7 +201,7 @@ def load_teacher(
     if heads not in (None, own):
         raise UserError(f"{HEADS} {heads}: {what} has {own}, leave the option out")
     model = _build(DiT, config["model"], what)
-    load_weights(model, state, what)
+    load_weights(model, state, what, take=True)
     provenance = {
         "teacher": str(source),
         "teacher_hash": weights_hash(state),
@@ -231,7 +236,7 @@ def load_student(
         config["provenance"] = {"student_file": str(path)}
     model = _build(ARD, config["model"], what)
     require_same(f"{what}: the options contradict this student", model.config, given)
-    load_weights(model, state, what)
+    load_weights(model, state, what, take=True)
     details = {"weights_hash": weights_hash(state), "student": model.config, "training": config["training"]}
     return model.eval(), {**config, "model": model.config, "provenance": config["provenance"] | details}
 
