@@ -45,7 +45,7 @@ def build_parser() -> cli.Parser:
     )
     group.add_argument("--image-size", type=cli.positive, help="Pixels of a side; image folders need it.")
     group.add_argument(
-        "--channels", type=int, choices=(1, 3), help="1 for a folder in which all images are grey; without it, 3."
+        "--channels", type=cli.positive, choices=(1, 3), help="1 for a folder of grey images only; without it, 3."
     )
     add_skip_bad_option(group)
     group.add_argument(

@@ -11,9 +11,7 @@ To resume, run the same command again.
 import argparse
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from discriminator import Discriminator, FrozenFeatures
 from evaluations.plans import COST_OPTIONS, PLANNED_OPTIONS, plan_gan
@@ -26,11 +24,11 @@ from runtime.cli import UserError, chosen
 from runtime.distributed import DistributedContext
 from runtime.precision import autocast, cast_weights, compile_each, prepare_blocks
 from runtime.provenance import require_same
-from runtime.randomness import Shuffle, generator, noise
 from runtime.training_options import RESULT_OPTIONS, RUN_OPTIONS, STATE_OPTIONS, add_training_options
 from runtime.vae import Pixels, load_same_vae
 from sampler import student_previews
 from stores import checkpoints
+from stores.adversarial import GanBatches
 from stores.image_folder import add_skip_bad_option
 from stores.images import Source, latent_shape, must_not_hold, open_source, real_latents, summary
 from stores.latents import is_store
@@ -97,40 +95,6 @@ def build_parser() -> cli.Parser:
     add_training_options(parser, lr=1e-4, batch=48, iterations=40_000)
     add_quality_options(parser)
     return parser
-
-
-#################################################################################
-#                                     Data                                      #
-#################################################################################
-
-
-class GanBatches(Dataset):
-    """Item n is this rank's share of step n: trajectories with labels, and real images with theirs, in orders apart."""
-
-    def __init__(
-        self,
-        trajectories: TrajectoryBatches,
-        source: Source,
-        shape: tuple[int, int, int],
-        *,
-        hflip: bool,
-        seed: int,
-        d_time: int,
-    ):
-        self.trajectories, self.source, self.shape = trajectories, source, shape
-        self.hflip, self.seed, self.d_time = hflip, seed, d_time
-        self.shuffle = Shuffle(source.count, seed, "real")
-
-    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        indices = self.trajectories.context.step_indices(step, self.trajectories.global_batch_size)
-        flips = [self.hflip and generator(self.seed, "augmentation", i).random() < 0.5 for i in indices]
-        real = self.source.read(self.shuffle.rows(indices.start, indices.stop), np.array(flips))
-        real["real_y"] = real.pop("y")
-        real["posterior_noise"] = noise(self.seed, "posterior", indices, self.shape)
-        if self.d_time:
-            real["real_noise"] = noise(self.seed, "discriminator", [2 * i for i in indices], self.shape)
-            real["fake_noise"] = noise(self.seed, "discriminator", [2 * i + 1 for i in indices], self.shape)
-        return self.trajectories[step] | real
 
 
 def check_groups(global_batch_size: int, accumulation: int, bn_group: int, context: DistributedContext) -> None:

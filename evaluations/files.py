@@ -20,7 +20,8 @@ import numpy as np
 
 from runtime.cli import FULL_DISK, UserError, existing_file, shortened
 from runtime.distributed import DistributedContext
-from runtime.files import DAMAGED_NPZ, atomic_write, file_sha256, has_lost_members, npy_header, npz_member
+from runtime.files import atomic_write, file_sha256
+from runtime.npz import DAMAGED_NPZ, has_lost_members, npy_header, npz_member
 from stores.image_folder import ImageFolder
 
 

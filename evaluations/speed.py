@@ -37,7 +37,7 @@ from runtime.randomness import Shuffle
 from runtime.timing import Case
 from runtime.vae import VAE
 from stores.shards import ShardWriter
-from stores.trajectories import TrajectoryStore
+from stores.trajectories import NEEDED, TrajectoryStore
 from trainer import TrainState
 
 OPTIMISER: dict[str, Any] = {"lr": 1e-4, "clip": 1.0}
@@ -210,7 +210,7 @@ def store_cases(options: dict, folder: Path) -> dict[str, Case]:
     shape = (rows, 4, 32, 32)
     data = {"noise": torch.randn(shape), "xt": torch.randn(rows, points, *shape[1:])}
     data = {name: value.half() for name, value in data.items()} | {"label": torch.arange(rows) % 1000}
-    about = {"count": rows, "rows_per_shard": rows, "solver_indices": grid_steps(points)}
+    about = dict.fromkeys(NEEDED) | {"count": rows, "rows_per_shard": rows, "solver_indices": grid_steps(points)}
     with ShardWriter(folder / "store", about, DistributedContext(), unit="trajectory") as writer:
         writer.write(range(rows), data)
     store = TrajectoryStore(folder / "store")

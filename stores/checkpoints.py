@@ -26,6 +26,7 @@ from runtime.cli import OptionGroup, UserError, existing_file, not_negative, pos
 from runtime.files import atomic_write
 from runtime.provenance import require_same, weights_hash, with_current_keys
 from stores import foreign_weights
+from stores.torch_files import damaged_member, why_not
 
 HEADS = "--teacher-heads"
 Model = TypeVar("Model", bound=DiT)
@@ -65,23 +66,6 @@ def load(path: str | Path, option: str) -> dict:
     return content
 
 
-def why_not(path: Path, error: Exception) -> str:
-    """Why a file cannot be read. torch's own words are codes, and advice to load what may run code."""
-    with path.open("rb") as file:
-        begin = file.read(2)
-    if not begin:
-        return "it is empty"
-    if path.suffix == ".safetensors":
-        return f"damaged, or another format than its name says: {error}".splitlines()[0]
-    if isinstance(error, (ValueError, zipfile.BadZipFile, EOFError)):
-        return (str(error) or "it is truncated").splitlines()[0]
-    if begin == b"PK":
-        return "it holds Python objects, which are never loaded" if zipfile.is_zipfile(path) else "it is truncated"
-    if begin[:1] == b"\x80":  # torch's format before 1.6, or a plain pickle
-        return "it is truncated, or holds Python objects, which are never loaded"
-    return "it is no file of torch.save or safetensors"
-
-
 def weights_bytes(model: nn.Module) -> int:
     """What a model's weights take in a checkpoint, and in memory."""
     return sum(value.numel() * value.element_size() for value in model.state_dict().values())
@@ -90,21 +74,6 @@ def weights_bytes(model: nn.Module) -> int:
 def moments_bytes(model: nn.Module) -> int:
     """What AdamW keeps of a model in training, two moments of each weight that is trained."""
     return 2 * sum(value.numel() * value.element_size() for value in model.parameters() if value.requires_grad)
-
-
-def damaged_member(path: Path) -> str | None:
-    """The first part of a torch file whose content differs from the checksum beside it, which torch does not look at.
-
-    None where all is well, and for files in torch's format before 1.6, which have no checksums. ``ValueError`` for a
-    packed part: nobody knows how large it is.
-    """
-    if not zipfile.is_zipfile(path):
-        return None
-    with zipfile.ZipFile(path) as archive:
-        for part in archive.infolist():
-            if part.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"its part {part.filename} is packed, which PyTorch does not do")
-        return archive.testzip()
 
 
 def load_weights(model: nn.Module, state: dict[str, torch.Tensor], what: str, take: bool = False) -> None:
@@ -197,10 +166,10 @@ def load_teacher(
         else:
             state = foreign_weights.official_state(content, weights, what)
             config, bare = _foreign_config("teacher", foreign_weights.dit_config(state, what, heads, HEADS)), True
-    own = config["model"]["num_heads"]
+    model = _build(DiT, config["model"], what)
+    own = model.config["num_heads"]
     if heads not in (None, own):
         raise UserError(f"{HEADS} {heads}: {what} has {own}, leave the option out")
-    model = _build(DiT, config["model"], what)
     load_weights(model, state, what, take=True)
     provenance = {
         "teacher": str(source),

@@ -20,7 +20,8 @@ from torchvision.utils import make_grid
 
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
-from runtime.files import DAMAGED_NPZ, SharedWriter, atomic_write, claim, npz_member, release, write_text
+from runtime.files import SharedWriter, atomic_write, claim, release, write_text
+from runtime.npz import DAMAGED_NPZ, npz_member
 from runtime.provenance import require_same, with_current_keys
 from stores.images import to_uint8
 

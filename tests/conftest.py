@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: no test fetches anything
@@ -26,6 +27,9 @@ from models import DiT  # noqa: E402
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start: their models are tiny
 torch.set_num_threads(1)
+# How long a machine that is busy takes to draw an example says nothing of the code.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

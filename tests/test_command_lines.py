@@ -110,7 +110,7 @@ CASES = {
     "an image beyond memory": (
         TEACH,
         ["--data-path", "BAD/picture", "--image-size", "2e6"],
-        "a model of 2000000 x 2000000 pixels",
+        "too long to crop 2000000 of",
     ),
     # What is given is something else.
     "a folder of runs": (SAMPLE, ["--ckpt-path", "BAD/runs"], "such as BAD/runs/000-x/checkpoints/0000003.pt"),
@@ -167,13 +167,13 @@ CASES = {
     "labels out of range": (SAMPLE, ["--class-labels", 3, 10], "--class-labels [3, 10]"),
     "not an npz": (SAMPLE, ["--out", "OUT.zip"], ".npz"),
     "vae for pixels": (TEACHER_SAMPLE, ["--vae", "ema"], "--vae ema"),
-    "a file for a run's folder": (TRAIN, ["--run-dir", "BAD/text.pt"], "BAD/text.pt: there is a file of that name"),
+    "a file for a run's folder": (TRAIN, ["--run-dir", "BAD/text.pt"], "BAD/text.pt: is a file, give a folder"),
     "a file for the folder of runs": (
         TEACH[:-4],
         ["--data-path", "digits", "--results-dir", "BAD/text.pt"],
-        "a file of",
+        "BAD/text.pt: is a file, give a folder",
     ),
-    "a file for a store": (DUMP, ["--out", "BAD/text.pt"], "BAD/text.pt: there is a file of that name, give a folder"),
+    "a file for a store": (DUMP, ["--out", "BAD/text.pt"], "BAD/text.pt: is a file, give a folder"),
     "samples over another file": (SAMPLE, ["--out", "BAD/text.npz"], "text.npz: not a complete .npz file"),
     "samples over other images": (SAMPLE, ["--out", "BAD/images.npz"], "the samples there are others"),
     "samples over the checkpoint": (SAMPLE, ["--ckpt-path", "BAD/a.npz", "--out", "BAD/a.npz"], "BAD/a.npz: "),

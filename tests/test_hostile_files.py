@@ -14,7 +14,7 @@ from helpers import SHIPPED_TEACHER, call, draw_digits, memory_limit, refused, s
 from safetensors.torch import save_file
 
 from runtime.cli import UserError
-from runtime.files import npz_member
+from runtime.npz import npz_member
 from stores import checkpoints
 
 

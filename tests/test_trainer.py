@@ -11,10 +11,10 @@ from helpers import SMALL, assert_equal, call, checkpoint, losses, scalars, spaw
 
 import encode_latents
 import train
-import train_ARD_gan
 from diffusion.teacher_ode import OnlineBatches, TeacherODE
 from runtime.distributed import DistributedContext
 from stores import checkpoints
+from stores.adversarial import GanBatches
 from stores.images import open_source
 from stores.runs import RunFolder
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
@@ -97,7 +97,7 @@ def test_every_data_set_gives_a_data_worker_the_same_items(store, image_folder, 
     for batches, item in (
         (trajectories, 2),
         (OnlineBatches(TeacherODE(teacher), [6, 12, 19, 25], "x0", **order), 2),
-        (train_ARD_gan.GanBatches(trajectories, digits, (1, 8, 8), hflip=True, seed=3, d_time=5), 2),
+        (GanBatches(trajectories, digits, (1, 8, 8), hflip=True, seed=3, d_time=5), 2),
         (train.TeacherBatches(digits, (1, 8, 8), **order, **options), 2),
         (train.TeacherBatches(images, (3, 8, 8), **order, **options), 2),
         (encode_latents.ImageBatches(images), (1, 4)),
