@@ -14,7 +14,7 @@ training; ``KVCache`` has one after another, for sampling. Neither needs a mask.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -140,7 +140,7 @@ class ARD(DiT):
         self.heads = nn.ModuleList(copy.deepcopy(self.final_layer) for _ in range(steps))
         del self.final_layer
         times = [999 * (steps - k) / steps for k in range(steps)]
-        self.register_buffer("times", torch.tensor(times), persistent=False)
+        self.register_buffer("times", torch.tensor(times, dtype=torch.float32), persistent=False)
         self.level = nn.Parameter(torch.zeros(steps, 1, self.config["hidden_size"])) if level_embedding else None
 
     @classmethod
@@ -197,7 +197,7 @@ class ARD(DiT):
         return torch.stack([self.predict(tokens[:, k], c[:, k], k) for k in range(S)], dim=1)
 
     def sample(
-        self, noise: torch.Tensor, y: torch.Tensor, given: dict[int, torch.Tensor] | None = None
+        self, noise: torch.Tensor, y: torch.Tensor, given: Mapping[int, torch.Tensor] | None = None
     ) -> torch.Tensor:
         """The student's own trajectory, one step after another with a kv-cache (paper, section 3.3).
 
@@ -205,7 +205,13 @@ class ARD(DiT):
         predictions: {k: (B, C, H, W)} takes the place of what step k predicts, e.g. a source image's latent (appendix
         C.2) or a teacher's point (Fig. 6b).
         """
-        x, predictions = noise, []
+        return torch.stack(list(self.sample_steps(noise, y, given)), dim=1)
+
+    def sample_steps(
+        self, noise: torch.Tensor, y: torch.Tensor, given: Mapping[int, torch.Tensor] | None = None
+    ) -> Iterator[torch.Tensor]:
+        """The predictions of ``sample`` one by one, (B, C, H, W) each, as soon as they are made."""
+        x = noise
         c = self.conditioning(y)
         caches = [KVCache(self.mask, self.steps) for _ in range(self.history_layers)]
         for k in range(self.steps):
@@ -213,5 +219,4 @@ class ARD(DiT):
             x = self.predict(tokens, c[:, k], k)
             if given and k in given:
                 x = given[k]
-            predictions.append(x)
-        return torch.stack(predictions, dim=1)
+            yield x

@@ -93,37 +93,25 @@ class VAE:
 
     def __init__(self, name: str, device: torch.device, precision: str = "fp32", compile: bool = False):
         """``compile``: the decoder, at the first call; from then on it takes ``IMAGES_AT_ONCE`` latents at a time."""
-        path, fetch = NAMES.get(name, name), ""
-        if not Path(path).is_dir():
-            if not re.fullmatch(HUB_ID, path):
-                raise UserError(f"--vae {name}: no such folder; give ema, mse, none, a hub id or a folder")
-            fetch = f", or fetch it where there is a network: hf download {path} --local-dir FOLDER"
-        from diffusers import AutoencoderKL  # seconds to import, not needed for pixels
-        from diffusers.utils import logging
-
-        logging.set_verbosity(logging.CRITICAL)  # our sentence below says what failed
-        try:
-            folder = cached_snapshot(path, "vae") if fetch else Path(path)
-            within = "vae" if (folder / "vae" / "config.json").is_file() else None  # a whole pipeline's folder
-            self.model, found = AutoencoderKL.from_pretrained(
-                folder,
-                subfolder=within,
-                torch_dtype=torch.float32,
-                low_cpu_mem_usage=False,  # True, the default, only warns that it needs the package accelerate
-                output_loading_info=True,
-            )
-            if absent := sorted(found["missing_keys"]):  # diffusers would leave these random
-                raise ValueError(f"its weights lack {shortened(absent, 3)}")
-        except Exception as error:  # diffusers raises many kinds for a missing file, a bad config, no network
-            raise UserError(
-                f"--vae {name}: cannot load the autoencoder; {EXPECTED}{fetch} ({str(error).splitlines()[0]})"
-            ) from None
-        self.name, self.dtype, self.compiled = path, DTYPES[precision], compile
-        self.scale = self.model.config.scaling_factor
-        self.hash: str | None = latent_space_hash(self.model)
-        self.model = self.model.to(device, self.dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+        model = load_autoencoder(name)
+        self.hash: str | None = latent_space_hash(model)
+        self._wrap(model.to(device, DTYPES[precision]))
+        self.name, self.compiled = NAMES.get(name, name), compile
         if compile:
             self.model.decoder.compile(dynamic=False)
+
+    @classmethod
+    def of(cls, model: Any) -> "VAE":
+        """Around an AutoencoderKL that is there already, on its device and in its number format."""
+        vae = cls.__new__(cls)
+        vae._wrap(model)
+        vae.name, vae.hash, vae.compiled = model.config.get("_name_or_path", ""), None, False
+        return vae
+
+    def _wrap(self, model: Any) -> None:
+        self.model = model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.dtype = model.dtype
+        self.scale = self.model.config.scaling_factor
         self.factor = 2 ** (len(self.model.config.block_out_channels) - 1)
         self.channels, self.image_channels = self.model.config.latent_channels, self.model.config.in_channels
         self.weights_bytes, self.here = sum(p.nbytes for p in self.model.parameters()), True
@@ -143,6 +131,36 @@ class VAE:
         if self.compiled:  # made for one size: the last part is filled up
             z = torch.cat([z, z.new_zeros(-len(z) % IMAGES_AT_ONCE, *z.shape[1:])])
         return torch.cat([self.model.decode(part).sample.float() for part in z.split(IMAGES_AT_ONCE)])[: len(latents)]
+
+
+def load_autoencoder(name: str) -> Any:
+    """diffusers' AutoencoderKL of that name ("ema", "mse", a hub id or a folder), in float32; ``UserError`` if not."""
+    path, fetch = NAMES.get(name, name), ""
+    if not Path(path).is_dir():
+        if not re.fullmatch(HUB_ID, path):
+            raise UserError(f"--vae {name}: no such folder; give ema, mse, none, a hub id or a folder")
+        fetch = f", or fetch it where there is a network: hf download {path} --local-dir FOLDER"
+    from diffusers import AutoencoderKL  # seconds to import, not needed for pixels
+    from diffusers.utils import logging
+
+    logging.set_verbosity(logging.CRITICAL)  # our sentence below says what failed
+    try:
+        folder = cached_snapshot(path, "vae") if fetch else Path(path)
+        within = "vae" if (folder / "vae" / "config.json").is_file() else None  # a whole pipeline's folder
+        model, found = AutoencoderKL.from_pretrained(
+            folder,
+            subfolder=within,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,  # True, the default, only warns that it needs the package accelerate
+            output_loading_info=True,
+        )
+        if absent := sorted(found["missing_keys"]):  # diffusers would leave these random
+            raise ValueError(f"its weights lack {shortened(absent, 3)}")
+    except Exception as error:  # diffusers raises many kinds for a missing file, a bad config, no network
+        raise UserError(
+            f"--vae {name}: cannot load the autoencoder; {EXPECTED}{fetch} ({str(error).splitlines()[0]})"
+        ) from None
+    return model
 
 
 def latent_space_hash(model: Any) -> str:
