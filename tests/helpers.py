@@ -18,7 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffusion.teacher_ode import grid_steps
 from models import DiT, DiT_models
+from models_ard import ARD
 from runtime import cli
 from runtime.files import file_sha256
 from stores import checkpoints
@@ -131,6 +133,14 @@ def save_teacher(path: Path, teacher: DiT, vae: Path | None = None) -> Path:
     config = {"kind": "teacher", "model": teacher.config, "vae": str(vae) if vae else None}
     config |= {"provenance": {"data": "random"}, "training": {}}
     checkpoints.save(path, {"config": config, "step": 0, "ema": teacher.state_dict()})
+    return path
+
+
+def save_student(path: Path, student: ARD, vae: Path | None = None) -> Path:
+    """Write a student as train_ARD.py would, without what only its training needs."""
+    points = {"grid": "even", "solver_indices": grid_steps(student.steps), "target": "x0"}
+    config = checkpoints.student_config(student, vae=str(vae) if vae else None, provenance={}, training={}, **points)
+    checkpoints.save(path, {"config": config, "step": 0, "ema": student.state_dict()})
     return path
 
 

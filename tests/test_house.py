@@ -72,8 +72,9 @@ def test_imports_have_no_cycle():
     assert not left
 
 
-def test_the_root_holds_seventeen_files_of_python_at_most():
-    assert len(list(ROOT.glob("*.py"))) <= 17
+def test_the_root_holds_nineteen_files_of_python_at_most():
+    """``pipeline_ard.py`` and ``app.py`` are there because people who only use a student look for them there."""
+    assert len(list(ROOT.glob("*.py"))) <= 19
 
 
 def test_no_file_has_320_lines():

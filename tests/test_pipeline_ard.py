@@ -1,0 +1,193 @@
+"""The pipeline of diffusers: the samples of sample_ARD.py to the bit, saved and loaded without pickle."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, arrays, call, random_teacher, refused, save_student
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from models_ard import ARD
+from pipeline_ard import ARDPipeline
+from stores import checkpoints
+
+
+def quiet(pipe: ARDPipeline) -> ARDPipeline:
+    """Without the progress bar that diffusers shows by default."""
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def latent_student(tmp_path_factory, autoencoder):
+    """An untrained student of three classes on the tiny autoencoder's latents."""
+    student = ARD.from_teacher(random_teacher(input_size=4, in_channels=4, num_classes=3), history_layers=2)
+    return save_student(tmp_path_factory.mktemp("latent") / "student.pt", student, autoencoder)
+
+
+@pytest.mark.parametrize("kind", ["pixels", "latents"])
+def test_the_pipeline_draws_sample_ards_samples_to_the_bit_before_and_after_saving(
+    kind, student_file, latent_student, tmp_path
+):
+    path = {"pixels": student_file, "latents": latent_student}[kind]
+    call("sample_ARD.py", "--ckpt-path", path, "--num-samples", 20, "--seed", 5, "--save-latents", "--device", "cpu",
+         "--out", tmp_path / "s.npz")  # fmt: skip
+    wanted = arrays(tmp_path / "s.npz")
+    fresh = quiet(ARDPipeline.from_checkpoint(path))
+    fresh.save_pretrained(tmp_path / "saved")
+    for pipe in (fresh, quiet(ARDPipeline.from_pretrained(tmp_path / "saved"))):
+        given = dict(class_labels=wanted["arr_1"].tolist(), latents=pipe.noise(5, range(20)))
+        assert np.array_equal(pipe(**given, output_type="latent").images.numpy(), wanted["latents"])
+        images = pipe(**given).images
+        assert all(image.mode == {"pixels": "L", "latents": "RGB"}[kind] for image in images)
+        assert np.array_equal(np.stack([np.asarray(image.convert("RGB")) for image in images]), wanted["arr_0"])
+    files = [file.name for file in (tmp_path / "saved").rglob("*") if file.is_file()]
+    assert (tmp_path / "saved/vae").exists() is (kind == "latents")
+    assert {name.rpartition(".")[2] for name in files} == {"json", "safetensors", "md"}
+
+
+@pytest.fixture(scope="module")
+def digits(student_file) -> ARDPipeline:
+    """The pipeline of the small digits student."""
+    return quiet(ARDPipeline.from_checkpoint(student_file))
+
+
+def test_outputs_have_the_forms_of_diffusers(digits):
+    one, other = (torch.Generator().manual_seed(seed) for seed in (1, 1))
+    arrays_ = digits(class_labels=[3, 7], generator=one, output_type="np").images
+    tensors = digits(class_labels=[3, 7], generator=other, output_type="pt", return_dict=False)[0]
+    assert arrays_.shape == (2, 8, 8, 1) and tensors.shape == (2, 1, 8, 8)
+    assert np.array_equal(arrays_, tensors.permute(0, 2, 3, 1).numpy()) and 0 <= arrays_.min() < arrays_.max() <= 1
+    same = digits(class_labels=[3, 7], generator=torch.Generator().manual_seed(1)).images
+    assert np.abs(np.asarray(same[0]) / 255 - arrays_[0, ..., 0]).max() <= 0.5 / 255 + 1e-6
+    assert torch.equal(digits.noise(0, [4, 9])[1], digits.noise(0, range(10))[9])
+
+
+def test_labels_are_known_by_name(student_file, tmp_path):
+    content = checkpoints.load(student_file, "")
+    content["config"]["provenance"]["class_names"] = ["zero, nought", *"123456789"]
+    checkpoints.save(tmp_path / "named.pt", content)
+    ARDPipeline.from_checkpoint(tmp_path / "named.pt").save_pretrained(tmp_path / "saved")
+    pipe = ARDPipeline.from_pretrained(tmp_path / "saved")
+    assert pipe.get_label_ids(["nought", "7", "zero"]) == [0, 7, 0] and pipe.get_label_ids("9") == [9]
+    with pytest.raises(ValueError, match="^ten: no such label, choose among 1, 2, .*, zero$"):
+        pipe.get_label_ids(["1", "ten"])
+
+
+def test_the_callback_sees_each_prediction_and_given_ones_are_taken(digits):
+    seen = []
+    noise = digits.noise(0, [0])
+    sample = digits(class_labels=[3], latents=noise, output_type="latent",
+                    callback_on_step_end=lambda pipe, step, time, about: seen.append((step, float(time), about)),
+                    )  # fmt: skip
+    with torch.no_grad():
+        wanted = digits.transformer.student.sample(noise, torch.tensor([3]))
+    assert [(step, time) for step, time, _ in seen] == [(0, 999), (1, 749.25), (2, 499.5), (3, 249.75)]
+    assert torch.equal(torch.stack([about["latents"] for *_, about in seen], dim=1), wanted)
+    again = digits(class_labels=[3], latents=torch.zeros_like(noise), output_type="latent", given={3: sample.images})
+    assert torch.equal(again.images, sample.images)
+
+
+def test_an_unconditional_student_is_told_how_many(tmp_path):
+    student = ARD.from_teacher(random_teacher(num_classes=0), steps=2, history_layers=1)
+    path = save_student(tmp_path / "student.pt", student)
+    pipe = quiet(ARDPipeline.from_checkpoint(path))
+    assert pipe.labels == {} and len(pipe(batch_size=3).images) == 3 and len(pipe().images) == 1
+    with pytest.raises(ValueError, match="batch_size to an unconditional one"):
+        pipe(class_labels=[0])
+
+
+@pytest.mark.parametrize(
+    "wrong, expected",
+    [
+        (dict(), "give class_labels"),
+        (dict(class_labels=[10]), r"class_labels \[10\]: this student has the labels 0..9"),
+        (dict(class_labels=[1], output_type="jpg"), "'jpg' is none of"),
+        (dict(class_labels=[1], latents=torch.zeros(2, 1, 8, 8)), r"need \(1, 1, 8, 8\)"),
+    ],
+)
+def test_wrong_calls_are_refused(wrong, expected, digits):
+    with pytest.raises(ValueError, match=expected):
+        digits(**wrong)
+
+
+def test_half_precision_keeps_the_times_of_steps(digits, tmp_path):
+    digits.save_pretrained(tmp_path)
+    call_ = dict(class_labels=[1, 2], latents=digits.noise(0, [0, 1]), output_type="pt")
+    full = digits(**call_).images
+    loaded, cast = (
+        ARDPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16),
+        ARDPipeline.from_pretrained(tmp_path),
+    )
+    for pipe in (loaded, cast.to(torch.bfloat16)):
+        assert pipe.transformer.dtype == torch.bfloat16
+        assert torch.equal(pipe.transformer.student.times, digits.transformer.student.times)
+        half = quiet(pipe)(**call_).images
+        assert half.dtype == torch.float32 and 0 < (half - full).abs().max() < 0.1
+
+
+def test_weights_that_do_not_fit_and_pickles_are_refused(digits, tmp_path):
+    digits.save_pretrained(tmp_path, safe_serialization=False)
+    file = tmp_path / "transformer/diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    save_file(dict(list(state.items())[1:]), file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the weights do not fit the model .*missing_keys"):
+        ARDPipeline.from_pretrained(tmp_path)
+    file.unlink()
+    torch.save(state, file.with_name("diffusion_pytorch_model.bin"))
+    with pytest.raises(OSError, match="safetensors"):
+        ARDPipeline.from_pretrained(tmp_path, use_safetensors=False)
+
+
+def test_push_to_hub_uploads_what_save_pretrained_writes(digits, tmp_path, monkeypatch):
+    """The calls that need a network are the hub's own; here they note what they are given."""
+    from diffusers.utils import hub_utils
+    from huggingface_hub import RepoUrl
+
+    uploaded = {}
+
+    def upload(repo_id, folder_path, **_):
+        files = [path for path in Path(folder_path).rglob("*") if path.is_file()]
+        uploaded.update({str(path.relative_to(folder_path)): path.read_bytes() for path in files})
+
+    monkeypatch.setattr(hub_utils, "create_repo", lambda repo_id, **_: RepoUrl(f"https://huggingface.co/{repo_id}"))
+    monkeypatch.setattr(hub_utils, "upload_folder", upload)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    digits.push_to_hub("me/digits")
+    digits.save_pretrained(tmp_path)
+    assert uploaded == {str(f.relative_to(tmp_path)): f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    card = uploaded["README.md"].decode()
+    assert card.startswith("---\nlibrary_name: diffusers\n") and card.count("---\n") == 2
+    for row in ("| steps S | 4 |", "| mask | M4 |", "| layers that see history N | 2 of 3 |", "| target | x0 |",
+                "guidance 1.5", "loss R", "training steps | 3 |"):  # fmt: skip
+        assert row in card, row
+
+
+def test_mistakes_of_the_command_are_named(student_file, teacher_file, tmp_path, capsys):
+    out = ("--out", tmp_path / "out")
+    assert "holds a teacher" in refused(capsys, "pipeline_ard.py", teacher_file, *out)
+    assert "works on pixels" in refused(capsys, "pipeline_ard.py", student_file, *out, "--vae", "ema")
+    assert "it is there already" in refused(capsys, "pipeline_ard.py", student_file, "--out", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_folder_of_the_command_loads_in_another_process_as_its_card_says(student_file, tmp_path):
+    command = [sys.executable, ROOT / "pipeline_ard.py", student_file, "--out", tmp_path / "digits"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0 and "digits: 0." in done.stdout, done.stderr
+    assert json.loads((tmp_path / "digits/model_index.json").read_text())["transformer"][0] == "pipeline_ard"
+    code = (tmp_path / "digits/README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace("FOLDER OR HUB ID", "digits") + "images[1].save('one.png')\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                          env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    pipe = quiet(ARDPipeline.from_checkpoint(student_file))
+    wanted = pipe(class_labels=[0, 1], generator=torch.Generator().manual_seed(0)).images[1]
+    assert Image.open(tmp_path / "one.png").tobytes() == wanted.tobytes()
