@@ -4,26 +4,64 @@
     torchrun --nnodes=1 --nproc_per_node=1 sample_ARD.py --stack=6 --ckpt_path=.../checkpoints/0300000.pt
 
 The checkpoint knows its model: --model, --steps, --mask and --stack are only checked against it.
+
+Points of the student's own trajectory can be replaced, and it goes on from there: by source images, which it translates
+to the classes asked for (appendix C.2 of the paper), or by its teacher's, to see how errors add up (Fig. 6b).
+
+    python sample_ARD.py --ckpt-path STUDENT --source-images photos --class-labels 207 --num-samples 8
+    python sample_ARD.py --ckpt-path STUDENT --teacher-steps 2 --num-samples 50000
 """
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
+from diffusion.teacher_ode import pick_points
+from evaluations.files import Images
 from evaluations.plans import SAMPLED_OPTIONS, plan_samples
 from models import DiT_models
+from models_ard import ARD
 from presets import preset
 from runtime import cli, distributed
-from runtime.cli import chosen
+from runtime.cli import UserError, chosen
 from runtime.distributed import DistributedContext
-from sampler import PLACE_OPTIONS, SAMPLING_OPTIONS, SamplingJob, add_sampling_options, samples_path
+from runtime.files import file_sha256
+from runtime.vae import VAE, Pixels
+from sampler import (
+    PLACE_OPTIONS,
+    SAMPLING_OPTIONS,
+    SamplingJob,
+    add_sampling_options,
+    learned_ode,
+    samples_path,
+    source_latents,
+)
 from stores import checkpoints
+from stores.image_folder import ImageFolder
+from stores.pictures import center_crop
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, description="Sample a student to .npz.")
     parser.add_presets(preset("sample_ARD.py"), plan_of_options)
     checkpoints.add_student_options(parser.add_argument_group("student"))
+    group = parser.add_argument_group("given points")
+    group.add_argument(
+        "--source-images",
+        type=cli.name,
+        help="Let these images, a folder or .npz, take the place of a prediction, in turn.",
+    )
+    group.add_argument(
+        "--source-step", type=cli.positive, default=1, help="Replace the prediction of this step, 1 .. S-1."
+    )
+    group.add_argument(
+        "--teacher-steps", type=cli.not_negative, default=0, help="Take so many first points from the teacher."
+    )
+    group.add_argument("--teacher", type=cli.file, help="Find that teacher here instead of where the checkpoint says.")
     add_sampling_options(parser)
     return parser
 
@@ -35,10 +73,58 @@ def plan_of_options(args: argparse.Namespace) -> dict:
     return plan_samples(config, DistributedContext(), **chosen(args, SAMPLED_OPTIONS)).describe() if config else {}
 
 
+class SourceImages:
+    """The images of a folder or .npz, taken in turn: sample i starts from image i, modulo their number."""
+
+    def __init__(self, path: str, student: ARD):
+        """``UserError`` where there is nothing to read."""
+        self.student, option = student, "--source-images"
+        self.images: ImageFolder | Images
+        if Path(path).is_dir():
+            self.images = ImageFolder(path, size=student.input_size, unconditional=True, option=option)
+            self.hash = self.images.fingerprint["listing"]
+        else:
+            self.images = Images(option, path)
+            self.hash = file_sha256(path)[:16]
+
+    def __call__(self, indices: Sequence[int], vae: VAE | Pixels) -> torch.Tensor:
+        """The latents of these samples' sources (B, C, h, w), centre-cropped and resized to the student's side."""
+        rows, side = np.array(indices) % self.images.count, self.student.input_size * vae.factor
+        if isinstance(self.images, ImageFolder):
+            self.images.size = side
+            images = self.images.read(rows, np.zeros(len(rows), bool))["images"]
+        else:
+            arrays = [array[0] for row in rows for _, array in self.images.batches(range(row, row + 1), 1)]
+            cropped = [np.array(center_crop(Image.fromarray(array), side)) for array in arrays]
+            images = torch.from_numpy(np.stack(cropped)).permute(0, 3, 1, 2)
+        return source_latents(images.to(self.student.pos_embed.device), vae, self.student)
+
+
+def open_sources(path: str | None, step: int, student: ARD, provenance: dict) -> SourceImages | None:
+    """The images of ``--source-images``, noted in ``provenance``; ``UserError`` where they have no place."""
+    if path is None:
+        return None
+    if step >= student.steps:
+        raise UserError(f"--source-step {step}: this student has {student.steps} steps, the last of which is the image")
+    if provenance.get("target") == "xt":
+        raise UserError("--source-images: this student's points are noisy states (target xt), it takes no clean images")
+    sources = SourceImages(path, student)
+    provenance |= {"source_images": path, "source_hash": sources.hash, "source_step": step}
+    return sources
+
+
 def run(args: argparse.Namespace) -> None:
     samples_path(args.ckpt_path, **chosen(args, PLACE_OPTIONS))
     context = distributed.stand_alone(args.device)
     student, config = checkpoints.load_named_student(weights=args.weights, **chosen(args, checkpoints.STUDENT_OPTIONS))
+    provenance = config["provenance"]
+    sources = open_sources(args.source_images, args.source_step, student, provenance)
+    if args.teacher_steps > student.steps:
+        raise UserError(f"--teacher-steps {args.teacher_steps}: this student has {student.steps} steps")
+    ode = None
+    if args.teacher_steps:
+        ode = learned_ode(provenance, args.teacher)
+        provenance["teacher_steps"] = args.teacher_steps
     job = SamplingJob(student, config, args.ckpt_path, context, **chosen(args, SAMPLING_OPTIONS))
     options = chosen(args, SAMPLED_OPTIONS) | {"vae": job.about_vae}
     plan = plan_samples(student.config, context, **options)
@@ -47,11 +133,19 @@ def run(args: argparse.Namespace) -> None:
         cli.show_plan(job.plan | plan.describe(), args)
         return
     distributed.join(context)
+    if ode:
+        ode.teacher.to(context.device)
 
-    def draw(noise: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return student.sample(noise, y)[:, -1]
+    def draw(noise: torch.Tensor, y: torch.Tensor, source: torch.Tensor | None = None) -> torch.Tensor:
+        given = {}
+        if ode:
+            points = pick_points(*ode(noise, y), provenance["solver_indices"])[provenance["target"]]
+            given = dict(enumerate(points[:, : args.teacher_steps].unbind(1)))
+        if source is not None:
+            given[args.source_step - 1] = source
+        return student.sample(noise, y, given)[:, -1]
 
-    sampler, writer = job.start(draw)
+    sampler, writer = job.start(draw, sources)
     with writer:
         for indices in writer.missing_batches(args.per_proc_batch_size):
             latents, images, y = sampler(indices)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from diffusion.teacher_ode import ODE_OPTIONS, TeacherODE
 from models import DiT
 from models_ard import ARD
 from runtime.checks import writable_file
@@ -26,13 +27,18 @@ from runtime.precision import (
     compile_blocks,
     inference_copy,
 )
+from runtime.provenance import require_same
 from runtime.randomness import LABEL_POLICIES, labels, noise
 from runtime.vae import VAE, Pixels, decoder_precision, load_same_vae, outline_vae, resolve_name
-from stores.images import to_uint8
+from stores.checkpoints import load_teacher
+from stores.images import from_uint8, to_uint8
 from stores.samples import SampleWriter, save_grid
 
-# Noise (B, C, H, W) and labels (B,), on the device -> latents (B, C, H, W): what a model makes of them.
-Draw = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# Noise (B, C, H, W) and labels (B,), on the device -> latents (B, C, H, W): what a model makes of them. Where there are
+# source images their latents (B, C, H, W) come third.
+Draw = Callable[..., torch.Tensor]
+# The latents (B, C, H, W) of the source images of some indices, by the model's autoencoder.
+Sources = Callable[[Sequence[int], VAE | Pixels], torch.Tensor]
 
 PREVIEW_COLUMNS, PREVIEW_ROWS = 10, 6
 
@@ -106,14 +112,16 @@ class Sampler:
         class_labels: Sequence[int] | None = None,
         precision: str = "fp32",
         fill_up_to: int = 0,
+        sources: Sources | None = None,
     ):
         """``model`` says the shape of latents and the number of classes. ``class_labels`` are taken in turn instead of
         the policy's. ``fill_up_to``: smaller batches are drawn at this size, the one that compiled code is made for.
+        ``sources``: ``draw`` takes their latents as well.
         """
         self.draw, self.vae, self.device, self.precision = draw, vae, device, precision
         self.shape, self.num_classes = model.latent_shape, model.num_classes
         self.seed, self.stream, self.label_policy, self.class_labels = seed, stream, label_policy, class_labels
-        self.fill_up_to = fill_up_to
+        self.fill_up_to, self.sources = fill_up_to, sources
 
     @torch.no_grad()
     def __call__(self, indices: Sequence[int]) -> Samples:
@@ -124,10 +132,13 @@ class Sampler:
 
     def _labelled(self, indices: Sequence[int], classes: Sequence[int]) -> Samples:
         z, y = noise(self.seed, self.stream, indices, self.shape), torch.tensor(classes)
+        inputs = [z.to(self.device), y.to(self.device)]
+        if self.sources:
+            inputs.append(self.sources(indices, self.vae))
         filler = max(0, self.fill_up_to - len(y))
-        full_z, full_y = torch.cat([z, z.new_zeros(filler, *z.shape[1:])]), torch.cat([y, y.new_zeros(filler)])
+        full = [torch.cat([x, x.new_zeros(filler, *x.shape[1:])]) for x in inputs]
         with autocast(self.precision, self.device):
-            latents = self.draw(full_z.to(self.device), full_y.to(self.device))[: len(y)].float()
+            latents = self.draw(*full)[: len(y)].float()
         return Samples(latents, self.vae.decode(latents), y)
 
     @torch.no_grad()
@@ -136,6 +147,28 @@ class Sampler:
         columns = min(self.num_classes or PREVIEW_COLUMNS, PREVIEW_COLUMNS)
         classes = [i * self.num_classes // columns for i in range(columns)] * PREVIEW_ROWS
         save_grid(path, to_uint8(self._labelled(range(len(classes)), classes).images), columns)
+
+
+def source_latents(images: torch.Tensor, vae: VAE | Pixels, model: DiT) -> torch.Tensor:
+    """What source images, (B, 3, H, W) uint8 on the device, are to a model: (B, C, h, w), the encoder's mean."""
+    if (vae.image_channels or model.in_channels) == 1:
+        red, green, blue = images.int().unbind(1)
+        images = ((299 * red + 587 * green + 114 * blue + 500) // 1000)[:, None]  # a grey image stays what it is
+    return vae.encode(from_uint8(images))[0]
+
+
+def learned_ode(provenance: dict, teacher: str | None = None) -> TeacherODE:
+    """The ODE whose trajectories a student has learned, by the student's ``provenance``.
+
+    ``teacher``: where the teacher lies if not where the provenance says. ``UserError`` where that is another one.
+    """
+    if "teacher_hash" not in provenance:
+        raise UserError(f"--teacher {teacher}: the student's checkpoint does not say whose trajectories it learned")
+    path = teacher or provenance["teacher"]
+    model, config = load_teacher(path, weights=provenance["teacher_weights"])
+    found = {"teacher_hash": config["provenance"]["teacher_hash"]}
+    require_same(f"--teacher {path}: the student learned from another teacher", provenance, found)
+    return TeacherODE(model, **{name: provenance[name] for name in ODE_OPTIONS})
 
 
 def student_previews(
@@ -215,7 +248,7 @@ class SamplingJob:
         self.plan = self.provenance | {"out": str(self.out), "count": num_samples}
         SampleWriter(self.out, num_samples, self.provenance, context, save_latents)  # refuses what is there of others
 
-    def start(self, draw: Draw) -> tuple[Sampler, SampleWriter]:
+    def start(self, draw: Draw, sources: Sources | None = None) -> tuple[Sampler, SampleWriter]:
         """What draws samples by index with ``draw``, and what writes them; the model is on its device then."""
         device = self.context.device
         vae = load_same_vae(*self.own_vae, device, self.vae, self.vae_precision, self.compile)
@@ -225,4 +258,4 @@ class SamplingJob:
         writer = SampleWriter(self.out, self.num_samples, self.provenance, self.context, self.save_latents)
         if self.cuda_graph:
             draw = CUDAGraph(draw, device)
-        return Sampler(draw, self.model, vae, device, **self.drawing), writer
+        return Sampler(draw, self.model, vae, device, **self.drawing, sources=sources), writer

@@ -141,6 +141,20 @@ def test_given_predictions_replace_the_students_own():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("mask", MASKS)
+def test_sampling_with_a_given_history_is_teacher_forcing(mask):
+    student = random_student(history_layers=2, mask=mask, level_embedding=True)
+    noise, y = inputs()
+    points = torch.randn(3, *noise.shape)
+    forced = student(torch.stack([noise, *points], dim=1), y)
+    for k in range(student.steps):
+        predictions = student.sample(noise, y, dict(enumerate(points[:k])))
+        assert torch.equal(predictions[:, :k], points[:k].transpose(0, 1))
+        torch.testing.assert_close(predictions[:, k], forced[:, k], rtol=0, atol=1e-5)
+    assert torch.equal(student.sample(noise, y, {}), student.sample(noise, y))
+
+
+@torch.no_grad()
 def test_samples_do_not_depend_on_the_batch_size():
     student = random_student(history_layers=2)
     noise, y = inputs(7)

@@ -68,7 +68,7 @@ def test_batch_size_and_ranks_do_not_matter(script, option, student_file, teache
 
 def test_the_compiled_sampler_fills_up_its_last_batch(student_file, tmp_path, quick_compiler, monkeypatch):
     sizes, sample = [], ARD.sample
-    monkeypatch.setattr(ARD, "sample", lambda self, z, y: sizes.append(len(z)) or sample(self, z, y))
+    monkeypatch.setattr(ARD, "sample", lambda self, z, *rest: sizes.append(len(z)) or sample(self, z, *rest))
     for name, options in {"plain": (), "fast": ("--compile",)}.items():
         call("sample_ARD.py", "--ckpt-path", student_file, "--num-samples", 11, "--per-proc-batch-size", 4,
              "--save-latents", "--out", tmp_path / f"{name}.npz", *options)  # fmt: skip
