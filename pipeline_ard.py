@@ -3,8 +3,10 @@
     python pipeline_ard.py results/demo/ard-x0/checkpoints/0000600.pt --out digits-ard
 
     from pipeline_ard import ARDPipeline                     # this repository must be on Python's path
-    pipe = ARDPipeline.from_pretrained("digits-ard")         # or ARDPipeline.from_checkpoint("....pt")
+    pipe = ARDPipeline.from_pretrained("digits-ard")         # or a hub id, or from_checkpoint("....pt")
     images = pipe(class_labels=[3, 7], generator=torch.Generator().manual_seed(0)).images
+
+``pipe.push_to_hub("me/digits-ard")`` uploads what ``save_pretrained`` writes.
 
 The folder holds model_index.json, ``transformer`` (config.json and safetensors), ``vae`` for models on latents, and a
 model card. Importing this module is what lets diffusers find its classes; there is no pickle.
@@ -77,7 +79,6 @@ class ARDPipeline(DiffusionPipeline):
 
     __module__ = "pipeline_ard"
     _optional_components = ["vae"]  # diffusers' name for this; students on pixels have none
-    model_cpu_offload_seq = "transformer->vae"
 
     def __init__(
         self,
@@ -161,9 +162,9 @@ class ARDPipeline(DiffusionPipeline):
         student, device = self.transformer.student, self._execution_device
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type {output_type!r} is none of pil, np, pt, latent")
-        if bool(student.num_classes) != (class_labels is not None) or (class_labels and batch_size):
+        if bool(student.num_classes) != (class_labels is not None) or (class_labels is not None and batch_size):
             raise ValueError("give class_labels to a student with classes, batch_size to an unconditional one")
-        chosen = list(class_labels) if class_labels is not None else [0] * (batch_size or 1)
+        chosen = [int(label) for label in class_labels] if class_labels is not None else [0] * (batch_size or 1)
         if not all(0 <= label < max(student.num_classes, 1) for label in chosen):
             raise ValueError(f"class_labels {chosen}: this student has the labels 0..{student.num_classes - 1}")
         shape = (len(chosen), *student.latent_shape)
@@ -180,7 +181,6 @@ class ARDPipeline(DiffusionPipeline):
                 if callback_on_step_end is not None:
                     callback_on_step_end(self, step, student.times[step], {"latents": sample})
         images = sample.float() if output_type == "latent" else self._decode(sample.float(), output_type)
-        self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
