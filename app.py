@@ -30,7 +30,8 @@ from runtime.randomness import noise
 from runtime.vae import VAE, Pixels, load_vae
 from sampler import learned_ode, source_latents
 from stores import checkpoints
-from stores.images import center_crop, to_uint8
+from stores.images import to_uint8
+from stores.pictures import center_crop
 
 DEMO = Path("results/demo/ard-x0/checkpoints")
 CSS = """

@@ -14,7 +14,6 @@ import torch
 from diffusion.teacher_ode import ODE_OPTIONS, TeacherODE
 from models import DiT
 from models_ard import ARD
-from runtime.checks import writable_file
 from runtime.cli import Parser, UserError, add_dry_run_option, file, name, not_negative, positive
 from runtime.distributed import DistributedContext, add_device_option
 from runtime.precision import (
@@ -32,7 +31,7 @@ from runtime.randomness import LABEL_POLICIES, labels, noise
 from runtime.vae import VAE, Pixels, decoder_precision, load_same_vae, outline_vae, resolve_name
 from stores.checkpoints import load_teacher
 from stores.images import from_uint8, to_uint8
-from stores.samples import SampleWriter, save_grid
+from stores.samples import SampleWriter, save_grid, writable_npz
 
 # Noise (B, C, H, W) and labels (B,), on the device -> latents (B, C, H, W): what a model makes of them. Where there are
 # source images their latents (B, C, H, W) come third.
@@ -188,9 +187,7 @@ PLACE_OPTIONS = ("out", "weights", "seed", "num_samples")  # what ``samples_path
 def samples_path(source: str, out: str | None, *, weights: str, seed: int, num_samples: int) -> Path:
     """The .npz to write: ``--out``, or one beside the checkpoint ``source``. ``UserError`` where it cannot be."""
     path = Path(out or f"{Path(source).with_suffix('')}-{weights}-seed{seed}-{num_samples}.npz")
-    if path.suffix != ".npz":
-        raise UserError(f"--out {path}: the file's name must end in .npz")
-    return writable_file("--out", path)
+    return writable_npz("--out", path)
 
 
 class SamplingJob:

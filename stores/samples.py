@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torchvision.utils import make_grid
 
+from runtime.checks import writable_file
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
 from runtime.files import SharedWriter, atomic_write, claim, release, write_text
@@ -32,6 +33,13 @@ def row_bytes(size: int, latent_shape: tuple[int, ...] = ()) -> int:
     """What a sample of ``size`` pixels takes: image, label and, where latents of a shape are kept, the latent."""
     latent = torch.Size(latent_shape).numel() * torch.float32.itemsize if latent_shape else 0
     return 3 * size * size + torch.int64.itemsize + latent
+
+
+def writable_npz(option: str, path: str | Path) -> Path:
+    """The path of an .npz to write. ``UserError`` where it cannot be, or has another name."""
+    if Path(path).suffix != ".npz":
+        raise UserError(f"{option} {path}: the file's name must end in .npz")
+    return writable_file(option, path)
 
 
 class SampleWriter(SharedWriter):
@@ -56,7 +64,7 @@ class SampleWriter(SharedWriter):
     ):
         """``UserError`` where ``path`` or the unfinished samples beside it are those of another run."""
         super().__init__(context)
-        self.path, self.count, self.keep_latents = Path(path), count, keep_latents
+        self.path, self.count, self.keep_latents = writable_npz("--out", path), count, keep_latents
         self.folder = self.path.with_suffix(".partial")
         self.provenance = provenance | {"count": count}
         self.complete = self.path.exists()

@@ -11,7 +11,8 @@ from models_ard import ARD
 from runtime.randomness import labels, noise
 from runtime.vae import load_vae
 from stores import checkpoints
-from stores.images import center_crop, from_uint8
+from stores.images import from_uint8
+from stores.pictures import center_crop
 from stores.samples import read_provenance
 
 SIX = ("--num-samples", 6, "--seed", 3, "--save-latents", "--device", "cpu")
