@@ -8,13 +8,8 @@ evaluates, by running the same scripts that distil DiT-XL/2. Leaves a picture an
 
 import argparse
 import json
-import os
-import shlex
 import statistics
-import subprocess
-import sys
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +22,28 @@ import torch
 
 from diffusion import create_diffusion
 from diffusion.teacher_ode import TARGETS
+from evaluations.experiments import (
+    CORES,
+    TEACHER,
+    Student,
+    call,
+    distance,
+    evaluate_command,
+    figures_of,
+    fine_tune_command,
+    make_reference_and_teacher,
+    sample_command,
+    train_command,
+)
 from models import DiT
 from models_ard import ARD
 from runtime import cli
 from runtime.checks import writable_folder
-from runtime.distributed import die_with_parent
 from runtime.files import atomic_write, write_text
 from runtime.randomness import labels, noise
 from stores import checkpoints
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-TEACHER = "assets/digits_teacher.pt"
-METHODS = {"step distillation": ["--mask", "M1", "--stack", "0"], "ARD": ["--mask", "M4", "--stack", "2"]}
-GAN = ["--gan-warmup", "150", "--gan-weight", "0.5", "--d-time", "100", "--d-lr", "2e-3"]
-GAN += ["--lr", "1e-3", "--clip", "0.06", "--d-clip", "0.06", "--ema-decay", "0.99"]
+METHODS: dict[str, dict] = {"step": {"mask": "M1", "stack": 0}, "ard": {"mask": "M4", "stack": 2}}
 COLUMNS = {
     "model": "model",
     "loss": "loss",
@@ -73,51 +76,12 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def call(commands: list[list], threads: int | None = None) -> None:
-    """Run some of the project's scripts side by side, each shown as a user would type it; stop when one fails.
-
-    ``threads`` is for each of them, all cores divided among them by default.
-    """
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads or max(1, CORES // len(commands)))}
-    # glibc gives every large block back to the system at once; keeping them saves a tenth to a fifth of the time.
-    environment |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31)}
-    running: list[subprocess.Popen] = []
-    for command in commands:
-        words = [str(word) for word in command]
-        print("$ " + shlex.join(words), flush=True)
-        launcher = {"python": [], "torchrun": ["-m", "torch.distributed.run", "--standalone"]}[words[0]]
-        silent = subprocess.DEVNULL if running else None  # one progress bar is enough
-        real = [sys.executable, *launcher, *words[1:]]
-        running.append(
-            subprocess.Popen(
-                real, cwd=Path(__file__).parent, env=environment, stderr=silent, preexec_fn=die_with_parent
-            )
-        )
-    try:
-        codes = [process.wait() for process in running]
-    finally:  # interrupted or terminated: none is left behind
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
-    for command, code in zip(commands, codes, strict=True):
-        if code:
-            failed = shlex.join(str(word) for word in command)
-            raise cli.RunError(f"this command failed with exit code {code}, run it by itself to see why: {failed}")
-
-
 def own_folder(out: str) -> Path:
     """The folder of the results. ``UserError`` where it holds other things than an earlier demo's."""
     folder = writable_folder("--out", out)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "trajectories").is_dir():
         raise cli.UserError(f"--out {out}: the folder holds other files, give a new one or that of an earlier demo")
     return folder
-
-
-def evaluate_command(reference: Path, samples: Path, *options: str) -> list:
-    """The comparison of samples with real digits, which leaves its figures beside them."""
-    command = ["python", "-m", "evaluations.evaluator", reference, samples, "--features", "digits"]
-    return [*command, "--json", samples.with_suffix(".json"), *options]
 
 
 def time_per_sample(models: dict[str, DiT], batch_size: int = 64, repeats: int = 5) -> dict[str, float]:
@@ -165,89 +129,18 @@ def write_table(folder: Path, rows: list[dict], notes: list[str]) -> str:
     return text
 
 
-@dataclass(frozen=True)
-class Student:
-    """One of the demo's students and where its files lie."""
-
-    folder: Path
-    method: str
-    target: str
-    loss: str
-    iterations: int
-
-    @property
-    def run_dir(self) -> Path:
-        """Its training run; its samples lie beside it."""
-        name = f"{self.method.split()[0].lower()}-{self.target}"
-        return self.folder / (f"{name}-gan" if self.loss == "R+D" else name)
-
-    @property
-    def weights(self) -> Path:
-        """Its last checkpoint."""
-        return self.run_dir / "checkpoints" / f"{self.iterations:07d}.pt"
-
-    @property
-    def samples(self) -> Path:
-        """Its samples."""
-        return self.run_dir.with_suffix(".npz")
-
-    def __str__(self) -> str:
-        return f"{self.method} ({self.loss}), target {self.target}"
-
-
-def make_reference_and_teacher(folder: Path, seed: int, num_trajectories: int, num_samples: int) -> None:
-    """Real digits, the store of the teacher's trajectories, its samples, and some from the students' noise."""
-    store, same_noise = folder / "trajectories", min(200, num_samples)
-    dump = ["torchrun", f"--nproc_per_node={CORES}", "sample_trajectory.py", "--teacher", TEACHER, "--out", store]
-    dump += ["--num-trajectories", num_trajectories, "--rows-per-shard", 500, "--seed", seed]
-    call([dump], threads=1)
-    reference = ["python", "-m", "evaluations.digits", "reference", "--out", folder / "digits.npz"]
-    # The teacher's samples are the last points of its trajectories: they come free.
-    export = ["python", "-m", "stores.trajectories", "export", store, "--out", folder / "teacher.npz"]
-    sample = ["python", "sample.py", "--teacher", TEACHER, "--num-samples", same_noise, "--seed", seed]
-    sample += ["--out", folder / "teacher-same-noise.npz"]
-    call([reference, export, sample])
-
-
-def train_command(student: Student, seed: int) -> list:
-    """Regression on the demo's trajectories."""
-    command = ["python", "train_ARD.py", "--data-path", student.folder / "trajectories", "--target", student.target]
-    command += [*METHODS[student.method], "--iterations", student.iterations, "--lr", "2e-3", "--ema-decay", "0.99"]
-    return [*command, "--sample-every", 0, "--seed", seed, "--run-dir", student.run_dir]
-
-
-def fine_tune_command(start: Student, tuned: Student, seed: int) -> list:
-    """R+D from a regression-trained student."""
-    command = ["python", "train_ARD_gan.py", "--data-path", tuned.folder / "trajectories", "--ckpt-path", start.weights]
-    command += ["--real-data-path", "digits", "--iterations", tuned.iterations, *GAN]
-    return [*command, "--sample-every", 0, "--seed", seed, "--run-dir", tuned.run_dir]
-
-
-def sample_command(student: Student, seed: int, num_samples: int) -> list:
-    """Samples of a student."""
-    command = ["python", "sample_ARD.py", "--ckpt-path", student.weights, "--num-samples", num_samples]
-    return [*command, "--per-proc-batch-size", 256, "--seed", seed, "--out", student.samples]
-
-
 def make_students(
     folder: Path, target: str, *, seed: int, iterations: int, gan_iterations: int, num_samples: int
 ) -> list[Student]:
     """Both methods with one target, at the same budget: regression, and fine-tuning after it if that has steps."""
-    students = [Student(folder, method, target, "R", iterations) for method in METHODS]
+    students = [Student(folder, f"{name}-{target}", iterations, target=target, **METHODS[name]) for name in METHODS]
     call([train_command(student, seed) for student in students])
     if gan_iterations:
-        tuned = [replace(student, loss="R+D", iterations=gan_iterations) for student in students]
+        tuned = [student.tuned(gan_iterations) for student in students]
         call([fine_tune_command(a, b, seed) for a, b in zip(students, tuned, strict=True)])
         students += tuned
-    call([sample_command(student, seed, num_samples) for student in students])
+    call([sample_command(student.weights, student.samples, num_samples, seed) for student in students])
     return students
-
-
-def distance(samples: Path, teacher: Path) -> float:
-    """Mean squared difference, pixels in [-1, 1], to what the teacher makes of the same noise."""
-    with np.load(samples) as ours, np.load(teacher) as theirs:
-        theirs = theirs["arr_0"].astype(np.float64)
-        return float(np.mean(((ours["arr_0"][: len(theirs)] - theirs) / 127.5) ** 2))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -269,7 +162,7 @@ def run(args: argparse.Namespace) -> None:
     reference, same_noise = folder / "digits.npz", folder / "teacher-same-noise.npz"
     call([evaluate_command(reference, folder / "teacher.npz", "--floor")])
     call([evaluate_command(reference, student.samples) for student in students])
-    teacher = json.loads((folder / "teacher.json").read_text())
+    teacher = figures_of(folder / "teacher.npz")
     models: dict[str, DiT] = {"teacher": checkpoints.load_teacher(TEACHER)[0]}
     models |= {str(student): checkpoints.load_student(student.weights)[0] for student in students}
     speed = time_per_sample(models)
@@ -280,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
     ]
     rows[0] |= {name: teacher[name] for name in figures} | {"ms_per_sample": speed["teacher"]}
     for student in students:
-        found = json.loads(student.samples.with_suffix(".json").read_text())
+        found = figures_of(student.samples)
         row: dict[str, Any] = {
             "model": student.method,
             "loss": student.loss,
