@@ -41,11 +41,11 @@ def watched_attention(student: ARD) -> Iterator[list[torch.Tensor]]:
         shares.append(shares_of_points(attend, q, k, student.steps))
         return attend(q, k, v)
 
-    def watch(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, attend = args
+    def watch(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, attend = inputs
         return x, partial(watched, attend)
 
-    hooks = [block.attn.register_forward_pre_hook(watch) for block in student.blocks]  # type: ignore[operator, union-attr]
+    hooks = [block.attn.register_forward_pre_hook(watch) for block in student.blocks]  # type: ignore[union-attr]
     try:
         yield shares
     finally:

@@ -1,0 +1,265 @@
+"""The paper's evidence redrawn from finished runs: Table 1, Figs. 4, 5, 6, 8, 10, and what the paper leaves open.
+
+    python -m evaluations.report results/demo --out results/demo/report
+    python -m evaluations.report results/study --out results/study/report --store results/study/unseen
+
+Folders may be laid out in any way: samples (.npz), metrics of evaluations.evaluator (.json), runs and trajectory stores
+say themselves what they are. What is not there yet is left out, and the page says what makes it. Writes table.md,
+table.tex and table.json, each figure as .pdf and .png, and report.html, one file that needs no network.
+"""
+
+import argparse
+import html
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaluations import evidence, figures, measured
+from evaluations.figures import Picture, inline_png
+from evaluations.results import FIGURES, Results, Row, count_gflops
+from presets import TABLE_1
+from runtime import cli
+from runtime.cli import UserError
+from runtime.files import write_text
+from runtime.timing import about_device
+from stores.trajectories import TrajectoryStore
+
+# Name of the file: what it shows, and what makes its input where it is missing.
+SHOWN = {
+    "fig4_attention": ("Fig. 4: attention to history", "train_ARD.py --mask M4"),
+    "fig5_samples": ("Fig. 5: samples from the same noise", "sample.py and sample_ARD.py with the same --seed"),
+    "fig6a_training": ("Fig. 6a: FID while training", "metrics of several checkpoints, or --eval-every"),
+    "fig6b_teacher_steps": ("Fig. 6b: error accumulation", "sample_ARD.py --teacher-steps k --data-path STORE"),
+    "fig6c_layers": ("Fig. 6c: FID against N", "train_ARD.py --stack N for several N"),
+    "fig8_targets": ("Fig. 8: targets", "train_ARD.py --target xt, and metrics of several checkpoints"),
+    "fig10_manipulation": ("Fig. 10: image manipulation", "sample_ARD.py --source-images FOLDER --source-step k"),
+    "step_errors": ("Exposure bias: error of each step", "a trajectory store, --store"),
+    "noise_or_history": ("Is it history, or the noise?", "train_ARD.py --mask M3, with both targets"),
+}
+COLUMNS = {
+    "model": "model",
+    "loss": "loss",
+    "target": "target",
+    "mask": "mask",
+    "steps": "S",
+    "history_layers": "N",
+    "iteration": "iterations",
+    "gflops": "GFLOPs",
+    "ms_per_sample": "ms",
+    "fid": "FID",
+    "inception_score": "IS",
+    "precision": "precision",
+    "recall": "recall",
+    "degradation": "FID - teacher's",
+    "published": "paper's row",
+    "published_fid": "its FID",
+    "published_degradation": "its FID - teacher's",
+}
+MEASURED = (*FIGURES, "degradation")
+
+
+#################################################################################
+#                                    Table 1                                    #
+#################################################################################
+
+
+def table(results: Results) -> list[dict[str, Any]]:
+    """The rows as data: figures are means over seeds, with "std" and the values of "seeds" beside them."""
+    found = results.table()
+    students = {r.model.about.get("teacher_hash"): r.model.student for r in found if r.model.student}
+    return [
+        table_row(row, results.milliseconds(row), students.get(row.model.about.get("teacher_hash"))) for row in found
+    ]
+
+
+def table_row(row: Row, milliseconds: float | None, sibling: dict | None) -> dict[str, Any]:
+    """One row; ``sibling`` is the config of a student of this teacher, which has its shape."""
+    model, published = row.model, row.model.published()
+    gflops = row.gflops()
+    if not model.student and sibling:
+        gflops = count_gflops(json.dumps(sibling), model.steps, teacher=True)
+    line: dict[str, Any] = {"model": model.method, "loss": model.loss, "target": model.target}
+    line |= {"mask": model.mask, "steps": model.steps, "history_layers": model.layers if model.student else None}
+    line |= {"iteration": model.iteration or None, "gflops": gflops, "ms_per_sample": milliseconds}
+    line |= {name: row.mean(name) for name in MEASURED} | {"published": published}
+    if published:
+        paper = TABLE_1[published]
+        line |= {"published_fid": paper.fid, "published_degradation": paper.fid - TABLE_1["teacher-25"].fid}
+    seen = row.results[0].figures
+    line |= {"std": {name: row.std(name) for name in MEASURED}, "seeds": {name: row.values(name) for name in MEASURED}}
+    line |= {"samples": seen["count"], "features": row.results[0].features, "adm": seen["provenance"]["adm"]}
+    return line | {"files": [str(result.path) for result in row.results]}
+
+
+def cells(line: dict[str, Any], plus_minus: str) -> list[str]:
+    """A row's text, in the order of ``COLUMNS``."""
+    found = []
+    for name in COLUMNS:
+        value, spread = line.get(name), line["std"].get(name)
+        text = "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+        if isinstance(value, float) and name in MEASURED:
+            digits = 3 if name in ("precision", "recall") else 2
+            text = f"{value:.{digits}f}" + (f" {plus_minus} {spread:.{digits}f}" if spread is not None else "")
+        elif name.startswith("published_") and value is not None:
+            text = f"{value:.2f}"
+        found.append(text)
+    return found
+
+
+def notes(lines: list[dict[str, Any]], results: Results) -> list[str]:
+    """What a reader of the table must know."""
+    made = evidence.about([r for row in results.table() for r in row.results])
+    text = [f"Means over seeds, with the standard deviation where there are several. {made}"]
+    text.append("GFLOPs: multiply-accumulates of one image, counted in our own models.")
+    if any(line["ms_per_sample"] for line in lines):
+        text.append("ms: milliseconds per sample as measured in the runs, median; their table.md says on what.")
+    if any(line["published"] for line in lines):
+        text.append("The paper's rows are of DiT-XL/2 on ImageNet 256: its N=6 of 28 stands beside any N below all.")
+    return text
+
+
+def as_markdown(lines: list[dict[str, Any]], text: list[str]) -> str:
+    """The table and its notes."""
+    head = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * len(COLUMNS)]
+    return "\n".join([*head, *("| " + " | ".join(cells(line, "±")) + " |" for line in lines), "", *text]) + "\n"
+
+
+def as_latex(lines: list[dict[str, Any]], text: list[str]) -> str:
+    """The same for a paper; needs the package booktabs."""
+    escape = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&"})
+    head = " & ".join(COLUMNS.values()).translate({ord("_"): r"\_"})
+    body = [" & ".join(cell.translate(escape) for cell in cells(line, r"$\pm$")) + r" \\" for line in lines]
+    comment = [f"% {note}" for note in text]
+    begin = [rf"\begin{{tabular}}{{{'l' * len(COLUMNS)}}}", r"\toprule", head + r" \\", r"\midrule"]
+    return "\n".join([*comment, *begin, *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+#################################################################################
+#                                    Figures                                    #
+#################################################################################
+
+
+def builders(results: Results, stores: list[Path], trajectories: int, columns: int) -> dict[str, Callable]:
+    """What draws each figure of ``SHOWN``; each returns None where its input is not there yet."""
+    return {
+        "fig4_attention": lambda: measured.attention(results, trajectories),
+        "fig5_samples": lambda: evidence.same_noise(results, columns),
+        "fig6a_training": lambda: evidence.over_training(results, lambda m: m.name, lambda m: m.target == "x0"),
+        "fig6b_teacher_steps": lambda: evidence.from_teachers_points(results),
+        "fig6c_layers": lambda: evidence.over_layers(results),
+        "fig8_targets": lambda: evidence.targets_over_training(results),
+        "fig10_manipulation": lambda: evidence.manipulation(results, columns),
+        "step_errors": lambda: measured.errors(results, stores, trajectories),
+        "noise_or_history": lambda: evidence.noise_or_history(results),
+    }
+
+
+#################################################################################
+#                                   The page                                    #
+#################################################################################
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #111;
+  background: #fff }}
+.wide {{ overflow-x: auto }}
+table {{ border-collapse: collapse; font-size: 12px; white-space: nowrap }}
+th, td {{ padding: .2rem .5rem; border-bottom: 1px solid #ccc; text-align: right }}
+td:first-child, th:first-child {{ text-align: left }}
+figure {{ margin: 0 0 2rem }}
+figure img {{ width: 100%; max-width: 26rem; height: auto }}
+figcaption {{ font-size: 13px; max-width: 40rem; color: #333 }}
+</style></head><body>
+<h1>{title}</h1>
+<p>{about}</p>
+{body}
+</body></html>
+"""
+
+
+def page(folders: list[str], lines: list[dict], text: list[str], shown: dict[str, tuple[str, Path]]) -> str:
+    """The page: ``shown`` has caption and PNG of each figure that is there."""
+    parts = ["<h2>Table 1</h2>"]
+    if lines:
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS.values())
+        body = ["".join(f"<td>{html.escape(cell)}</td>" for cell in cells(line, "±")) for line in lines]
+        parts.append(
+            f'<div class="wide"><table><tr>{head}</tr>{"".join(f"<tr>{row}</tr>" for row in body)}</table></div>'
+        )
+        parts += [f"<p>{html.escape(note)}</p>" for note in text]
+    for name, (title, _) in SHOWN.items():
+        if name in shown:
+            caption, picture = shown[name]
+            image = f'<img src="{inline_png(picture)}" alt="{html.escape(title)}">'
+            parts.append(f"<h2>{html.escape(title)}</h2>")
+            parts.append(f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>")
+    missing = [
+        f"<li>{html.escape(f'{title}: {how}')}</li>" for name, (title, how) in SHOWN.items() if name not in shown
+    ]
+    if missing:
+        parts.append(f"<h2>Not there yet</h2><p>Each needs:</p><ul>{''.join(missing)}</ul>")
+    device = about_device(torch.device("cpu"))
+    about = f"From {', '.join(folders)}; drawn on {device['date']} with PyTorch {device['torch']}, {device['on']}."
+    title = "Autoregressive distillation: evidence from runs"
+    return PAGE.format(title=title, about=html.escape(about), body="\n".join(parts))
+
+
+#################################################################################
+#                                  The command                                  #
+#################################################################################
+
+
+def write_report(
+    folders: list[str], out: Path, *, stores: list[str], trajectories: int = 256, columns: int = 8
+) -> dict[str, Picture]:
+    """Everything into ``out``; returns the figures that there was input for. ``UserError`` where there is nothing."""
+    results = Results(Path(folder) for folder in folders)
+    lines = table(results)
+    if not lines and not results.runs and not results.samples:
+        raise UserError(
+            f"FOLDER {' '.join(folders)}: holds no metrics of evaluations.evaluator, no samples and no runs"
+        )
+    opened = [Path(store) for store in stores] or results.stores
+    drawn = {name: build() for name, build in builders(results, opened, trajectories, columns).items()}
+    pictures = {name: picture for name, picture in drawn.items() if picture is not None}
+    for name, picture in pictures.items():
+        figures.save(picture.figure, out / name)
+    text = notes(lines, results) if lines else []
+    write_text(out / "table.json", json.dumps(lines, indent=1) + "\n")
+    write_text(out / "table.md", as_markdown(lines, text))
+    write_text(out / "table.tex", as_latex(lines, text))
+    shown = {name: (picture.caption, out / f"{name}.png") for name, picture in pictures.items()}
+    write_text(
+        out / "captions.json", json.dumps({name: caption for name, (caption, _) in shown.items()}, indent=1) + "\n"
+    )
+    write_text(out / "report.html", page(folders, lines, text, shown))
+    return pictures
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(prog="evaluations.report", description="Redraw the paper's table and figures from runs.")
+    parser.add_argument("folders", metavar="FOLDER", nargs="+", help="Look for runs, samples and metrics in here.")
+    parser.add_argument("--out", type=Path, required=True, help="Folder to write the report to.")
+    parser.add_argument(
+        "--store", nargs="+", default=[], metavar="DIR", help="Trajectories for the errors of steps; else those found."
+    )
+    parser.add_argument("--trajectories", type=cli.positive, default=256, help="Measure on so many of them.")
+    parser.add_argument("--columns", type=cli.positive, default=8, help="Samples in a row of pictures.")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    for folder in args.folders:
+        cli.existing_folder("FOLDER", folder)
+    for store in args.store:
+        TrajectoryStore(store, "--store")
+    options = {"stores": args.store, "trajectories": args.trajectories, "columns": args.columns}
+    pictures = write_report(args.folders, args.out, **options)
+    print(f"{args.out}/report.html: {', '.join(pictures)}")
+
+
+if __name__ == "__main__":
+    cli.main(build_parser(), run)
