@@ -8,7 +8,6 @@ evaluates, by running the same scripts that distil DiT-XL/2. Leaves a picture an
 
 import argparse
 import json
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 
-from diffusion import create_diffusion
 from diffusion.teacher_ode import TARGETS
 from evaluations.experiments import (
     CORES,
@@ -33,14 +30,13 @@ from evaluations.experiments import (
     fine_tune_command,
     make_reference_and_teacher,
     sample_command,
+    time_per_sample,
     train_command,
 )
 from models import DiT
-from models_ard import ARD
 from runtime import cli
 from runtime.checks import writable_folder
 from runtime.files import atomic_write, write_text
-from runtime.randomness import labels, noise
 from stores import checkpoints
 
 METHODS: dict[str, dict] = {"step": {"mask": "M1", "stack": 0}, "ard": {"mask": "M4", "stack": 2}}
@@ -82,24 +78,6 @@ def own_folder(out: str) -> Path:
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "trajectories").is_dir():
         raise cli.UserError(f"--out {out}: the folder holds other files, give a new one or that of an earlier demo")
     return folder
-
-
-def time_per_sample(models: dict[str, DiT], batch_size: int = 64, repeats: int = 5) -> dict[str, float]:
-    """Milliseconds to draw one sample with each model, measured in turns; the median of the repeats."""
-    diffusion = create_diffusion("25")
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(repeats):
-        for name, model in models.items():
-            z = noise(0, "sample", range(batch_size), model.latent_shape)
-            y = labels(0, range(batch_size), model.num_classes)
-            started = time.perf_counter()
-            with torch.no_grad():
-                if isinstance(model, ARD):
-                    model.sample(z, y)
-                else:
-                    diffusion.ddim_trajectory(model, z, y, 1.5)
-            times[name].append(1000 * (time.perf_counter() - started) / batch_size)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def draw_picture(path: Path, files: dict[str, Path], columns: int = 20) -> None:

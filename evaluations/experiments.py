@@ -3,14 +3,23 @@
 import json
 import os
 import shlex
+import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
+from diffusion import create_diffusion
+from models import DiT
+from models_ard import ARD
 from runtime import cli
+from runtime.randomness import labels, noise
 
 ROOT = Path(__file__).resolve().parent.parent
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -20,35 +29,85 @@ GAN = ["--gan-warmup", "150", "--gan-weight", "0.5", "--d-time", "100", "--d-lr"
 GAN += ["--lr", "1e-3", "--clip", "0.06", "--d-clip", "0.06", "--ema-decay", "0.99"]
 
 
-def call(commands: list[list], threads: int | None = None, quiet: bool = False) -> None:
-    """Run some of the project's scripts side by side, each shown as a user would type it; stop when one fails.
-
-    ``threads`` is for each of them, all cores divided among them by default. ``quiet`` keeps what they print; the last
-    line of it is the reason that is given where one fails.
-    """
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads or max(1, CORES // len(commands)))}
+def start(command: list, threads: int, out: Any = None, error: Any = None) -> subprocess.Popen:
+    """Begin one of the project's commands with so many threads, from the root of the project."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     # glibc gives every large block back to the system at once; keeping them saves a tenth to a fifth of the time.
     environment |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31)}
+    words = [str(word) for word in command]
+    launcher = {"python": [], "torchrun": ["-m", "torch.distributed.run", "--standalone"]}[words[0]]
+    real = [sys.executable, *launcher, *words[1:]]
+    return subprocess.Popen(real, cwd=ROOT, env=environment, stdout=out, stderr=error)
+
+
+def as_typed(command: list) -> str:
+    """A command as a user would type it."""
+    return shlex.join(str(word) for word in command)
+
+
+def call(commands: list[list], threads: int | None = None) -> None:
+    """Run some of the project's scripts side by side, each shown as a user would type it; stop when one fails.
+
+    ``threads`` is for each of them, all cores divided among them by default.
+    """
     running: list[subprocess.Popen] = []
     for command in commands:
-        words = [str(word) for word in command]
-        print("$ " + shlex.join(words), flush=True)
-        launcher = {"python": [], "torchrun": ["-m", "torch.distributed.run", "--standalone"]}[words[0]]
+        print("$ " + as_typed(command), flush=True)
         silent = subprocess.DEVNULL if running else None  # one progress bar is enough
-        out, error = (subprocess.PIPE, subprocess.STDOUT) if quiet else (None, silent)
-        real = [sys.executable, *launcher, *words[1:]]
-        running.append(subprocess.Popen(real, cwd=ROOT, env=environment, stdout=out, stderr=error, text=True))
+        running.append(start(command, threads or max(1, CORES // len(commands)), error=silent))
+    codes = [process.wait() for process in running]
+    for command, code in zip(commands, codes, strict=True):
+        if code:
+            raise cli.RunError(
+                f"this command failed with exit code {code}, run it by itself to see why: {as_typed(command)}"
+            )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A command, the file that it makes when it is whole, and the files that it needs."""
+
+    command: list
+    makes: Path
+    needs: tuple[Path, ...] = ()
+    seconds: float = 0  # estimate of its time alone on a core
+
+
+def run_pieces(pieces: list[Piece], jobs: int = CORES) -> list[str]:
+    """Run what has not been made yet, ``jobs`` at a time with one thread each, in order as far as needs allow.
+
+    A piece that fails costs only those that need it. Returns a sentence for each piece that was not made. Where this is
+    interrupted, what is running is told to end; made are whole files only, so the same call continues.
+    """
+    waiting = [piece for piece in pieces if not piece.makes.exists()]
+    count, failed = len(pieces) - len(waiting), []
+    running: list[tuple[Piece, subprocess.Popen, Any]] = []
     try:
-        printed = [process.communicate()[0] or "" for process in running]
+        while waiting or running:
+            for piece in [p for p in waiting if all(need.exists() for need in p.needs)][: jobs - len(running)]:
+                waiting.remove(piece)
+                count += 1
+                print(f"[{count}/{len(pieces)}] $ {as_typed(piece.command)}", flush=True)
+                printed = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process is running
+                running.append((piece, start(piece.command, 1, printed, subprocess.STDOUT), printed))
+            if not running:
+                break
+            ended = [entry for entry in running if entry[1].poll() is not None]
+            running = [entry for entry in running if entry not in ended]
+            for piece, process, printed in ended:
+                printed.seek(0)
+                text = printed.read().strip().rpartition("\n")[2]
+                printed.close()
+                if process.returncode or not piece.makes.exists():
+                    failed.append(f"exit code {process.returncode}, {text!r}: {as_typed(piece.command)}")
+            if not ended:
+                time.sleep(0.05)
     finally:
-        for process in running:
-            if process.poll() is None:
-                process.terminate()
-    for command, process, text in zip(commands, running, printed, strict=True):
-        if process.returncode:
-            failed = shlex.join(str(word) for word in command)
-            reason = text.strip().rpartition("\n")[2] or "run it by itself to see why"
-            raise cli.RunError(f"this command failed with exit code {process.returncode}, {reason}: {failed}")
+        for _, process, _ in running:
+            process.terminate()
+        for _, process, _ in running:
+            process.wait()
+    return failed + [f"not begun, for want of what it needs: {as_typed(piece.command)}" for piece in waiting]
 
 
 @dataclass(frozen=True)
@@ -98,16 +157,17 @@ class Student:
         return replace(self, name=f"{self.name}-gan", iterations=iterations, loss="R+D")
 
 
-def dump_command(store: Path, num_trajectories: int, seed: int) -> list:
-    """The teacher's trajectories, by as many processes as there are cores, one thread each."""
-    dump = ["torchrun", f"--nproc_per_node={CORES}", "sample_trajectory.py", "--teacher", TEACHER, "--out", store]
+def dump_command(store: Path, num_trajectories: int, seed: int, ranks: int) -> list:
+    """The teacher's trajectories, by so many processes."""
+    launcher = ["torchrun", f"--nproc_per_node={ranks}"] if ranks > 1 else ["python"]
+    dump = [*launcher, "sample_trajectory.py", "--teacher", TEACHER, "--out", store]
     return [*dump, "--num-trajectories", num_trajectories, "--rows-per-shard", 500, "--seed", seed]
 
 
 def make_reference_and_teacher(folder: Path, seed: int, num_trajectories: int, num_samples: int) -> None:
     """Real digits, the store of the teacher's trajectories, its samples, and some from the students' noise."""
     store, same_noise = folder / "trajectories", min(200, num_samples)
-    call([dump_command(store, num_trajectories, seed)], threads=1)
+    call([dump_command(store, num_trajectories, seed, CORES)], threads=1)
     reference = ["python", "-m", "evaluations.digits", "reference", "--out", folder / "digits.npz"]
     # The teacher's samples are the last points of its trajectories: they come free.
     export = ["python", "-m", "stores.trajectories", "export", store, "--out", folder / "teacher.npz"]
@@ -153,3 +213,21 @@ def distance(samples: Path, teacher: Path) -> float:
     with np.load(samples) as ours, np.load(teacher) as theirs:
         theirs = theirs["arr_0"].astype(np.float64)
         return float(np.mean(((ours["arr_0"][: len(theirs)] - theirs) / 127.5) ** 2))
+
+
+def time_per_sample(models: dict[str, DiT], batch_size: int = 64, repeats: int = 5) -> dict[str, float]:
+    """Milliseconds to draw one sample with each model, measured in turns; the median of the repeats."""
+    diffusion = create_diffusion("25")
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(repeats):
+        for name, model in models.items():
+            z = noise(0, "sample", range(batch_size), model.latent_shape)
+            y = labels(0, range(batch_size), model.num_classes)
+            started = time.perf_counter()
+            with torch.no_grad():
+                if isinstance(model, ARD):
+                    model.sample(z, y)
+                else:
+                    diffusion.ddim_trajectory(model, z, y, 1.5)
+            times[name].append(1000 * (time.perf_counter() - started) / batch_size)
+    return {name: statistics.median(values) for name, values in times.items()}
