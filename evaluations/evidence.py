@@ -17,7 +17,7 @@ def colour(model: Model, main: int) -> str:
     """A model's colour, the same in all figures; M4 in other layers than the usual ones is lighter."""
     if model.method == "ARD" and model.mask == "M4" and model.layers != main:
         return SKY
-    return COLOURS[model.mask if model.method == "ARD" else model.method]
+    return COLOURS.get(model.mask if model.method == "ARD" else model.method, BLACK)
 
 
 def about(results: Sequence[Result]) -> str:
@@ -28,7 +28,8 @@ def about(results: Sequence[Result]) -> str:
     yardstick = "ADM's Inception features" if seen["adm"] else f"{first.features} features, not ADM's"
     text = f"{listed([r.figures['count'] for r in results])} samples against {seen['reference_file']['count']} "
     text += f"real images ({yardstick}); seeds {listed(list(seeds))}; teacher {first.model.about.get('teacher_hash')}"
-    return text + (f"; batch {listed(list(batch))}." if batch else ".")
+    text += f"; batch {listed(list(batch))}" if batch else ""
+    return f"{text}; metrics by PyTorch {seen['versions']['torch']}."
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:
@@ -120,7 +121,7 @@ def over_training(results: Results, label: Callable[[Model], str], keep: Callabl
     seeds = max(len(values) for _, points, _ in found for values in points.values())
     several = f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
     text = f"FID while training, students of {steps} steps ({where}); {several}."
-    return Picture(figures.draw_lines(lines, "training steps", "FID"), text)
+    return Picture(figures.draw_lines(lines, "training steps", "FID"), text, [s.numbers for s in lines])
 
 
 def targets_over_training(results: Results) -> Picture | None:
@@ -160,7 +161,8 @@ def from_teachers_points(results: Results) -> Picture | None:
     if not lines:
         return None
     text = f"FID when the first k of {steps} steps are the teacher's own points: how errors add up. {about(used)}"
-    return Picture(figures.draw_lines(lines, "steps taken by the teacher, k", "FID", whole=True), text)
+    figure = figures.draw_lines(lines, "steps taken by the teacher, k", "FID", whole=True)
+    return Picture(figure, text, [s.numbers for s in lines])
 
 
 def over_layers(results: Results) -> Picture | None:
@@ -179,7 +181,8 @@ def over_layers(results: Results) -> Picture | None:
     text = f"FID against the lower layers N that see history, M4, {steps} steps; N=0 is step distillation. "
     text += about([result for row in rows for result in row.results])
     axis = "layers that see history, N"
-    return Picture(figures.draw_lines(lines, axis, "FID", teacher_fid(rows, rows[0]), whole=True), text)
+    figure = figures.draw_lines(lines, axis, "FID", teacher_fid(rows, rows[0]), whole=True)
+    return Picture(figure, text, [s.numbers for s in lines])
 
 
 def noise_or_history(results: Results) -> Picture | None:
@@ -201,7 +204,7 @@ def noise_or_history(results: Results) -> Picture | None:
         "was lost. " + about([result for row in rows for result in row.results])
     )
     colours = {f"{m}: {sees[m]}": COLOURS.get(m, RED) for m in sees}
-    return Picture(figures.draw_bars(groups, colours, "FID - teacher's"), text)
+    return Picture(figures.draw_bars(groups, colours, "FID - teacher's"), text, groups)
 
 
 def manipulation(results: Results, columns: int) -> Picture | None:

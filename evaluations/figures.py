@@ -46,10 +46,11 @@ MARKERS = dict(zip((BLUE, RED, GREEN, ORANGE, PURPLE, SKY, BLACK), "osD^vPX"))
 
 @dataclass
 class Picture:
-    """A figure and what a reader must know of it."""
+    """A figure, what a reader must know of it, and the numbers that it shows (as JSON has them)."""
 
     figure: Figure
     caption: str
+    numbers: Any = None
 
 
 @dataclass
@@ -61,6 +62,11 @@ class Series:
     values: Sequence[Sequence[float]]
     colour: str
     dashed: bool = False
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """For a file."""
+        return {"label": self.label, "x": list(self.x), "values": [list(values) for values in self.values]}
 
 
 def drawn(draw: Callable[..., Figure]) -> Callable[..., Figure]:

@@ -60,8 +60,9 @@ def attention(results: Results, count: int) -> Picture | None:
     return Picture(
         figures.draw_attention(panels),
         f"Share of attention on each point of the history, by layer, while sampling in {steps} steps (M4, target "
-        f"{target}); mean over tokens, heads, {count} noises not trained on, and training seeds {seeds}. Above "
-        "layer N a point attends to itself alone.",
+        f"{target}); mean over tokens, heads, {count} noises not trained on, and training seeds {seeds}; fp32 on a "
+        "CPU. Above layer N a point attends to itself alone.",
+        {title: np.round(shares, 4).tolist() for title, shares in panels},
     )
 
 
@@ -112,5 +113,6 @@ def errors(results: Results, stores: Sequence[Path], count: int) -> Picture | No
         figures.draw_errors(panels),
         f"Error of each predicted point: fed the teacher's points (dashed) or its own (solid). The gap is exposure "
         f"bias; the dashed line is what a step cannot tell even from a perfect past. {rows} trajectories {which}, "
-        f"seeds {seeds}. Errors under different targets are of different quantities but for the last step.",
+        f"seeds {seeds}; fp32 on a CPU. Targets are different quantities, but for the last step.",
+        {title: [s.numbers for s in lines] for title, lines in panels},
     )

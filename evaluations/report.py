@@ -5,7 +5,8 @@
 
 Folders may be laid out in any way: samples (.npz), metrics of evaluations.evaluator (.json), runs and trajectory stores
 say themselves what they are. What is not there yet is left out, and the page says what makes it. Writes table.md,
-table.tex and table.json, each figure as .pdf and .png, and report.html, one file that needs no network.
+table.tex and table.json, each figure as .pdf and .png, what they show as figures.json, and report.html, one file that
+needs no network.
 """
 
 import argparse
@@ -71,19 +72,27 @@ def table(results: Results) -> list[dict[str, Any]]:
     found = results.table()
     students = {r.model.about.get("teacher_hash"): r.model.student for r in found if r.model.student}
     return [
-        table_row(row, results.milliseconds(row), students.get(row.model.about.get("teacher_hash"))) for row in found
+        table_row(row, *results.milliseconds(row), students.get(row.model.about.get("teacher_hash"))) for row in found
     ]
 
 
-def table_row(row: Row, milliseconds: float | None, sibling: dict | None) -> dict[str, Any]:
-    """One row; ``sibling`` is the config of a student of this teacher, which has its shape."""
+def table_row(row: Row, milliseconds: float | None, timed: set[str], sibling: dict | None) -> dict[str, Any]:
+    """One row; ``timed`` says how the milliseconds were measured.
+
+    ``sibling`` is the config of a student of this teacher, which has its shape.
+    """
     model, published = row.model, row.model.published()
     gflops = row.gflops()
     if not model.student and sibling:
         gflops = count_gflops(json.dumps(sibling), model.steps, teacher=True)
     line: dict[str, Any] = {"model": model.method, "loss": model.loss, "target": model.target}
     line |= {"mask": model.mask, "steps": model.steps, "history_layers": model.layers if model.student else None}
-    line |= {"iteration": model.iteration or None, "gflops": gflops, "ms_per_sample": milliseconds}
+    line |= {
+        "iteration": model.iteration or None,
+        "gflops": gflops,
+        "ms_per_sample": milliseconds,
+        "timed": sorted(timed),
+    }
     line |= {name: row.mean(name) for name in MEASURED} | {"published": published}
     if published:
         paper = TABLE_1[published]
@@ -114,8 +123,8 @@ def notes(lines: list[dict[str, Any]], results: Results) -> list[str]:
     made = evidence.about([r for row in results.table() for r in row.results])
     text = [f"Means over seeds, with the standard deviation where there are several. {made}"]
     text.append("GFLOPs: multiply-accumulates of one image, counted in our own models.")
-    if any(line["ms_per_sample"] for line in lines):
-        text.append("ms: milliseconds per sample as measured in the runs, median; their table.md says on what.")
+    if timed := {how for line in lines for how in line["timed"]}:
+        text.append(f"ms: measured milliseconds for a sample, median ({'; '.join(sorted(timed))}).")
     if any(line["published"] for line in lines):
         text.append("The paper's rows are of DiT-XL/2 on ImageNet 256: its N=6 of 28 stands beside any N below all.")
     return text
@@ -163,7 +172,7 @@ def builders(results: Results, stores: list[Path], trajectories: int, columns: i
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #111;
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; color: #111;
   background: #fff }}
 .wide {{ overflow-x: auto }}
 table {{ border-collapse: collapse; font-size: 12px; white-space: nowrap }}
@@ -171,6 +180,7 @@ th, td {{ padding: .2rem .5rem; border-bottom: 1px solid #ccc; text-align: right
 td:first-child, th:first-child {{ text-align: left }}
 figure {{ margin: 0 0 2rem }}
 figure img {{ width: 100%; max-width: 26rem; height: auto }}
+p {{ max-width: 60rem }}
 figcaption {{ font-size: 13px; max-width: 40rem; color: #333 }}
 </style></head><body>
 <h1>{title}</h1>
@@ -232,9 +242,8 @@ def write_report(
     write_text(out / "table.md", as_markdown(lines, text))
     write_text(out / "table.tex", as_latex(lines, text))
     shown = {name: (picture.caption, out / f"{name}.png") for name, picture in pictures.items()}
-    write_text(
-        out / "captions.json", json.dumps({name: caption for name, (caption, _) in shown.items()}, indent=1) + "\n"
-    )
+    behind = {name: {"caption": picture.caption, "numbers": picture.numbers} for name, picture in pictures.items()}
+    write_text(out / "figures.json", json.dumps(behind) + "\n")
     write_text(out / "report.html", page(folders, lines, text, shown))
     return pictures
 

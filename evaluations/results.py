@@ -242,9 +242,9 @@ class Results:
                 found.append(result.figures["fid"] - float(np.mean([t.figures["fid"] for t in near])))
         return found
 
-    def milliseconds(self, row: Row) -> float | None:
-        """Measured time of one sample: from a table.json beside the metrics, as the demo and the study leave it."""
-        found = []
+    def milliseconds(self, row: Row) -> tuple[float | None, set[str]]:
+        """Measured time of one sample, and on what: from the table.json that demo and study leave."""
+        found, how = [], set()
         for result in row.results:
             path, model = result.path.parent / "table.json", result.model
             mine = {"model": model.method, "loss": model.loss, "target": model.target, "steps": model.steps}
@@ -252,7 +252,8 @@ class Results:
             for line in json.loads(path.read_text()) if path.is_file() else []:
                 if "ms_per_sample" in line and all(line.get(key, value) == value for key, value in mine.items()):
                     found.append(line["ms_per_sample"])
-        return float(np.median(found)) if found else None
+                    how.add(line.get("timed", "see the table.md of the run"))
+        return (float(np.median(found)) if found else None), how
 
 
 def same_teacher(teacher: Result, result: Result) -> bool:

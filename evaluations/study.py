@@ -71,7 +71,7 @@ PLAN = ("iterations", "gan_iterations", "num_samples", "curve_samples", "num_tra
 
 # Seconds of a core. START is that of a process; the others are a training step of batch 64 of a point without history,
 # what a layer with history adds for each pair of points; a step of R+D; a sample's step, a teacher's trajectory.
-START, POINT, PAIR, GAN_STEP, SAMPLED_POINT, TRAJECTORY = 6.0, 0.0165, 0.0003, 0.2, 0.00012, 0.011
+START, POINT, PAIR, GAN_STEP, SAMPLED_POINT, TRAJECTORY = 6.0, 0.0165, 0.0003, 0.11, 0.00012, 0.011
 
 
 def students(folder: Path, iterations: int) -> list[Student]:

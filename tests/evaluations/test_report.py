@@ -1,5 +1,6 @@
 """The report: its numbers are those of the files, and its page needs nothing but itself."""
 
+import html
 import json
 import re
 import shutil
@@ -67,7 +68,7 @@ def test_the_tables_numbers_are_those_of_the_metric_files(runs, report):
     assert 0 < rows[2]["gflops"] < rows[4]["gflops"] < rows[0]["gflops"] / 10
 
 
-def test_the_page_holds_every_figure_and_points_nowhere(report):
+def test_the_page_holds_every_figure_and_points_nowhere(runs, report):
     page = (report / "report.html").read_text()
     drawn = {path.stem for path in report.glob("*.png")}
     assert drawn == {"fig4_attention", "fig5_samples", "fig6a_training", "step_errors"}
@@ -79,7 +80,10 @@ def test_the_page_holds_every_figure_and_points_nowhere(report):
     assert not re.search(r"https?://|<script|<link|@import|url\(", page)
     for name, (title, how) in SHOWN.items():
         assert (title in page) and (name in drawn or how.split(" ")[0] in page)
-    assert set(json.loads((report / "captions.json").read_text())) == drawn
+    behind = json.loads((report / "figures.json").read_text())
+    assert behind.keys() == drawn and all(html.escape(figure["caption"]) in page for figure in behind.values())
+    curves = {line["label"]: line["values"] for line in behind["fig6a_training"]["numbers"]}
+    assert curves["ARD M4, N=2"][0] == [json.loads((runs / "M4-1-0.json").read_text())["fid"]]
 
 
 def test_every_picture_fits_a_column(report):
