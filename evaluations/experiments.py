@@ -19,6 +19,7 @@ from diffusion import create_diffusion
 from models import DiT
 from models_ard import ARD
 from runtime import cli
+from runtime.distributed import die_with_parent
 from runtime.randomness import labels, noise
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +38,7 @@ def start(command: list, threads: int, out: Any = None, error: Any = None) -> su
     words = [str(word) for word in command]
     launcher = {"python": [], "torchrun": ["-m", "torch.distributed.run", "--standalone"]}[words[0]]
     real = [sys.executable, *launcher, *words[1:]]
-    return subprocess.Popen(real, cwd=ROOT, env=environment, stdout=out, stderr=error)
+    return subprocess.Popen(real, cwd=ROOT, env=environment, stdout=out, stderr=error, preexec_fn=die_with_parent)
 
 
 def as_typed(command: list) -> str:
@@ -55,7 +56,13 @@ def call(commands: list[list], threads: int | None = None) -> None:
         print("$ " + as_typed(command), flush=True)
         silent = subprocess.DEVNULL if running else None  # one progress bar is enough
         running.append(start(command, threads or max(1, CORES // len(commands)), error=silent))
-    codes = [process.wait() for process in running]
+    try:
+        codes = [process.wait() for process in running]
+    finally:  # interrupted or terminated: none is left behind
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
     for command, code in zip(commands, codes, strict=True):
         if code:
             raise cli.RunError(

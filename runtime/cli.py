@@ -226,8 +226,9 @@ def fail(parser: argparse.ArgumentParser, text: str, code: int) -> NoReturn:
     """
     text = one_line(text)
     who, rank = f"{parser.prog}: error", os.environ.get("RANK", "0")
-    if world_size() > 1 and rank != "0" and code == 2:
-        time.sleep(RANKS_PAUSE)
+    if world_size() > 1 and rank != "0":
+        if code == 2:
+            time.sleep(RANKS_PAUSE)
         who += f" of rank {rank}"
     print(f"{who}: {text}", file=sys.stderr, flush=True)
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -240,15 +241,10 @@ def fail(parser: argparse.ArgumentParser, text: str, code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def _sigterm_as_error() -> Iterator[None]:
-    """SIGTERM, which clusters send before they take a machine away, raises ``Terminated``; a second one kills.
-
-    Of several ranks the main one says so, the others end in silence: it may be torchrun that ends them.
-    """
+    """SIGTERM, which clusters send before they take a machine away, raises ``Terminated``; a second one kills."""
 
     def stop(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if os.environ.get("RANK", "0") != "0":
-            sys.exit(1)
         raise Terminated
 
     if threading.current_thread() is not threading.main_thread():

@@ -44,6 +44,7 @@ GOOD = ("kills", "kills of all", "kills of one rank", "kills of torchrun", "kill
         "complaints of orphaned data workers",
         "made good")  # fmt: skip
 AT_WORK = "is at work there"  # what a command says of a folder that another process holds
+SENTENCE = re.compile(r": error( of rank \d+)?: ")  # with which a command ends, or a rank of it
 
 
 class Whole(NamedTuple):
@@ -133,7 +134,7 @@ class Disturbance:
         """Whether the ranks that were not killed have said why they ended."""
         for rank in range(job.ranks):
             if rank != killed:
-                if ": error: " in job.said.get(str(rank), ""):
+                if SENTENCE.search(job.said.get(str(rank), "")):
                     self.counts["others ended with a sentence"] += 1
                 elif not had_begun:
                     self.counts["others had not begun"] += 1
