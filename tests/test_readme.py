@@ -11,7 +11,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_ten_lines_of_python_run_as_printed(monkeypatch):
     monkeypatch.chdir(ROOT)
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len([line for line in code.splitlines() if line]) <= 10
     names: dict = {}
     exec(code, names)
@@ -22,6 +22,15 @@ def test_the_ten_lines_of_python_run_as_printed(monkeypatch):
     # From one noise and the teacher's heads, every step of this untrained student is the teacher at its own time.
     first = teacher(names["noise"], torch.full((8,), 999), names["labels"])[:, :1]
     torch.testing.assert_close(names["predictions"][:, 0], first, rtol=0, atol=1e-5)
+
+
+def test_the_pipelines_block_runs_as_printed(student_file, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    _, code = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names: dict = {}
+    exec(code.replace("results/demo/ard-x0/checkpoints/0000600.pt", str(student_file)), names)
+    assert [image.size for image in names["images"]] == [(8, 8)] * 2 and (tmp_path / "three.png").is_file()
+    assert names["pipe"].config.keys() and (tmp_path / "digits-ard/README.md").is_file()
 
 
 def test_the_files_that_the_readme_links_to_exist():
