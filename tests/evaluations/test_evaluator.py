@@ -259,5 +259,5 @@ def test_features_are_kept_over_no_other_file(digit_files, tmp_path, capsys):
     samples.write_bytes(digit_files[1].read_bytes())
     reference.write_bytes(digit_files[0].read_bytes())
     call("evaluations.evaluator", reference, samples, *DIGITS)
-    assert f"warning: features {reference}: is there already" in capsys.readouterr().err
+    assert f"features {reference}: is there already" in capsys.readouterr().err
     assert reference.read_bytes() == digit_files[0].read_bytes()
