@@ -4,8 +4,9 @@
     python -m evaluations.costs --tflops 400 --stack 28
 
 Bytes follow from the formats and the presets, operations are counted on the meta device from our own models; both are
-exact. Hours are an estimate: operations divided by a rate that you name, with nothing lost between steps. Memory is
-that of weights, gradients, optimiser and average; activations come on top.
+exact. Hours are an estimate: operations divided by a rate that you name, with nothing lost between steps. Memory of a
+GPU is that of weights, gradients, optimiser and average; activations come on top. That of the host is a rank's while it
+works: models that are loaded, shards that are made, and in training the main rank's copy for its next snapshot.
 """
 
 import argparse
@@ -26,7 +27,16 @@ IMAGES, CLASSES, PIXELS = 1_281_167, 1000, 256  # ImageNet's training set as DiT
 INCEPTION_BYTES = 4 * 23_885_392  # weights of Inception-v3
 INCEPTION_GFLOPS = 11.4  # two operations per multiply-accumulate, one image of 299x299
 FEATURES = 2048 + 2023 + 1008  # numbers that the evaluator keeps of an image, float32
-COLUMNS = ("stage", "how much", "operations", "GPU hours (estimate)", "disk", "memory of a GPU, at least")
+COLUMNS = (
+    "stage",
+    "how much",
+    "operations",
+    "GPU hours (estimate)",
+    "disk",
+    "memory of a GPU, at least",
+    "of the host",
+)
+ROWS = 1024  # trajectories or images of a shard, the scripts' default
 
 
 def size(count: float) -> str:
@@ -50,14 +60,15 @@ def count_stages(tflops: float, steps: int, mask: str, stack: int) -> list[dict[
     encoded = latents.row_bytes(teacher.latent_shape, "fp16")
     drawn = draw["num_samples"]
 
-    def row(stage: str, amount: str, work: float | None, disk: float, memory: float) -> dict[str, Any]:
+    def row(stage: str, amount: str, work: float | None, disk: float, gpu: float, host: float) -> dict[str, Any]:
         values = (
             stage,
             amount,
             f"{work / 1e6:.3g} EFLOP" if work else "not counted",
             f"{work / tflops / 3600:.3g}" if work else "-",
             size(disk),
-            size(memory),
+            size(gpu),
+            size(host),
         )
         return dict(zip(COLUMNS, values, strict=True))
 
@@ -68,6 +79,7 @@ def count_stages(tflops: float, steps: int, mask: str, stack: int) -> list[dict[
             dump["num_trajectories"] * sampling_gflops(teacher, dump["solver_steps"]) * 2 / 1e3,
             dump["num_trajectories"] * trajectory,
             weights,
+            weights + 2 * ROWS * trajectory,
         ),
         row(
             "train_ARD.py",
@@ -75,20 +87,30 @@ def count_stages(tflops: float, steps: int, mask: str, stack: int) -> list[dict[
             train["iterations"] * train["global_batch_size"] * per_sample["R"],
             7 * kept,
             trained,
+            kept,
         ),
-        row("encode_latents.py", f"{IMAGES:,} images, both sides", None, IMAGES * encoded, VAE_BYTES),
+        row(
+            "encode_latents.py",
+            f"{IMAGES:,} images, both sides",
+            None,
+            IMAGES * encoded,
+            VAE_BYTES,
+            VAE_BYTES + 2 * ROWS * encoded,
+        ),
         row(
             "train_ARD_gan.py",
             f"{gan['iterations']:,} steps of {gan['global_batch_size']}, a checkpoint and a snapshot",
             gan["iterations"] * gan["global_batch_size"] * per_sample["R+D"],
             2 * (kept + 3 * heads),
             trained + 4 * heads + weights,
+            kept + 3 * heads,
         ),
         row(
             "sample_ARD.py",
             f"{drawn:,} images",
             drawn * sampling_gflops(student, steps) * 2 / 1e3,
             drawn * samples.row_bytes(PIXELS),
+            own + VAE_BYTES,
             own + VAE_BYTES,
         ),
         row(
@@ -97,6 +119,7 @@ def count_stages(tflops: float, steps: int, mask: str, stack: int) -> list[dict[
             (drawn + 10_000) * INCEPTION_GFLOPS / 1e3,
             (drawn + 10_000) * FEATURES * 4,
             INCEPTION_BYTES,
+            (drawn + 10_000) * FEATURES * 4,
         ),
     ]
 
