@@ -30,6 +30,8 @@ def writable_folder(option: str, path: str | Path) -> Path:
         raise UserError(f"{option} {path}: {above} is a file, give a place in a folder")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"{option} {path}: this user may not write to {above.absolute()}, give another place")
+    if not shutil.disk_usage(above).total:  # /proc and its like, where even root writes nothing
+        raise UserError(f"{option} {path}: {above.absolute()} is on no disk, give another place")
     return path
 
 

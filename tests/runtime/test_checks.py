@@ -1,6 +1,7 @@
 """Places, room and memory: a sentence where it cannot work, nothing otherwise."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,3 +60,9 @@ def test_ranks_share_the_memory_of_a_machine(monkeypatch):
 def test_bytes_are_told_in_words():
     found = [checks.in_words(count) for count in (0, 999, 1000, 2.5e9, 1e15)]
     assert found == ["0 bytes", "999 bytes", "1 kB", "2.5 GB", "1 PB"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a file system of Linux that is on no disk")
+def test_a_place_on_no_disk_is_refused():
+    with pytest.raises(UserError, match="--out /proc/nothing/here: /proc is on no disk, give another place"):
+        checks.writable_folder("--out", "/proc/nothing/here")
