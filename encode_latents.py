@@ -40,7 +40,7 @@ def build_parser() -> cli.Parser:
     group.add_argument("--out", type=cli.folder, required=True, help="Write the store there.")
     group.add_argument("--dtype", choices=STORED, default="fp16", help="Number format of the stored latents.")
     group.add_argument(
-        "--rows-per-shard", type=cli.positive, default=1024, help="Images of one file, a rank's piece of work."
+        "--rows-per-shard", type=cli.positive, default=1024, help="Images of a file; a rank makes one at a time."
     )
     group = parser.add_argument_group("run")
     group.add_argument("--per-proc-batch-size", type=cli.positive, default=64, help="Images of a rank at once.")

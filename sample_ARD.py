@@ -53,13 +53,16 @@ def build_parser() -> cli.Parser:
     group.add_argument(
         "--source-images",
         type=cli.name,
-        help="Let these images, a folder or .npz, take the place of a prediction, in turn.",
+        help="Start sample i from image i of this folder or .npz, again from the first at their end.",
     )
     group.add_argument(
         "--source-step", type=cli.positive, default=1, help="Replace the prediction of this step, 1 .. S-1."
     )
     group.add_argument(
-        "--teacher-steps", type=cli.not_negative, default=0, help="Take so many first points from the teacher."
+        "--teacher-steps",
+        type=cli.not_negative,
+        default=0,
+        help="Take N first points of S from the teacher's ODE.",
     )
     group.add_argument("--teacher", type=cli.file, help="Find that teacher here instead of where the checkpoint says.")
     add_sampling_options(parser)

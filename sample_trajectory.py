@@ -51,7 +51,7 @@ def build_parser() -> cli.Parser:
     )
     group.add_argument("--dtype", choices=STORED, default="fp16", help="Number format of the stored points.")
     group.add_argument(
-        "--rows-per-shard", type=cli.positive, default=1024, help="Trajectories of one file, a rank's piece of work."
+        "--rows-per-shard", type=cli.positive, default=1024, help="Trajectories of a file; a rank makes one at a time."
     )
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=cli.not_negative, default=0, help="Trajectory i depends on (seed, i) alone.")

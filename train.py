@@ -51,13 +51,15 @@ def build_parser() -> cli.Parser:
     group.add_argument(
         "--vae",
         type=cli.name,
-        help="Autoencoder: ema, mse, a folder or hub id; none, the default for images, is a model of pixels.",
+        help="Encode images by ema or mse (stabilityai/sd-vae-ft-...), a folder or hub id; else train on pixels.",
     )
     group.add_argument("--unconditional", action="store_true", help="Use no classes; an image folder may be flat then.")
-    group.add_argument("--model", choices=DiT_models, metavar="NAME", help=f"One of {MODELS}.")
+    group.add_argument(
+        "--model", choices=DiT_models, metavar="NAME", help=f"One of {MODELS}; needed unless the four below are given."
+    )
     of_model = "instead of that of --model."
     group.add_argument("--depth", type=cli.positive, help=f"Number of blocks, {of_model}")
-    group.add_argument("--width", type=cli.positive, help=f"Numbers of a token, {of_model}")
+    group.add_argument("--width", type=cli.positive, help=f"Hidden size of a token, {of_model}")
     group.add_argument("--heads", type=cli.positive, help=f"Attention heads, {of_model}")
     group.add_argument("--patch", type=cli.positive, help=f"Side of a patch in pixels or latents, {of_model}")
     group.add_argument("--label-dropout", type=cli.fraction, default=0.1, help="Rate of the null label in training.")

@@ -84,14 +84,12 @@ def build_parser() -> cli.Parser:
     group.add_argument("--gan-warmup", type=cli.not_negative, default=3000, help="First steps, without the GAN loss.")
     group.add_argument("--rollout", action="store_true", help="Judge predictions from the student's own history.")
     group.add_argument("--d-lr", type=cli.positive_number, default=1e-3, help="Learning rate of the heads (AdamW).")
-    group.add_argument("--d-clip", type=cli.positive_number, help="Largest norm of their gradient; without it, any.")
+    group.add_argument("--d-clip", type=cli.positive_number, help="Clip their gradient to this norm if given.")
     group.add_argument(
         "--d-time", type=cli.not_negative, default=0, help="Diffuse images to this time 0..999 first; 0 is clean."
     )
     group.add_argument("--d-width", type=cli.positive, help="Channels of a head; without it, the teacher's width.")
-    group.add_argument(
-        "--bn-group", type=cli.positive, default=6, help="Consecutive samples that share norm statistics."
-    )
+    group.add_argument("--bn-group", type=cli.positive, default=6, help="Samples of a group of the heads' batch norm.")
     add_training_options(parser, lr=1e-4, batch=48, iterations=40_000)
     add_quality_options(parser)
     return parser

@@ -25,7 +25,9 @@ def add_ode_options(group: OptionGroup) -> None:
         "--cfg-scale", type=not_negative_number, default=1.5, help="Guide by this scale; 1 is no guidance."
     )
     group.add_argument(
-        "--cfg-channels", type=positive, help="Guide only the first so many; without it 3, as DiT's samples, or all."
+        "--cfg-channels",
+        type=positive,
+        help="Guide only so many first channels; without it 3, as DiT's sampler, or all if there are fewer.",
     )
 
 

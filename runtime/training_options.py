@@ -24,7 +24,7 @@ def add_training_options(parser: cli.Parser, *, lr: float, batch: int, iteration
     group.add_argument("--accumulation", type=positive, default=1, help="Micro-batches of a rank in a step.")
     group.add_argument("--iterations", type=positive, default=iterations, help="Optimiser steps in all.")
     group.add_argument("--lr", type=cli.positive_number, default=lr, help="Constant learning rate of AdamW.")
-    group.add_argument("--clip", type=cli.positive_number, default=1.0, help="Largest norm of the gradient.")
+    group.add_argument("--clip", type=cli.positive_number, default=1.0, help="Clip the gradient to this norm.")
     group.add_argument("--ema-decay", type=cli.fraction, default=0.9999, help="Decay per step of the EMA of weights.")
     warmup = "Begin with a decay of 0.1 that grows to --ema-decay, for short runs."
     group.add_argument("--ema-warmup", action=argparse.BooleanOptionalAction, default=False, help=warmup)
