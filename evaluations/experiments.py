@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 TEACHER = "assets/digits_teacher.pt"
 OPTIMISER = ["--lr", "2e-3", "--ema-decay", "0.99"]
-GAN = ["--gan-warmup", "150", "--gan-weight", "0.5", "--d-time", "100", "--d-lr", "2e-3"]
+GAN_WARMUP = 150  # steps, or all of a run that is shorter
+GAN = ["--gan-weight", "0.5", "--d-time", "100", "--d-lr", "2e-3"]
 GAN += ["--lr", "1e-3", "--clip", "0.06", "--d-clip", "0.06", "--ema-decay", "0.99"]
 
 
@@ -195,6 +196,7 @@ def fine_tune_command(start: Student, tuned: Student, seed: int) -> list:
     """R+D from a regression-trained student."""
     command = ["python", "train_ARD_gan.py", "--data-path", tuned.folder / "trajectories", "--ckpt-path", start.weights]
     command += ["--real-data-path", "digits", "--iterations", tuned.iterations, *GAN]
+    command += ["--gan-warmup", min(GAN_WARMUP, tuned.iterations)]
     return [*command, "--sample-every", 0, "--seed", seed, "--run-dir", tuned.run_dir]
 
 

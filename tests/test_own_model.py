@@ -36,10 +36,7 @@ def commands() -> list[list[str]]:
     """The block's lines without comments, in words; training of any length is two steps long."""
     (block,) = re.findall(r"```\n(# Your own pictures.*?)```", README, flags=re.DOTALL)
     block = block.replace("\\\n", " ")
-    for number in set(re.findall(r"--iterations (\d+)", block)):
-        block = block.replace(f"/{int(number):07d}.pt", "/0000002.pt").replace(
-            f"--iterations {number}", "--iterations 2"
-        )
+    block = re.sub(r"--iterations \d+", "--iterations 2", re.sub(r"/\d{7}\.pt", "/0000002.pt", block))
     lines = [shlex.split(line, comments=True) for line in block.splitlines()]
     return [[word for word in line if word not in ("python", "-m")] for line in lines if line]
 

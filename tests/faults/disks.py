@@ -24,7 +24,8 @@ from stages import EQUAL, Job, Stage, ends_well, make_inputs, stages, told, undi
 
 NEW_MOUNTS, NEW_USER = 0x00020000, 0x10000000  # CLONE_NEWNS and CLONE_NEWUSER of sched.h
 SAYS = "No space left on device"
-FULL, ROOM = "full", "had room"
+REFUSED = "where the disk has"  # what a command says that has counted beforehand
+FULL, ROOM, COUNTED = "full", "had room", "refused before the work"
 
 
 def own_mounts() -> bool:
@@ -73,12 +74,16 @@ def used(folder: Path) -> int:
 
 
 def says_so(job: Job, code: int | None, out: Path) -> str:
-    """ "full" for exit code 1 and one sentence that names a file there, "had room", or what is wrong."""
+    """ "full" for exit code 1 and one sentence that names a file there, "refused before the work", "had room", or what is
+    wrong.
+    """
     errors = [line for line in job.output.splitlines() if "error: " in line]
     first = next((line for line in errors if SAYS in line and f"({out}" in line), None)
     alone = bool(job.stage.ranks) or errors == job.output.splitlines()[-1:]  # another rank says that it is left alone
     if code == 1 and first and alone and "Traceback" not in job.output:
         return FULL
+    if code == 2 and len(errors) == 1 and REFUSED in errors[0] and "Traceback" not in job.output:
+        return COUNTED
     return ROOM if code == 0 else f"it ends with {code}: {job.output[-600:]}"
 
 
@@ -107,7 +112,7 @@ def fill(stage: Stage, base: Path, draw: random.Random, trials: int) -> Counter:
         if code is None:
             job.kill()
         end = says_so(job, code, out)
-        counts[end if end in (FULL, ROOM) else f"disk of {size} bytes: {end}"] += 1
+        counts[end if end in (FULL, ROOM, COUNTED) else f"disk of {size} bytes: {end}"] += 1
         mount(out, 1 << 30, "remount")
         end = ends_well(stage, out, wanted)
         counts[end if end == EQUAL else f"disk of {size} bytes: {end}"] += 1
@@ -117,7 +122,8 @@ def fill(stage: Stage, base: Path, draw: random.Random, trials: int) -> Counter:
 
 def good(counts: Counter) -> bool:
     """Whether nothing else came than full disks and disks with room, and equal ends after."""
-    return counts.keys() <= {FULL, ROOM, EQUAL} and counts[EQUAL] == counts[FULL] + counts[ROOM]
+    ends = counts[FULL] + counts[ROOM] + counts[COUNTED]
+    return counts.keys() <= {FULL, ROOM, COUNTED, EQUAL} and counts[EQUAL] == ends
 
 
 def main() -> int:
