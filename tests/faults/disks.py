@@ -74,7 +74,7 @@ def used(folder: Path) -> int:
 
 
 def says_so(job: Job, code: int | None, out: Path) -> str:
-    """ "full" for exit code 1 and a sentence that names a file there, COUNTED for code 2, "had room", or what is wrong."""
+    """ "full": exit code 1 and a sentence that names a file there; COUNTED: code 2; "had room"; or what is wrong."""
     errors = [line for line in job.output.splitlines() if "error: " in line]
     first = next((line for line in errors if SAYS in line and f"({out}" in line), None)
     alone = bool(job.stage.ranks) or errors == job.output.splitlines()[-1:]  # another rank says that it is left alone
