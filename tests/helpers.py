@@ -6,11 +6,13 @@ import json
 import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +60,9 @@ def spawn(script: str | Path, *argv, ranks: int = 0, **options) -> subprocess.Co
 
 def start(script: str | Path, *argv) -> subprocess.Popen:
     """Run it from the root of the repository and do not wait; its standard output is a pipe of text."""
-    return subprocess.Popen(words(script, *argv), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    # A shell's job in the background ignores SIGINT, and so would all that it starts.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(words(script, *argv), cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=listen)
 
 
 def call_on_ranks(ranks: int, script: str, *argv, kill: str = "") -> list[int]:
