@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from evaluations.plans import Plan
 from runtime import cli, distributed
@@ -24,7 +24,7 @@ from runtime.vae import load_vae, outline_vae, resolve_name
 from stores.image_folder import ImageFolder, add_skip_bad_option
 from stores.images import from_uint8, latent_shape, must_not_hold, summary
 from stores.latents import KIND, row_bytes
-from stores.shards import ShardWriter
+from stores.shards import ROWS_PER_SHARD, ShardWriter
 
 
 def build_parser() -> cli.Parser:
@@ -40,7 +40,10 @@ def build_parser() -> cli.Parser:
     group.add_argument("--out", type=cli.folder, required=True, help="Write the store there.")
     group.add_argument("--dtype", choices=STORED, default="fp16", help="Number format of the stored latents.")
     group.add_argument(
-        "--rows-per-shard", type=cli.positive, default=1024, help="Images of a file; a rank makes one at a time."
+        "--rows-per-shard",
+        type=cli.positive,
+        default=ROWS_PER_SHARD,
+        help="Images of a file; a rank makes one at a time.",
     )
     group = parser.add_argument_group("run")
     group.add_argument("--per-proc-batch-size", type=cli.positive, default=64, help="Images of a rank at once.")
@@ -106,9 +109,8 @@ def run(args: argparse.Namespace) -> None:
         ShardWriter(args.out, provenance, DistributedContext(), unit="image")
         cli.show_plan(provenance | {"latent_shape": shape} | plan.describe(), args)
         return
-    writer = ShardWriter(args.out, provenance, context, unit="image")
 
-    with writer:
+    with ShardWriter(args.out, provenance, context, unit="image") as writer:
         if context.is_main:
             print(f"{args.data_path}: {summary(source)}")
         for rows in writer.missing_shards():
@@ -116,14 +118,7 @@ def run(args: argparse.Namespace) -> None:
             borders = [(start, min(start + args.per_proc_batch_size, rows.stop)) for start in starts]
             workers = min(args.num_workers, len(borders))
             parts = []
-            loader = DataLoader(
-                ImageBatches(source),
-                batch_size=None,
-                sampler=borders,
-                num_workers=workers,
-                worker_init_fn=distributed.ignore_sigterm,
-            )
-            for batch in loader:
+            for batch in distributed.read_with_workers(ImageBatches(source), borders, workers):
                 images = from_uint8(batch["images"].to(context.device))
                 mean, std = vae.encode(images)
                 mirrored_mean, mirrored_std = vae.encode(images.flip(-1))

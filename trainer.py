@@ -20,12 +20,11 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from runtime import distributed
 from runtime.cli import RunError, UserError
-from runtime.distributed import DistributedContext, notice_sigterm, wrapped
+from runtime.distributed import DistributedContext, notice_sigterm, read_with_workers, wrapped
 from stores import checkpoints
 from stores.runs import RunFolder
 
@@ -215,21 +214,13 @@ class Trainer:
         self.folder.log(f"{self.folder.path}: step {self.step} to {self.iterations}, {self.batch_sizes}")
         for remark in filter(None, (state.ema_remark(self.iterations) for state in self.states.values())):
             self.folder.log(remark)
-        loader = DataLoader(
-            batches,
-            batch_size=None,
-            sampler=range(self.step, self.iterations),
-            num_workers=self.num_workers,
-            pin_memory=self.context.device.type == "cuda",
-            persistent_workers=self.num_workers > 0,
-            worker_init_fn=distributed.ignore_sigterm,
-        )
+        steps, pin_memory = range(self.step, self.iterations), self.context.device.type == "cuda"
         quiet = None if self.context.is_main else True  # None: unless this is a terminal
         bar = tqdm(total=self.iterations, initial=self.step, unit="step", disable=quiet)
         self._saved = time.monotonic()
         with bar as self._progress, notice_sigterm() as self._sigterm, self.folder.open(self.step):
             self._since = time.perf_counter()
-            for batch in distributed.read_with_workers(loader):
+            for batch in read_with_workers(batches, steps, self.num_workers, pin_memory):
                 yield {name: value.to(self.context.device, non_blocking=True) for name, value in batch.items()}
         self.folder.log(f"{self.folder.path}: done at step {self.step}")
 

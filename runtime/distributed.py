@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from runtime.cli import OptionGroup, RunError, UserError, name
 
@@ -251,15 +251,29 @@ def notice_sigterm() -> Iterator[Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def read_with_workers(loader: DataLoader) -> Iterator[Any]:
-    """The loader's items. Its workers end with this process, also when that ends by an error.
+def read_with_workers(
+    data: Dataset, indices: Sequence[Any], num_workers: int, pin_memory: bool = False
+) -> Iterator[Any]:
+    """The items of these indices, read ahead by processes that end with this one, also when that ends by an error.
 
-    Python would send them SIGTERM, which they may ignore, and wait for ever.
+    They ignore SIGTERM, which is what python would end them with, to wait for ever then.
     """
+    loader: Any = DataLoader(
+        data,
+        batch_size=None,
+        sampler=indices,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=ignore_sigterm,
+    )
     items = iter(loader)
-    if loader.num_workers:
-        atexit.register(items._shutdown_workers)  # type: ignore[attr-defined]  # what torch calls when all goes well
-    return items
+    end = getattr(items, "_shutdown_workers", lambda: None)  # what torch calls when all goes well
+    atexit.register(end)  # for errors where the items are used, which keep this generator alive until then
+    try:
+        yield from items
+    finally:
+        end()
+        atexit.unregister(end)
 
 
 def ignore_sigterm(worker: int) -> None:

@@ -47,6 +47,20 @@ def test_a_broken_image_is_named(image_folder, autoencoder, tmp_path, capsys, wo
     assert f"--data-path {folder}: 1 of 11 images cannot be read: class1/01.png (none of the formats" in error
 
 
+@pytest.mark.slow
+def test_an_image_that_a_worker_cannot_decode_ends_the_encoding(image_folder, autoencoder, tmp_path):
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder, folder)
+    picture = folder / "class1" / "01.png"
+    content = bytearray(picture.read_bytes())
+    begin = content.index(b"IDAT") + 4
+    content[begin : begin + 8] = bytes(8)  # its header and its end are whole
+    picture.write_bytes(content)
+    done = spawn("encode_latents.py", "--data-path", folder, "--image-size", 8, "--vae", autoencoder,
+                 "--out", tmp_path / "out", "--num-workers", 2)  # fmt: skip
+    assert done.returncode == 2 and "class1/01.png is not a readable image" in done.stderr, done.stderr
+
+
 def test_a_dry_run_counts_the_bytes_and_writes_nothing(image_folder, autoencoder, tmp_path, capsys):
     call("encode_latents.py", "--data-path", image_folder, "--image-size", 8, "--vae", autoencoder,
          "--out", tmp_path / "out", "--dtype", "fp16", "--dry-run")  # fmt: skip
