@@ -29,7 +29,7 @@ from runtime.precision import (
 from runtime.randomness import LABEL_POLICIES, labels, noise
 from stores import checkpoints
 from stores.foreign_weights import shape_by_name
-from stores.shards import ShardWriter
+from stores.shards import ROWS_PER_SHARD, ShardWriter
 from stores.trajectories import row_bytes
 
 
@@ -51,7 +51,10 @@ def build_parser() -> cli.Parser:
     )
     group.add_argument("--dtype", choices=STORED, default="fp16", help="Number format of the stored points.")
     group.add_argument(
-        "--rows-per-shard", type=cli.positive, default=1024, help="Trajectories of a file; a rank makes one at a time."
+        "--rows-per-shard",
+        type=cli.positive,
+        default=ROWS_PER_SHARD,
+        help="Trajectories of a file; a rank makes one at a time.",
     )
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=cli.not_negative, default=0, help="Trajectory i depends on (seed, i) alone.")

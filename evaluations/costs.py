@@ -22,6 +22,7 @@ from presets import preset
 from runtime import cli
 from runtime.vae import VAE_BYTES
 from stores import latents, samples, trajectories
+from stores.shards import ROWS_PER_SHARD
 
 IMAGES, CLASSES, PIXELS = 1_281_167, 1000, 256  # ImageNet's training set as DiT-XL/2 256x256 sees it
 INCEPTION_BYTES = 4 * 23_885_392  # weights of Inception-v3
@@ -36,7 +37,6 @@ COLUMNS = (
     "memory of a GPU, at least",
     "of the host",
 )
-ROWS = 1024  # trajectories or images of a shard, the scripts' default
 
 
 def size(count: float) -> str:
@@ -79,7 +79,7 @@ def count_stages(tflops: float, steps: int, mask: str, stack: int) -> list[dict[
             dump["num_trajectories"] * sampling_gflops(teacher, dump["solver_steps"]) * 2 / 1e3,
             dump["num_trajectories"] * trajectory,
             weights,
-            weights + 2 * ROWS * trajectory,
+            weights + 2 * ROWS_PER_SHARD * trajectory,
         ),
         row(
             "train_ARD.py",
@@ -95,7 +95,7 @@ def count_stages(tflops: float, steps: int, mask: str, stack: int) -> list[dict[
             None,
             IMAGES * encoded,
             VAE_BYTES,
-            VAE_BYTES + 2 * ROWS * encoded,
+            VAE_BYTES + 2 * ROWS_PER_SHARD * encoded,
         ),
         row(
             "train_ARD_gan.py",

@@ -23,9 +23,7 @@ def has_lost_members(archive: zipfile.ZipFile) -> bool:
     One damaged length there hides the entries after it.
     """
     assert archive.fp is not None
-    archive.fp.seek(
-        -22 - len(archive.comment), os.SEEK_END
-    )  # the end record; bytes 10 and 11 are the number of entries
+    archive.fp.seek(-22 - len(archive.comment), os.SEEK_END)  # the end record: bytes 10 and 11 count the entries
     return int.from_bytes(archive.fp.read(12)[10:], "little") != min(len(archive.infolist()), 0xFFFF)
 
 

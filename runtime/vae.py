@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from runtime.cli import FETCHING, AbsentError, UserError, shortened
-from runtime.files import cached_snapshot
+from runtime.files import DIFFUSERS_STEM, cached_snapshot
 from runtime.precision import DTYPES
 from runtime.provenance import weights_hash
 
 NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+WEIGHTS = (f"{DIFFUSERS_STEM}.safetensors", f"{DIFFUSERS_STEM}.bin")
 EXPECTED = f"give ema, mse, none or a folder in diffusers' layout (config.json and {WEIGHTS[0]})"
 HUB_ID = r"[\w.-]+/[\w.-]+"  # of a Hugging Face repository, as opposed to a path
 VAE_BYTES = 4 * 83_653_863  # of the weights of these two

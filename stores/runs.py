@@ -214,8 +214,6 @@ def find_run(config: dict, results_dir: str, run_dir: str | None) -> Path:
             if not began(folder, config):
                 raise UserError(f"--run-dir {folder}: holds another run: {differences(found, config)}")
         return folder
-    if Path(results_dir).is_file():
-        raise UserError(f"--results-dir {results_dir}: there is a file of that name, give a folder")
     runs = sorted(path for path in Path(results_dir).glob("[0-9][0-9][0-9]-*") if path.is_dir())
     for run in runs:
         if began(run, config):

@@ -22,7 +22,7 @@ from runtime.checks import writable_file
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
 from runtime.files import SharedWriter, atomic_write, claim, release, write_text
-from runtime.npz import DAMAGED_NPZ, npz_member
+from runtime.npz import DAMAGED_NPZ, npy_header, npz_member
 from runtime.provenance import require_same, with_current_keys
 from stores.images import to_uint8
 
@@ -159,8 +159,7 @@ class SampleWriter(SharedWriter):
     def _draw_grid(self) -> None:
         """A PNG of the first 100 samples of the finished file."""
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
-            np.lib.format.read_magic(member)
-            shape, _, _ = np.lib.format.read_array_header_1_0(member)
+            shape, _, _ = npy_header(member)
             shape = min(100, shape[0]), *shape[1:]
             images = np.frombuffer(member.read(int(np.prod(shape))), np.uint8).reshape(shape)
         grid = torch.from_numpy(images.copy()).permute(0, 3, 1, 2)

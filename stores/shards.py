@@ -25,6 +25,8 @@ from runtime.distributed import DistributedContext
 from runtime.files import LOCK, SharedWriter, atomic_write, claim, file_sha256, release, write_text
 from runtime.provenance import require_same, with_current_keys
 
+ROWS_PER_SHARD = 1024  # a rank's piece of work: small, so that ranks end together
+
 
 def shard_name(number: int) -> str:
     """File name of a shard."""
