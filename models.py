@@ -130,6 +130,8 @@ class DiT(nn.Module):
     """
 
     checkpoint_activations = False  # True: keep no block's activations for the backward pass but compute them again
+    block_type: type[nn.Module] = DiTBlock
+    head_type: type[nn.Module] = FinalLayer
 
     def __init__(
         self,
@@ -169,8 +171,8 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         tokens = (input_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, hidden_size), requires_grad=False)  # fixed
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.blocks = nn.ModuleList(self.block_type(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer: Any = self.head_type(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -186,7 +188,7 @@ class DiT(nn.Module):
         small: list[Any] = [self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]]
         for layer in small:
             nn.init.normal_(layer.weight, std=0.02)
-        zeroed: list[Any] = [layer.adaLN_modulation[-1] for layer in (*self.blocks, self.final_layer)]
+        zeroed: list[Any] = [layer for name, layer in self.named_modules() if name.endswith("adaLN_modulation.1")]
         for layer in (*zeroed, self.final_layer.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -204,14 +206,26 @@ class DiT(nn.Module):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W), t: (B,) times 0..999, y: (B,) labels -> (B, 2C, H, W): noise and sigma (C: noise only)."""
-        x, c = self.embed(x, t, y)
+        x, c, e = self.embed(x, t, y)
+        given = self.block_condition(c, e)
         for block in self.blocks:
-            x = self.run_block(block, x, c)
+            x = self.run_block(block, x, given)
         return self.unpatchify(self.final_layer(x, c))
 
-    def embed(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the blocks start from: tokens (B, T, D) and the conditioning on time and class (B, D)."""
-        return self.embed_tokens(x), self.t_embedder(t) + self.y_embedder(y)
+    def embed(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the blocks start from: tokens (B, T, D), the conditioning on time and class (B, D), the embedded y."""
+        e = self.y_embedder(y)
+        return self.embed_tokens(x), self.condition(self.t_embedder(t), e), e
+
+    def condition(self, t: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        """The conditioning of embedded times and classes, (B, D) each or (B, S, D) where they broadcast to that."""
+        return t + e
+
+    def block_condition(self, c: torch.Tensor, e: torch.Tensor) -> Any:
+        """What all blocks are given of the conditioning c (B, D) and the embedded y: here c; a text model adds text."""
+        return c
 
     def embed_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W) -> tokens with their positions (B, T, D), contiguous.
@@ -223,17 +237,18 @@ class DiT(nn.Module):
 
     def features(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
         """The tokens after each block, (B, T, D) each: what a discriminator looks at."""
-        x, c = self.embed(x, t, y)
-        return [x := self.run_block(block, x, c) for block in self.blocks]
+        x, c, e = self.embed(x, t, y)
+        given = self.block_condition(c, e)
+        return [x := self.run_block(block, x, given) for block in self.blocks]
 
     def run_block(
         self,
         block: nn.Module,
         x: torch.Tensor,
-        c: torch.Tensor,
+        c: Any,
         attention_fn: AttentionFn = F.scaled_dot_product_attention,
     ) -> torch.Tensor:
-        """A block on tokens (B, T, D) with conditioning (B, D), recomputed in the backward pass if that is wanted."""
+        """A block on tokens (B, T, D) with its conditioning, recomputed in the backward pass if that is wanted."""
         if self.checkpoint_activations:  # nothing in a block is random
             return checkpoint(block, x, c, attention_fn, use_reentrant=False, preserve_rng_state=False)
         return block(x, c, attention_fn)
@@ -253,10 +268,13 @@ class DiT(nn.Module):
         return torch.cat([torch.cat([guided, guided]), out[:, cfg_channels:]], dim=1)
 
 
-def sincos_positions(hidden_size: int, side: int) -> torch.Tensor:
-    """Fixed two-dimensional sine-cosine positions: (side * side, D); the first half of D encodes the column."""
+def sincos_positions(hidden_size: int, side: int, scale: float = 1.0) -> torch.Tensor:
+    """Fixed two-dimensional sine-cosine positions: (side * side, D); the first half of D encodes the column.
+
+    ``scale`` divides the positions.
+    """
     frequencies = 10000 ** -(np.arange(hidden_size // 4, dtype=np.float64) / (hidden_size / 4))
-    angles = np.arange(side)[:, None] * frequencies  # (side, D/4)
+    angles = np.arange(side)[:, None] / scale * frequencies  # (side, D/4)
     line = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (side, D/2)
     columns, rows = np.tile(line, (side, 1)), np.repeat(line, side, axis=0)
     return torch.from_numpy(np.concatenate([columns, rows], axis=1)).float()
@@ -284,8 +302,9 @@ DiT_models = {
 
 
 def model_name(config: dict) -> str:
-    """The size's name of a model with this config, "DiT-XL/2", or "DiT" when it is none of the above."""
+    """The name of a model with this config, "DiT-XL/2" or "PixArt-XL/2"; "DiT" or "PixArt" for sizes without a name."""
+    kind = "PixArt" if "caption_channels" in config else "DiT"
     for name, build in DiT_models.items():
         if build.keywords.items() <= config.items():
-            return name
-    return "DiT"
+            return name.replace("DiT", kind)
+    return kind

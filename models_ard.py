@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from models import AttentionFn, DiT
+from models_pixart import PixArt
 
 MASKS = ("M1", "M2", "M3", "M4")
 
@@ -148,7 +149,7 @@ class ARD(DiT):
         cls, teacher: DiT, steps: int = 4, mask: str = "M4", history_layers: int = 6, level_embedding: bool = False
     ) -> "ARD":
         """A student whose every weight, and every head, starts as the teacher's."""
-        student = cls(steps, mask, history_layers, level_embedding, **teacher.config)
+        student = student_type(teacher.config)(steps, mask, history_layers, level_embedding, **teacher.config)
         missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
         new = {name for name in student.state_dict() if name.startswith(("heads.", "level"))}
         assert set(missing) == new and all(name.startswith("final_layer.") for name in unexpected)
@@ -156,18 +157,18 @@ class ARD(DiT):
             head.load_state_dict(teacher.final_layer.state_dict())
         return student.to(next(teacher.parameters()).device)
 
-    def conditioning(self, y: torch.Tensor) -> torch.Tensor:
-        """y: (B,) labels -> (B, S, D), the time of each step plus the class."""
-        return self.t_embedder(self.times) + self.y_embedder(y)[:, None]
+    def conditioning(self, e: torch.Tensor) -> torch.Tensor:
+        """e: embedded y, (B, D) classes or (B, L, D) text -> (B, S, D), the time of each step plus the class."""
+        return self.condition(self.t_embedder(self.times)[None], e[:, None])
 
     def run_blocks(
         self,
         x: torch.Tensor,
-        c: torch.Tensor,
+        c: Any,
         level: torch.Tensor | None,
         attention_fns: Sequence[AttentionFn],
     ) -> torch.Tensor:
-        """Points x (n, C, H, W) with conditioning c (n, D) -> tokens (n, T, D).
+        """Points x (n, C, H, W) with what ``block_condition`` gives for them -> tokens (n, T, D).
 
         ``attention_fns`` has the attention function of each of the lower N blocks; the others attend within points.
         """
@@ -190,10 +191,12 @@ class ARD(DiT):
         history: (B, S, C, H, W) noisiest first, y: (B,) labels -> (B, S, C, H, W); entry k predicts point k + 1.
         """
         B, S = history.shape[:2]
-        c = self.conditioning(y)  # (B, S, D)
+        e = self.y_embedder(y)
+        c = self.conditioning(e)  # (B, S, D)
+        given = self.block_condition(c.flatten(0, 1), e)
         level = self.level.repeat(B, 1, 1) if self.level is not None else None
         attention_fns = [TeacherForcedAttention(self.mask, S)] * self.history_layers
-        tokens = self.run_blocks(history.flatten(0, 1), c.flatten(0, 1), level, attention_fns).unflatten(0, (B, S))
+        tokens = self.run_blocks(history.flatten(0, 1), given, level, attention_fns).unflatten(0, (B, S))
         return torch.stack([self.predict(tokens[:, k], c[:, k], k) for k in range(S)], dim=1)
 
     def sample(
@@ -212,11 +215,22 @@ class ARD(DiT):
     ) -> Iterator[torch.Tensor]:
         """The predictions of ``sample`` one by one, (B, C, H, W) each, as soon as they are made."""
         x = noise
-        c = self.conditioning(y)
+        e = self.y_embedder(y)
+        c = self.conditioning(e)
         caches = [KVCache(self.mask, self.steps) for _ in range(self.history_layers)]
         for k in range(self.steps):
-            tokens = self.run_blocks(x, c[:, k], self.level[k] if self.level is not None else None, caches)
+            level = self.level[k] if self.level is not None else None
+            tokens = self.run_blocks(x, self.block_condition(c[:, k], e), level, caches)
             x = self.predict(tokens, c[:, k], k)
             if given and k in given:
                 x = given[k]
             yield x
+
+
+class TextARD(ARD, PixArt):
+    """The student of a text-to-image teacher. The points of a trajectory read one caption, which is never repeated."""
+
+
+def student_type(config: dict) -> type[ARD]:
+    """The class of a student, or of a teacher's student, with this config."""
+    return TextARD if "caption_channels" in config else ARD

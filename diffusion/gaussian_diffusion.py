@@ -132,17 +132,24 @@ class GaussianDiffusion:
 
     @torch.no_grad()
     def ddim_trajectory(
-        self, model: DiT, noise: torch.Tensor, y: torch.Tensor, cfg_scale: float, cfg_channels: int = 3
+        self,
+        model: DiT,
+        noise: torch.Tensor,
+        y: torch.Tensor,
+        cfg_scale: float,
+        cfg_channels: int = 3,
+        null: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The probability-flow ODE from noise to sample by DDIM with eta = 0 (Song et al. eq. 12), without clipping.
 
         noise: (B, C, H, W), y: (B,) labels -> x (B, n+1, C, H, W) states, noise first, and x0 (B, n, C, H, W), the
-        prediction of x_0 made at each of the first n states. ``cfg_scale`` 1 runs without the null half.
+        prediction of x_0 made at each of the first n states. ``cfg_scale`` 1 runs without the null half. ``null`` is
+        the null half's y, (1, ...) for all rows; without it, the null label.
         """
         x, states, predictions = noise, [noise], []
-        null = torch.full_like(y, model.num_classes)
+        null = torch.full_like(y, model.num_classes) if null is None else null.expand_as(y)
         for i in reversed(range(self.num_timesteps)):
-            time = torch.full_like(y, self.timestep_map[i])
+            time = torch.full((len(y),), self.timestep_map[i], device=y.device)
             if cfg_scale == 1:
                 out = model(x, time, y)
             else:

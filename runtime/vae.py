@@ -13,11 +13,16 @@ from runtime.files import DIFFUSERS_STEM, cached_snapshot
 from runtime.precision import DTYPES
 from runtime.provenance import weights_hash
 
-NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+NAMES = {
+    "ema": "stabilityai/sd-vae-ft-ema",
+    "mse": "stabilityai/sd-vae-ft-mse",
+    "sdxl": "stabilityai/sdxl-vae",  # PixArt-Sigma's
+}
+SDXL_SCALE = 0.13025  # of the autoencoders that overflow in fp16, unless their config says that they are mended
 WEIGHTS = (f"{DIFFUSERS_STEM}.safetensors", f"{DIFFUSERS_STEM}.bin")
-EXPECTED = f"give ema, mse, none or a folder in diffusers' layout (config.json and {WEIGHTS[0]})"
+EXPECTED = f"give {', '.join(NAMES)}, none or a folder in diffusers' layout (config.json and {WEIGHTS[0]})"
 HUB_ID = r"[\w.-]+/[\w.-]+"  # of a Hugging Face repository, as opposed to a path
-VAE_BYTES = 4 * 83_653_863  # of the weights of these two
+VAE_BYTES = 4 * 83_653_863  # of the weights of each of these
 IMAGES_AT_ONCE = 16  # what an encoder or decoder takes at a time: 16 images of 512 pixels need about 10 GB in fp32
 
 
@@ -63,15 +68,18 @@ def outline_vae(name: str | None, option: str = "--vae") -> Outline | Pixels:
         config = Path(path) / "vae" / "config.json"
     elif not Path(path).is_dir():
         if not re.fullmatch(HUB_ID, path):
-            raise UserError(f"{option} {name}: no such folder; give ema, mse, none, a hub id or a folder")
+            raise UserError(f"{option} {name}: no such folder; give {', '.join(NAMES)}, none, a hub id or a folder")
         from huggingface_hub import try_to_load_from_cache
 
-        cached = [try_to_load_from_cache(path, file) for file in ("config.json", WEIGHTS[0])]
-        here = all(isinstance(file, str) for file in cached)
-        if isinstance(cached[0], str):
-            config = Path(cached[0])
+        places = "", "vae/"  # at the top, or in a pipeline's repository
+        cached = [[try_to_load_from_cache(path, at + file) for file in ("config.json", WEIGHTS[0])] for at in places]
+        found = next((files for files in cached if isinstance(files[0], str)), [None])
+        here = all(isinstance(file, str) for file in found)
+        if found[0]:
+            config = Path(str(found[0]))
         elif path in NAMES.values():
-            return Outline(path, 0.18215, 8, 4, 3, VAE_BYTES, here=False)
+            scale = SDXL_SCALE if path == NAMES["sdxl"] else 0.18215
+            return Outline(path, scale, 8, 4, 3, VAE_BYTES, here=False)
         else:
             raise AbsentError(f"{option} {name}: would be fetched from the Hugging Face hub")
     try:
@@ -94,6 +102,8 @@ class VAE:
     def __init__(self, name: str, device: torch.device, precision: str = "fp32", compile: bool = False):
         """``compile``: the decoder, at the first call; from then on it takes ``IMAGES_AT_ONCE`` latents at a time."""
         model = load_autoencoder(name)
+        if precision == "fp16" and model.config.scaling_factor == SDXL_SCALE and model.config.force_upcast:
+            raise UserError(f"--vae {name}: SDXL's autoencoder overflows in fp16, give --vae-precision bf16 or fp32")
         self.hash: str | None = latent_space_hash(model)
         self._wrap(model.to(device, DTYPES[precision]))
         self.name, self.compiled = NAMES.get(name, name), compile
@@ -134,11 +144,11 @@ class VAE:
 
 
 def load_autoencoder(name: str) -> Any:
-    """diffusers' AutoencoderKL of that name ("ema", "mse", a hub id or a folder), in float32; ``UserError`` if not."""
+    """diffusers' AutoencoderKL of that name (of ``NAMES``, a hub id or a folder), in float32; ``UserError`` if not."""
     path, fetch = NAMES.get(name, name), ""
     if not Path(path).is_dir():
         if not re.fullmatch(HUB_ID, path):
-            raise UserError(f"--vae {name}: no such folder; give ema, mse, none, a hub id or a folder")
+            raise UserError(f"--vae {name}: no such folder; give {', '.join(NAMES)}, none, a hub id or a folder")
         fetch = f", or fetch it where there is a network: hf download {path} --local-dir FOLDER"
     from diffusers import AutoencoderKL  # seconds to import, not needed for pixels
     from diffusers.utils import logging
@@ -183,7 +193,7 @@ def decoder_precision(given: str, device: torch.device) -> str:
 
 
 def load_vae(name: str | None, device: torch.device, precision: str = "fp32", compile: bool = False) -> Any:
-    """The autoencoder of that name ("ema", "mse", a hub id or a folder); None or "none" is pixel space.
+    """The autoencoder of that name (one of ``NAMES``, a hub id or a folder); None or "none" is pixel space.
 
     A ``VAE`` or ``Pixels``; in a dry run, which loads and fetches nothing, an ``Outline``.
     """

@@ -20,12 +20,13 @@ import torch.nn as nn
 from safetensors.torch import load_file
 
 from models import DiT, DiT_models
-from models_ard import ARD, MASKS
+from models_ard import ARD, MASKS, student_type
+from models_pixart import teacher_type
 from runtime import cli
 from runtime.cli import OptionGroup, UserError, existing_file, not_negative, positive, shortened
 from runtime.files import atomic_write
 from runtime.provenance import require_same, weights_hash, with_current_keys
-from stores import foreign_weights
+from stores import foreign_pixart, foreign_weights
 from stores.torch_files import damaged_member, why_not
 
 HEADS = "--teacher-heads"
@@ -141,23 +142,33 @@ def add_heads_option(group: OptionGroup) -> None:
 
 
 def load_teacher(
-    source: str | Path, option: str = "--teacher", weights: str = "ema", heads: int | None = None
+    source: str | Path,
+    option: str = "--teacher",
+    weights: str = "ema",
+    heads: int | None = None,
+    vae: str | None = None,
 ) -> tuple[DiT, dict]:
     """A teacher and its config, with ``provenance`` {"teacher", "teacher_hash", "teacher_weights", "vae"} filled in,
     and "vae_hash" if it is known.
 
-    ``source`` is a checkpoint of ours, an official or diffusers' DiT (file, folder, official name or hub id). Weights
-    that came alone are "ema", as the official ones are. ``heads`` is the number of attention heads where the file does
-    not say it; where it is not that of a known size, ``provenance`` has it as "teacher_heads". ``UserError`` names what
-    is missing or does not fit.
+    ``source`` is a checkpoint of ours, an official or diffusers' DiT (file, folder, official name or hub id), or
+    diffusers' PixArt, whose autoencoder is ``vae`` where none is in the same folder. Weights that came alone are "ema",
+    as the official ones are. ``heads`` is the number of attention heads where the file does not say it; where it is not
+    that of a known size, ``provenance`` has it as "teacher_heads". ``UserError`` names what is missing or does not fit.
     """
     bare = False
     path, what = foreign_weights.find(source, option), f"{option} {source}"
     if path.is_dir():
         config_path, weights_path = foreign_weights.diffusers_files(path, option)
-        shape = foreign_weights.diffusers_config(config_path, option)
-        config = _foreign_config("teacher", shape)
-        state = foreign_weights.from_diffusers(load(weights_path, option), shape, what)
+        theirs = load(weights_path, option)
+        if foreign_pixart.is_pixart(theirs):
+            shape = foreign_pixart.pixart_config(config_path, option)
+            config = _foreign_config("teacher", shape) | foreign_pixart.autoencoder(source, path, vae, what)
+            state = foreign_pixart.from_diffusers(theirs, shape)
+        else:
+            shape = foreign_weights.diffusers_config(config_path, option)
+            config = _foreign_config("teacher", shape)
+            state = foreign_weights.from_diffusers(theirs, shape, what)
         state = foreign_weights.official_state(state, weights, what)
     else:
         content = load(path, option)
@@ -166,7 +177,7 @@ def load_teacher(
         else:
             state = foreign_weights.official_state(content, weights, what)
             config, bare = _foreign_config("teacher", foreign_weights.dit_config(state, what, heads, HEADS)), True
-    model = _build(DiT, config["model"], what)
+    model = _build(teacher_type(config["model"]), config["model"], what)
     own = model.config["num_heads"]
     if heads not in (None, own):
         raise UserError(f"{HEADS} {heads}: {what} has {own}, leave the option out")
@@ -203,7 +214,7 @@ def load_student(
         not_in_the_file = {name: given[name] for name in ("mask", "history_layers") if name in given}
         config = _foreign_config("student", not_in_the_file | shape)
         config["provenance"] = {"student_file": str(path)}
-    model = _build(ARD, config["model"], what)
+    model = _build(student_type(config["model"]), config["model"], what)
     require_same(f"{what}: the options contradict this student", model.config, given)
     load_weights(model, state, what, take=True)
     details = {"weights_hash": weights_hash(state), "student": model.config, "training": config["training"]}

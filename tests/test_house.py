@@ -49,7 +49,7 @@ def definitions(path: Path, *kinds: type) -> list[tuple]:
     "package, allowed",
     [
         ("runtime", {"runtime", "models"}),
-        ("stores", {"stores", "runtime", "diffusion", "models", "models_ard"}),
+        ("stores", {"stores", "runtime", "diffusion", "models", "models_ard", "models_pixart"}),
     ],
 )
 def test_a_lower_floor_knows_nothing_of_the_floors_above(package, allowed):
@@ -72,9 +72,9 @@ def test_imports_have_no_cycle():
     assert not left
 
 
-def test_the_root_holds_nineteen_files_of_python_at_most():
+def test_the_root_holds_twenty_one_files_of_python_at_most():
     """``pipeline_ard.py`` and ``app.py`` are there because people who only use a student look for them there."""
-    assert len(list(ROOT.glob("*.py"))) <= 19
+    assert len(list(ROOT.glob("*.py"))) <= 21
 
 
 def test_no_file_has_320_lines():

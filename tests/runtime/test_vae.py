@@ -131,3 +131,17 @@ def test_samples_of_latents_are_decoded_by_the_models_own_autoencoder(autoencode
         assert found["arr_0"].shape == (2, 12, 12, 3) and found["latents"].shape == (2, 4, 6, 6)
     assert read_provenance(tmp_path / "bf16.npz")["decoder_precision"] == "bf16"
     assert "works on latents" in refused(capsys, "sample.py", *sample, tmp_path / "x.npz", "--vae", "none")
+
+
+def test_sdxls_autoencoder_is_refused_in_fp16(autoencoder, tmp_path):
+    import json
+    import shutil
+
+    shutil.copytree(autoencoder, tmp_path / "vae")
+    path = tmp_path / "vae/config.json"
+    config = json.loads(path.read_text()) | {"scaling_factor": 0.13025, "force_upcast": True}
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="overflows in fp16, give --vae-precision bf16"):
+        VAE(str(tmp_path), torch.device("cpu"), "fp16")
+    path.write_text(json.dumps(config | {"force_upcast": False}))
+    assert VAE(str(tmp_path), torch.device("cpu"), "fp16").scale == 0.13025
