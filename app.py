@@ -182,6 +182,8 @@ def run(args: argparse.Namespace) -> None:
     if path is None:
         raise UserError(f"--ckpt-path: there is no student in {DEMO}; run `make demo`, or give a checkpoint")
     student, config = checkpoints.load_student(path)
+    if "caption_channels" in student.config:
+        raise UserError(f"--ckpt-path {path}: reads text, which the page does not; sample it by sample_ARD.py")
     provenance = config["provenance"]
     ode = learned_ode(provenance, args.teacher)
     device = distributed.setup(args.device).device

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import Mlp
 
-from models import SIZES, Attention, AttentionFn, DiT, modulate, sincos_positions
+from models import SIZES, Attention, AttentionFn, DiT, DiT_models, modulate, sincos_positions
 
 GELU: Any = partial(nn.GELU, approximate="tanh")
 
@@ -139,6 +139,12 @@ PixArt_models = {
     for size, shape in SIZES.items()
     for patch_size in (2, 4, 8)
 }
+MODELS = DiT_models | PixArt_models
+
+
+def named_shape(name: str) -> dict[str, Any]:
+    """The arguments of a named size, of ``MODELS``, with the public models' text for one that reads text."""
+    return MODELS[name].keywords | ({"caption_channels": 4096} if name in PixArt_models else {})
 
 
 def teacher_type(config: dict) -> type[DiT]:

@@ -103,6 +103,8 @@ class ARDPipeline(DiffusionPipeline):
         ``vae``: ema, mse, a folder or a hub id in place of the autoencoder that the checkpoint names.
         """
         student, config = load_student(path, "CHECKPOINT")
+        if "caption_channels" in student.config:
+            raise UserError(f"CHECKPOINT {path}: reads text, which the pipeline does not; sample it by sample_ARD.py")
         if vae and config["vae"] is None:
             raise UserError(f"--vae {vae}: this model works on pixels, leave the option out")
         name = resolve_name(vae or config["vae"])

@@ -13,6 +13,7 @@ from runtime.cli import chosen
 from runtime.distributed import DistributedContext
 from sampler import PLACE_OPTIONS, SAMPLING_OPTIONS, SamplingJob, add_sampling_options, samples_path
 from stores import checkpoints
+from stores.captions import add_captions_option, open_conditions
 from stores.foreign_weights import shape_by_name
 
 
@@ -22,6 +23,7 @@ def build_parser() -> cli.Parser:
     group = parser.add_argument_group("teacher and its ODE")
     group.add_argument("--teacher", type=cli.file, required=True, help="Checkpoint, official name or hub id.")
     checkpoints.add_heads_option(group)
+    add_captions_option(group)
     add_ode_options(group)
     add_sampling_options(parser)
     return parser
@@ -42,11 +44,15 @@ def plan_of_options(args: argparse.Namespace) -> dict:
 def run(args: argparse.Namespace) -> None:
     samples_path(args.teacher, **chosen(args, PLACE_OPTIONS))
     context = distributed.stand_alone(args.device)
-    teacher, config = checkpoints.load_teacher(args.teacher, weights=args.weights, heads=args.teacher_heads)
-    ode = TeacherODE(teacher, **chosen(args, ODE_OPTIONS))
+    teacher, config = checkpoints.load_teacher(
+        args.teacher, weights=args.weights, heads=args.teacher_heads, vae=args.vae
+    )
+    conditions = open_conditions(args.captions, teacher, config["provenance"])
+    ode = TeacherODE(teacher, conditions=conditions, **chosen(args, ODE_OPTIONS))
     config["provenance"] |= ode.provenance
-    job = SamplingJob(teacher, config, args.teacher, context, **chosen(args, SAMPLING_OPTIONS))
-    options = chosen(args, SAMPLED_OPTIONS) | chosen(args, SOLVER_OPTIONS) | {"vae": job.about_vae}
+    job = SamplingJob(teacher, config, args.teacher, context, conditions=conditions, **chosen(args, SAMPLING_OPTIONS))
+    options = chosen(args, SAMPLED_OPTIONS) | chosen(args, SOLVER_OPTIONS)
+    options |= {"vae": job.about_vae, "text_tokens": conditions.longest}
     plan = plan_samples(teacher.config, context, **options)
     plan.check(job.out, context.device)
     if args.dry_run:

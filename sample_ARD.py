@@ -23,8 +23,8 @@ from PIL import Image
 from diffusion.teacher_ode import pick_points
 from evaluations.files import Images
 from evaluations.plans import SAMPLED_OPTIONS, plan_samples
-from models import DiT_models
 from models_ard import ARD
+from models_pixart import named_shape
 from presets import preset
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
@@ -41,6 +41,7 @@ from sampler import (
     source_latents,
 )
 from stores import checkpoints
+from stores.captions import add_captions_option, open_conditions
 from stores.image_folder import ImageFolder
 from stores.pictures import center_crop
 
@@ -48,7 +49,9 @@ from stores.pictures import center_crop
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, description="Sample a student to .npz.")
     parser.add_presets(preset("sample_ARD.py"), plan_of_options)
-    checkpoints.add_student_options(parser.add_argument_group("student"))
+    group = parser.add_argument_group("student")
+    checkpoints.add_student_options(group)
+    add_captions_option(group)
     group = parser.add_argument_group("given points")
     group.add_argument(
         "--source-images",
@@ -72,7 +75,7 @@ def build_parser() -> cli.Parser:
 def plan_of_options(args: argparse.Namespace) -> dict:
     """The plan for the size that a name or a preset says, where the weights are not here yet."""
     shape = {"steps": args.steps, "mask": args.mask, "history_layers": args.stack}
-    config = DiT_models[args.model].keywords | shape if args.model and None not in shape.values() else None
+    config = named_shape(args.model) | shape if args.model and None not in shape.values() else None
     return plan_samples(config, DistributedContext(), **chosen(args, SAMPLED_OPTIONS)).describe() if config else {}
 
 
@@ -121,15 +124,17 @@ def run(args: argparse.Namespace) -> None:
     context = distributed.stand_alone(args.device)
     student, config = checkpoints.load_named_student(weights=args.weights, **chosen(args, checkpoints.STUDENT_OPTIONS))
     provenance = config["provenance"]
+    conditions = open_conditions(args.captions, student, provenance)
     sources = open_sources(args.source_images, args.source_step, student, provenance)
     if args.teacher_steps > student.steps:
         raise UserError(f"--teacher-steps {args.teacher_steps}: this student has {student.steps} steps")
     ode = None
     if args.teacher_steps:
-        ode = learned_ode(provenance, args.teacher)
+        ode = learned_ode(provenance, args.teacher, conditions)
         provenance["teacher_steps"] = args.teacher_steps
-    job = SamplingJob(student, config, args.ckpt_path, context, **chosen(args, SAMPLING_OPTIONS))
-    options = chosen(args, SAMPLED_OPTIONS) | {"vae": job.about_vae}
+    options = chosen(args, SAMPLING_OPTIONS)
+    job = SamplingJob(student, config, args.ckpt_path, context, conditions=conditions, **options)
+    options = chosen(args, SAMPLED_OPTIONS) | {"vae": job.about_vae, "text_tokens": conditions.longest}
     plan = plan_samples(student.config, context, **options)
     plan.check(job.out, context.device)
     if args.dry_run:

@@ -28,6 +28,7 @@ from runtime.precision import (
 )
 from runtime.randomness import LABEL_POLICIES, labels, noise
 from stores import checkpoints
+from stores.captions import add_captions_option, open_conditions
 from stores.foreign_weights import shape_by_name
 from stores.shards import ROWS_PER_SHARD, ShardWriter
 from stores.trajectories import row_bytes
@@ -39,6 +40,10 @@ def build_parser() -> cli.Parser:
     group = parser.add_argument_group("teacher and its ODE")
     group.add_argument("--teacher", type=cli.file, required=True, help="Checkpoint, official name or hub id.")
     checkpoints.add_heads_option(group)
+    group.add_argument(
+        "--vae", type=cli.name, help="Autoencoder of a PixArt in diffusers' layout: sdxl, ema, a folder or hub id."
+    )
+    add_captions_option(group)
     group.add_argument("--teacher-weights", choices=("ema", "raw"), default="ema", help="Use these of its weights.")
     add_ode_options(group)
     group = parser.add_argument_group("store")
@@ -67,8 +72,8 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def plan_dump(config: dict, context: DistributedContext, args: argparse.Namespace) -> Plan:
-    """What the dump of a teacher of that config needs."""
+def plan_dump(config: dict, context: DistributedContext, args: argparse.Namespace, text_tokens: int = 0) -> Plan:
+    """What the dump of a teacher of that config needs, which reads captions of at most ``text_tokens``."""
     points = len(grid_steps(args.steps, args.grid, args.solver_steps))
     row = row_bytes(latent_shape_of(config), points, len(kept_targets(args.store)), args.dtype)
     return plan_sampling(
@@ -80,6 +85,7 @@ def plan_dump(config: dict, context: DistributedContext, args: argparse.Namespac
         row_bytes=row,
         held_bytes=2 * row * min(args.rows_per_shard, args.num_trajectories),  # batches, and the shard of them
         precision=args.precision,
+        text_tokens=text_tokens,
         **chosen(args, SOLVER_OPTIONS),
     )
 
@@ -98,8 +104,11 @@ def kept_targets(store: str) -> tuple[str, ...]:
 def run(args: argparse.Namespace) -> None:
     writable_folder("--out", args.out)
     context = distributed.stand_alone(args.device)
-    teacher, config = checkpoints.load_teacher(args.teacher, weights=args.teacher_weights, heads=args.teacher_heads)
-    ode = TeacherODE(teacher, **chosen(args, ODE_OPTIONS))
+    teacher, config = checkpoints.load_teacher(
+        args.teacher, weights=args.teacher_weights, heads=args.teacher_heads, vae=args.vae
+    )
+    conditions = open_conditions(args.captions, teacher, config["provenance"])
+    ode = TeacherODE(teacher, conditions=conditions, **chosen(args, ODE_OPTIONS))
     try:
         solver_indices = grid_steps(args.steps, args.grid, args.solver_steps)
     except ValueError as error:
@@ -109,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
     provenance = config["provenance"] | ode.provenance | {"solver_indices": solver_indices}
     provenance |= chosen(args, ("store", "dtype", "precision", "seed", "label_policy"))
     provenance |= {"count": args.num_trajectories, "rows_per_shard": args.rows_per_shard}
-    plan = plan_dump(teacher.config, context, args)
+    plan = plan_dump(teacher.config, context, args, conditions.longest)
     plan.check(args.out, context.device)
     if args.dry_run:
         ShardWriter(args.out, provenance, DistributedContext(), unit="trajectory")
@@ -128,9 +137,9 @@ def run(args: argparse.Namespace) -> None:
             for start in range(rows.start, rows.stop, args.per_proc_batch_size):
                 indices = range(start, min(start + args.per_proc_batch_size, rows.stop))
                 z = noise(args.seed, "trajectory", indices, teacher.latent_shape)
-                y = labels(args.seed, indices, teacher.num_classes, args.label_policy)
+                y = labels(args.seed, indices, conditions.count, args.label_policy)
                 with autocast(args.precision, context.device):
-                    x, x0 = ode(z.to(context.device), y.to(context.device))
+                    x, x0 = ode(z.to(context.device), conditions(y).to(context.device))
                 points = pick_points(x, x0, solver_indices)
                 stored = {"noise": z} | {name: points[name] for name in kept}
                 stored = {name: value.to("cpu", DTYPES[args.dtype]) for name, value in stored.items()}

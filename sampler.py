@@ -27,13 +27,13 @@ from runtime.precision import (
     inference_copy,
 )
 from runtime.provenance import require_same
-from runtime.randomness import LABEL_POLICIES, labels, noise
+from runtime.randomness import LABEL_POLICIES, Classes, Conditions, labels, noise
 from runtime.vae import VAE, Pixels, decoder_precision, load_same_vae, outline_vae, resolve_name
 from stores.checkpoints import load_teacher
 from stores.images import from_uint8, to_uint8
 from stores.samples import SampleWriter, save_grid, writable_npz
 
-# Noise (B, C, H, W) and labels (B,), on the device -> latents (B, C, H, W): what a model makes of them. Where there are
+# Noise (B, C, H, W) and y (B, ...), on the device -> latents (B, C, H, W): what a model makes of them. Where there are
 # source images their latents (B, C, H, W) come third.
 Draw = Callable[..., torch.Tensor]
 # The latents (B, C, H, W) of the source images of some indices, by the model's autoencoder.
@@ -112,13 +112,14 @@ class Sampler:
         precision: str = "fp32",
         fill_up_to: int = 0,
         sources: Sources | None = None,
+        conditions: Conditions | None = None,
     ):
-        """``model`` says the shape of latents and the number of classes. ``class_labels`` are taken in turn instead of
-        the policy's. ``fill_up_to``: smaller batches are drawn at this size, the one that compiled code is made for.
-        ``sources``: ``draw`` takes their latents as well.
+        """``model`` says the shape of latents, and the classes where no ``conditions`` are given. ``class_labels`` are
+        taken in turn instead of the policy's. ``fill_up_to``: smaller batches are drawn at this size, the one that
+        compiled code is made for. ``sources``: ``draw`` takes their latents as well.
         """
         self.draw, self.vae, self.device, self.precision = draw, vae, device, precision
-        self.shape, self.num_classes = model.latent_shape, model.num_classes
+        self.shape, self.conditions = model.latent_shape, conditions or Classes(model.num_classes)
         self.seed, self.stream, self.label_policy, self.class_labels = seed, stream, label_policy, class_labels
         self.fill_up_to, self.sources = fill_up_to, sources
 
@@ -127,24 +128,24 @@ class Sampler:
         """The samples of these indices."""
         if self.class_labels:
             return self._labelled(indices, [self.class_labels[i % len(self.class_labels)] for i in indices])
-        return self._labelled(indices, labels(self.seed, indices, self.num_classes, self.label_policy).tolist())
+        return self._labelled(indices, labels(self.seed, indices, self.conditions.count, self.label_policy).tolist())
 
     def _labelled(self, indices: Sequence[int], classes: Sequence[int]) -> Samples:
         z, y = noise(self.seed, self.stream, indices, self.shape), torch.tensor(classes)
-        inputs = [z.to(self.device), y.to(self.device)]
-        if self.sources:
-            inputs.append(self.sources(indices, self.vae))
+        inputs = [z, y] + ([self.sources(indices, self.vae)] if self.sources else [])
         filler = max(0, self.fill_up_to - len(y))
         full = [torch.cat([x, x.new_zeros(filler, *x.shape[1:])]) for x in inputs]
+        full[1] = self.conditions(full[1])
+        full = [x.to(self.device) for x in full]
         with autocast(self.precision, self.device):
             latents = self.draw(*full)[: len(y)].float()
         return Samples(latents, self.vae.decode(latents), y)
 
     @torch.no_grad()
     def save_preview(self, path: Path) -> None:
-        """Write a PNG grid with a column for each class, or for some of many, as far apart as can be."""
-        columns = min(self.num_classes or PREVIEW_COLUMNS, PREVIEW_COLUMNS)
-        classes = [i * self.num_classes // columns for i in range(columns)] * PREVIEW_ROWS
+        """Write a PNG grid with a column for each class or caption, or for some of many, as far apart as can be."""
+        columns = min(self.conditions.count or PREVIEW_COLUMNS, PREVIEW_COLUMNS)
+        classes = [i * self.conditions.count // columns for i in range(columns)] * PREVIEW_ROWS
         save_grid(path, to_uint8(self._labelled(range(len(classes)), classes).images), columns)
 
 
@@ -156,29 +157,35 @@ def source_latents(images: torch.Tensor, vae: VAE | Pixels, model: DiT) -> torch
     return vae.encode(from_uint8(images))[0]
 
 
-def learned_ode(provenance: dict, teacher: str | None = None) -> TeacherODE:
+def learned_ode(provenance: dict, teacher: str | None = None, conditions: Conditions | None = None) -> TeacherODE:
     """The ODE whose trajectories a student has learned, by the student's ``provenance``.
 
     ``teacher``: where the teacher lies if not where the provenance says. ``UserError`` where that is another one.
+    ``conditions`` of a text student are captions, those that it was trained on or others.
     """
     if "teacher_hash" not in provenance:
         raise UserError(f"--teacher {teacher}: the student's checkpoint does not say whose trajectories it learned")
     path = teacher or provenance["teacher"]
-    model, config = load_teacher(path, weights=provenance["teacher_weights"])
+    model, config = load_teacher(path, weights=provenance["teacher_weights"], vae=provenance.get("vae"))
     found = {"teacher_hash": config["provenance"]["teacher_hash"]}
     require_same(f"--teacher {path}: the student learned from another teacher", provenance, found)
-    return TeacherODE(model, **{name: provenance[name] for name in ODE_OPTIONS})
+    return TeacherODE(model, conditions=conditions, **{name: provenance[name] for name in ODE_OPTIONS})
 
 
 def student_previews(
-    student: ARD, ema: Callable[[], ARD], vae: VAE | Pixels, device: torch.device, precision: str
+    student: ARD,
+    ema: Callable[[], ARD],
+    vae: VAE | Pixels,
+    device: torch.device,
+    precision: str,
+    conditions: Conditions | None = None,
 ) -> Sampler:
     """Draws what a student in training makes of the preview noises; ``ema()`` is the average of its weights by then."""
 
     def draw(noise: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return inference_copy(ema(), precision).sample(noise, y)[:, -1]
 
-    return Sampler(draw, student, vae, device, stream="preview", precision=precision)
+    return Sampler(draw, student, vae, device, stream="preview", precision=precision, conditions=conditions)
 
 
 PLACE_OPTIONS = ("out", "weights", "seed", "num_samples")  # what ``samples_path`` takes of the options
@@ -213,10 +220,12 @@ class SamplingJob:
         precision: str = "fp32",
         compile: bool = False,
         cuda_graph: bool = False,
+        conditions: Conditions | None = None,
     ):
         """``config`` is that of the checkpoint ``source``. ``UserError`` names an option that does not suit."""
-        if class_labels and not all(0 <= label < max(model.num_classes, 1) for label in class_labels):
-            raise UserError(f"--class-labels {class_labels}: this model has labels 0..{model.num_classes - 1}")
+        conditions = conditions or Classes(model.num_classes)
+        if class_labels and not all(0 <= label < max(conditions.count, 1) for label in class_labels):
+            raise UserError(f"--class-labels {class_labels}: this model has labels 0..{conditions.count - 1}")
         if vae and config["vae"] is None and vae != "none":
             raise UserError(f"--vae {vae}: this model works on pixels, leave the option out")
         if vae == "none" and config["vae"] is not None:
@@ -232,6 +241,7 @@ class SamplingJob:
             "label_policy": label_policy,
             "class_labels": class_labels,
             "precision": precision,
+            "conditions": conditions,
         }
         self.drawing["fill_up_to"] = per_proc_batch_size if compile or cuda_graph else 0
         self.provenance = config["provenance"] | {
@@ -242,6 +252,7 @@ class SamplingJob:
             "decoder": resolve_name(vae or config["vae"]),
             "decoder_precision": self.vae_precision,
         }
+        self.provenance |= {f"sample_{name}": value for name, value in conditions.about.items()}
         self.plan = self.provenance | {"out": str(self.out), "count": num_samples}
         SampleWriter(self.out, num_samples, self.provenance, context, save_latents)  # refuses what is there of others
 

@@ -1,4 +1,4 @@
-"""Train a DiT teacher by DiT's recipe, on digits, on a folder of images, or on their latents.
+"""Train a teacher by DiT's recipe, on digits, on a folder of images, or on their latents; by captions, a PixArt.
 
     python train.py --model DiT-Micro/2 --data-path digits
     torchrun --nproc_per_node=8 train.py --model DiT-XL/2 --data-path imagenet/train --image-size 256 --vae ema
@@ -17,20 +17,21 @@ from diffusion.teacher_ode import TeacherODE
 from evaluations.flops import outline
 from evaluations.plans import PLANNED_OPTIONS, plan_training
 from evaluations.quality import QUALITY_OPTIONS, PeriodicEvaluator, add_quality_options
-from models import DiT, DiT_models
+from models_pixart import MODELS, PixArt_models, teacher_type
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
 from runtime.distributed import DistributedContext
 from runtime.precision import autocast, prepare_blocks
-from runtime.randomness import Shuffle, generator, noise
+from runtime.randomness import Classes, Conditions, Shuffle, generator, noise
 from runtime.training_options import RESULT_OPTIONS, RUN_OPTIONS, STATE_OPTIONS, add_training_options
 from sampler import Sampler
+from stores.captions import CaptionStore, add_captions_option
 from stores.image_folder import add_skip_bad_option
 from stores.images import Source, latent_shape, must_not_hold, open_source, open_vae, real_latents, summary
 from stores.runs import check_place
 from trainer import Trainer, TrainState
 
-MODELS = ", ".join(DiT_models)
+NAMES = ", ".join(MODELS)
 SIZES = {"depth": "depth", "width": "hidden_size", "heads": "num_heads", "patch": "patch_size"}  # option: argument
 
 
@@ -41,7 +42,8 @@ def build_parser() -> cli.Parser:
         "--data-path",
         type=cli.folder,
         required=True,
-        help='Train on an image folder with a sub-folder per class, a latent store, or the word "digits".',
+        help='Train on an image folder with a sub-folder per class, a latent store, or the word "digits"; with '
+        '--captions "digit-scenes".',
     )
     group.add_argument("--image-size", type=cli.positive, help="Pixels of a side; image folders need it.")
     group.add_argument(
@@ -55,13 +57,14 @@ def build_parser() -> cli.Parser:
     )
     group.add_argument("--unconditional", action="store_true", help="Use no classes; an image folder may be flat then.")
     group.add_argument(
-        "--model", choices=DiT_models, metavar="NAME", help=f"One of {MODELS}; needed unless the four below are given."
+        "--model", choices=MODELS, metavar="NAME", help=f"One of {NAMES}; needed unless the four below are given."
     )
     of_model = "instead of that of --model."
     group.add_argument("--depth", type=cli.positive, help=f"Number of blocks, {of_model}")
     group.add_argument("--width", type=cli.positive, help=f"Hidden size of a token, {of_model}")
     group.add_argument("--heads", type=cli.positive, help=f"Attention heads, {of_model}")
     group.add_argument("--patch", type=cli.positive, help=f"Side of a patch in pixels or latents, {of_model}")
+    add_captions_option(group)
     group.add_argument("--label-dropout", type=cli.fraction, default=0.1, help="Rate of the null label in training.")
     group.add_argument("--hflip", action=argparse.BooleanOptionalAction, default=True, help="Mirror images at random.")
     add_training_options(parser, lr=1e-4, batch=256, iterations=400_000)
@@ -86,9 +89,12 @@ class TeacherBatches(Dataset):
         label_dropout: float,
         hflip: bool,
         context: DistributedContext,
+        conditions: Conditions | None = None,
     ):
+        """``conditions`` of a text model are captions; without them, the classes of ``source``."""
         self.source, self.shape, self.global_batch_size, self.seed = source, shape, global_batch_size, seed
         self.label_dropout, self.hflip, self.context = label_dropout, hflip, context
+        self.conditions = conditions or Classes(source.num_classes)
         self.shuffle = Shuffle(source.count, seed)
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
@@ -99,7 +105,7 @@ class TeacherBatches(Dataset):
         flips = torch.tensor([draw.random() < 0.5 and self.hflip for draw in draws]).numpy()
         real = self.source.read(self.shuffle.rows(indices.start, indices.stop), flips)
         return real | {
-            "y": torch.where(dropped, self.source.num_classes, real["y"]),
+            "y": self.conditions(torch.where(dropped, self.conditions.count, real["y"])),
             "t": t,
             "noise": noise(self.seed, "training", indices, self.shape),
             "posterior_noise": noise(self.seed, "posterior", indices, self.shape),  # for the VAE's encoder
@@ -107,15 +113,31 @@ class TeacherBatches(Dataset):
 
 
 def model_shape(model: str | None, **sizes: int | None) -> tuple[dict[str, Any], str]:
-    """The arguments of ``DiT`` that a named size and the options beside it stand for, and these options in words."""
-    named: dict[str, Any] = DiT_models[model].keywords if model else {}
+    """The model's arguments that a named size and the options beside it stand for, and these options in words."""
+    named: dict[str, Any] = MODELS[model].keywords if model else {}
     given = {name: value for name, value in sizes.items() if value is not None}
     shape = named | {SIZES[name]: value for name, value in given.items()}
     words = " ".join([f"--model {model}"] * bool(model) + [f"--{name} {value}" for name, value in given.items()])
     missing = [f"--{name}" for name, argument in SIZES.items() if argument not in shape]
     if missing:
-        raise UserError(f"{words or '--model'}: give {', '.join(missing)} as well, or a --model, one of {MODELS}")
+        raise UserError(f"{words or '--model'}: give {', '.join(missing)} as well, or a --model, one of {NAMES}")
     return shape, words
+
+
+def open_captions(captions: str | None, model: str | None, source: Source, verify: bool) -> Conditions:
+    """What the labels of the images stand for: classes, or captions as many. ``UserError`` where the model is not for
+    them.
+    """
+    if model and (model in PixArt_models) != bool(captions):
+        raise UserError(f"--model {model}: a PixArt needs --captions, a DiT takes none")
+    if not captions:
+        return Classes(source.num_classes)
+    store = CaptionStore(captions, verify=verify)
+    if store.count != source.num_classes:
+        raise UserError(
+            f"--captions {captions}: {store.count} captions for the {source.num_classes} labels of the images"
+        )
+    return store
 
 
 def run(args: argparse.Namespace) -> None:
@@ -127,14 +149,18 @@ def run(args: argparse.Namespace) -> None:
     images = chosen(args, ("data_path", "image_size", "unconditional", "channels", "skip_bad", "verify"))
     source = open_source(**images, context=context)
     must_not_hold(source, {"--run-dir": args.run_dir, "--results-dir": None if args.run_dir else args.results_dir})
+    conditions = open_captions(args.captions, args.model, source, args.verify)
     vae, vae_name, vae_hash = open_vae(source, args.vae, context.device, bool(args.sample_every or args.eval_every))
     channels, side, _ = latent_shape(source, vae)
     shape = sizes | {
         "input_size": side,
         "in_channels": channels,
-        "num_classes": source.num_classes,
         "class_dropout_prob": args.label_dropout,
     }
+    if isinstance(conditions, CaptionStore):
+        shape["caption_channels"] = conditions.channels
+    else:
+        shape["num_classes"] = source.num_classes
     try:
         model = outline(shape)
     except ValueError as error:
@@ -145,19 +171,22 @@ def run(args: argparse.Namespace) -> None:
         "model": model.config,
         "vae": vae_name,
         "vae_hash": vae_hash,
-        "provenance": source.fingerprint,
+        "provenance": source.fingerprint | conditions.about,
         "training": chosen(args, RESULT_OPTIONS) | {"label_dropout": args.label_dropout, "hflip": args.hflip},
     }
-    plan = plan_training(shape, context, rows=source.count, vae=vae, **chosen(args, PLANNED_OPTIONS))
+    options = chosen(args, PLANNED_OPTIONS) | {"text_tokens": conditions.longest}
+    plan = plan_training(shape, context, rows=source.count, vae=vae, **options)
     folder = plan.check_run(config, context, **chosen(args, ("results_dir", "run_dir")))
 
     def sampler(solver_steps: int) -> Sampler:
-        guidance = 1.5 if args.label_dropout and source.num_classes else 1.0
+        solver: dict[str, Any] = {"solver_steps": solver_steps, "conditions": conditions}
+        solver["cfg_scale"] = 1.5 if args.label_dropout and conditions.count else 1.0
 
         def draw(noise: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            return TeacherODE(state.ema, solver_steps=solver_steps, cfg_scale=guidance).sample(noise, y)
+            return TeacherODE(state.ema, **solver).sample(noise, y)
 
-        return Sampler(draw, model, vae, context.device, stream="preview", precision=args.precision)
+        drawing: dict[str, Any] = {"stream": "preview", "precision": args.precision, "conditions": conditions}
+        return Sampler(draw, model, vae, context.device, **drawing)
 
     previews, evaluate = sampler(PREVIEW_STEPS), None
     if args.eval_every:
@@ -168,7 +197,7 @@ def run(args: argparse.Namespace) -> None:
         return
     torch.manual_seed(args.seed)
     # Labels are dropped by the data, a function of the index: the model itself stays in eval mode throughout.
-    model = DiT(**shape).eval()
+    model = teacher_type(shape)(**shape).eval()
     prepare_blocks(model, compile=args.compile, checkpoint_activations=args.checkpoint_activations)
     state = TrainState(model, context, **chosen(args, STATE_OPTIONS))
     trainer = Trainer(
@@ -178,6 +207,7 @@ def run(args: argparse.Namespace) -> None:
         source,
         model.latent_shape,
         context=context,
+        conditions=conditions,
         **chosen(args, ("global_batch_size", "seed", "label_dropout", "hflip")),
     )
     diffusion = create_diffusion()

@@ -1,4 +1,4 @@
-"""Distil a DiT teacher into an S-step student by regression on its stored trajectories (ARD, Eq. 6).
+"""Distil a teacher into an S-step student by regression on its stored trajectories (ARD, Eq. 6).
 
     python train_ARD.py --data-path data/digits --stack 2
     torchrun --nproc_per_node=8 train_ARD.py --model DiT-XL/2 --global-batch-size=64 --stack=6 --data-path data/xl
@@ -19,22 +19,26 @@ from diffusion.teacher_ode import (
     add_ode_options,
     grid_steps,
 )
-from evaluations.flops import count_online_step
+from evaluations.flops import count_online_step, outline
 from evaluations.plans import PLANNED_OPTIONS, plan_training
 from evaluations.quality import QUALITY_OPTIONS, PeriodicEvaluator, add_quality_options
 from losses import regression_losses
-from models import DiT, DiT_models
+from models import DiT
 from models_ard import ARD, MASKS
+from models_pixart import MODELS, named_shape
 from presets import preset
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
 from runtime.distributed import DistributedContext
 from runtime.precision import autocast, cast_weights, prepare_blocks
 from runtime.provenance import require_same
+from runtime.randomness import Conditions
 from runtime.training_options import RESULT_OPTIONS, RUN_OPTIONS, STATE_OPTIONS, add_training_options
 from runtime.vae import Pixels, load_same_vae
 from sampler import student_previews
 from stores import checkpoints
+from stores.captions import add_captions_option, open_conditions
+from stores.foreign_weights import shape_by_name
 from stores.runs import check_place
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
 from trainer import Trainer, TrainState
@@ -55,10 +59,11 @@ def build_parser() -> cli.Parser:
     group.add_argument(
         "--vae", type=cli.name, help="Load the teacher's autoencoder from this folder or hub id instead of by name."
     )
+    add_captions_option(group)
     add_ode_options(parser.add_argument_group("the teacher's ODE, with --online"))
     group = parser.add_argument_group("student")
     group.add_argument(
-        "--model", choices=DiT_models, metavar="NAME", help="The teacher's size, such as DiT-XL/2; only checked."
+        "--model", choices=MODELS, metavar="NAME", help="The teacher's size, such as DiT-XL/2; only checked."
     )
     group.add_argument("--steps", type=cli.positive, default=4, help="S, the student's steps.")
     group.add_argument("--mask", choices=MASKS, default="M4", help="What a step sees: M1 itself .. M4 all before it.")
@@ -88,20 +93,27 @@ def open_teacher(
     online: bool,
     seed: int,
     verify: bool,
+    vae: str | None,
+    captions: str | None,
     **ode_options: Any,
-) -> tuple[DiT, dict, dict, TrajectoryStore | TeacherODE]:
-    """The teacher, its config, the provenance of its trajectories, and where they come from: a store or the ODE."""
+) -> tuple[DiT, dict, dict, TrajectoryStore | TeacherODE, Conditions]:
+    """The teacher, its config, the provenance of its trajectories, where they come from, a store or the ODE, and what
+    their labels stand for.
+    """
     if online == bool(data_path):
         raise UserError("--data-path: give the folder of a trajectory store, or else --online and --teacher")
     if data_path:
         store = TrajectoryStore(data_path, verify=verify)
-        return *store.load_teacher(teacher, teacher_heads), store.provenance, store
+        model, config = store.load_teacher(teacher, teacher_heads)
+        conditions = open_conditions(captions, model, store.provenance, same_text=True, verify=verify)
+        return model, config, store.provenance, store, conditions
     if not teacher:
         raise UserError("--online: needs --teacher, the checkpoint whose trajectories to make")
-    model, config = checkpoints.load_teacher(teacher, heads=teacher_heads)
-    ode = TeacherODE(model, **ode_options)
+    model, config = checkpoints.load_teacher(teacher, heads=teacher_heads, vae=vae)
+    conditions = open_conditions(captions, model, config["provenance"], verify=verify)
+    ode = TeacherODE(model, conditions=conditions, **ode_options)
     made = {"seed": seed, "label_policy": "balanced", "online": True}
-    return model, config, config["provenance"] | ode.provenance | made, ode
+    return model, config, config["provenance"] | ode.provenance | made, ode, conditions
 
 
 def plan_of_options(args: argparse.Namespace) -> dict:
@@ -109,9 +121,14 @@ def plan_of_options(args: argparse.Namespace) -> dict:
     if not args.model:
         return {}
     shape = {"steps": args.steps, "mask": args.mask, "history_layers": args.stack}
+    teacher = shape_by_name(str(args.teacher)) or named_shape(args.model)
+    options = chosen(args, PLANNED_OPTIONS)
     try:
-        config = DiT_models[args.model].keywords | shape
-        return plan_training(config, DistributedContext(), rows=None, **chosen(args, PLANNED_OPTIONS)).describe()
+        if args.online:
+            models = outline(teacher | shape), outline(teacher)
+            options["flops_per_sample"] = partial(count_online_step, *models, args.solver_steps)
+            options["frozen"] = models[1]
+        return plan_training(teacher | shape, DistributedContext(), rows=None, **options).describe()
     except (UserError, ValueError) as error:
         return {"not_counted": str(error)}
 
@@ -119,11 +136,12 @@ def plan_of_options(args: argparse.Namespace) -> dict:
 def run(args: argparse.Namespace) -> None:
     check_place(args.results_dir, args.run_dir)
     context = distributed.stand_alone(args.device)
-    teacher, teacher_config, provenance, source = open_teacher(
-        args.data_path, args.teacher, **chosen(args, ("teacher_heads", "online", "seed", "verify", *ODE_OPTIONS))
+    names = ("teacher_heads", "online", "seed", "verify", "vae", "captions", *ODE_OPTIONS)
+    teacher, teacher_config, provenance, source, conditions = open_teacher(
+        args.data_path, args.teacher, **chosen(args, names)
     )
     if args.model:
-        size = DiT_models[args.model].keywords
+        size = MODELS[args.model].keywords
         require_same(f"--model {args.model}: the teacher is another model", teacher.config, size)
     try:
         solver_indices = grid_steps(args.steps, args.grid, provenance["solver_steps"])
@@ -138,7 +156,7 @@ def run(args: argparse.Namespace) -> None:
     if isinstance(source, TeacherODE):
         batches = OnlineBatches(source, solver_indices, args.target, precision=args.precision, **order)
     else:
-        batches = TrajectoryBatches(source, solver_indices, args.target, **order)
+        batches = TrajectoryBatches(source, solver_indices, args.target, conditions=conditions, **order)
     vae: Any = Pixels()
     if args.sample_every or args.eval_every or args.vae:
         vae = load_same_vae(teacher_config["vae"], provenance.get("vae_hash"), context.device, args.vae)
@@ -158,11 +176,14 @@ def run(args: argparse.Namespace) -> None:
         rows=None if isinstance(source, TeacherODE) else len(source),
         vae=vae,
         frozen=teacher if args.online else None,
-        flops_per_sample=partial(count_online_step, student, teacher, args.solver_steps) if args.online else None,
+        flops_per_sample=partial(count_online_step, student, teacher, args.solver_steps, conditions.longest)
+        if args.online
+        else None,
+        text_tokens=conditions.longest,
         **chosen(args, PLANNED_OPTIONS),
     )
     folder = plan.check_run(config, context, **chosen(args, ("results_dir", "run_dir")))
-    previews = student_previews(student, lambda: state.ema, vae, context.device, args.precision)
+    previews = student_previews(student, lambda: state.ema, vae, context.device, args.precision, conditions)
     evaluate = None
     if args.eval_every:
         image_size = student.input_size * vae.factor

@@ -175,6 +175,8 @@ def run(args: argparse.Namespace) -> None:
         weights=args.init_weights, **chosen(args, checkpoints.STUDENT_OPTIONS)
     )
     teacher, teacher_config = store.load_teacher(args.teacher, args.teacher_heads)
+    if "caption_channels" in teacher.config:
+        raise UserError(f"--data-path {args.data_path}: of a text model, which R+D is not for; use train_ARD.py")
     origin = start["provenance"]
     if not {*SAME_TEACHER, "grid", "solver_indices", "target"} <= origin.keys():
         raise UserError(

@@ -11,7 +11,7 @@ from models import DiT
 from runtime.cli import OptionGroup, UserError, not_negative_number, positive
 from runtime.distributed import DistributedContext
 from runtime.precision import autocast
-from runtime.randomness import labels, noise
+from runtime.randomness import Classes, Conditions, labels, noise
 
 TARGETS = ("x0", "xt")
 GRIDS = ("even", "authors")
@@ -27,7 +27,7 @@ def add_ode_options(group: OptionGroup) -> None:
     group.add_argument(
         "--cfg-channels",
         type=positive,
-        help="Guide only so many first channels; without it 3, as DiT's sampler, or all if there are fewer.",
+        help="Guide only so many first channels; without it 3, as DiT's sampler, or all of fewer, and of a text model.",
     )
 
 
@@ -61,10 +61,20 @@ class TeacherODE:
     """Trajectories of a teacher by DDIM with guidance; ``provenance`` is all that decides them but noise and label."""
 
     def __init__(
-        self, teacher: DiT, *, solver_steps: int = 25, cfg_scale: float = 1.5, cfg_channels: int | None = None
+        self,
+        teacher: DiT,
+        *,
+        solver_steps: int = 25,
+        cfg_scale: float = 1.5,
+        cfg_channels: int | None = None,
+        conditions: Conditions | None = None,
     ):
-        """``UserError`` for impossible numbers of steps and channels, and for guidance of one without a null label."""
-        guidable = teacher.num_classes and teacher.config["class_dropout_prob"]
+        """``conditions`` of a text model are captions; without them, the teacher's classes.
+
+        ``UserError`` for impossible numbers of steps and channels, and for guidance of one without a null label.
+        """
+        self.conditions: Conditions = conditions or Classes(teacher.num_classes)
+        guidable = self.conditions.count and teacher.config["class_dropout_prob"]
         if cfg_scale != 1 and not guidable:
             raise UserError(f"--cfg-scale {cfg_scale}: this teacher has no null label, give --cfg-scale 1")
         try:
@@ -74,21 +84,24 @@ class TeacherODE:
         self.teacher = teacher
         if cfg_channels and cfg_channels > teacher.in_channels:
             raise UserError(f"--cfg-channels {cfg_channels}: this teacher has {teacher.in_channels}, give no more")
-        self.guidance = cfg_scale, cfg_channels or min(3, teacher.in_channels)
+        reads_text = bool(self.conditions.longest)
+        self.guidance = cfg_scale, cfg_channels or (teacher.in_channels if reads_text else min(3, teacher.in_channels))
+        self.null = self.conditions(torch.tensor([self.conditions.count])) if reads_text else None  # (1, L, C)
         self.provenance = {
-            "num_classes": teacher.num_classes,
+            "num_classes": self.conditions.count,
             "solver": "ddim",
             "solver_steps": solver_steps,
             "cfg_scale": cfg_scale,
             "cfg_channels": self.guidance[1],
-        }
+        } | self.conditions.about
 
     def __call__(self, noise: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """noise: (B, C, H, W), y: (B,) -> states (B, n+1, C, H, W), noise first, predictions of x_0 (B, n, ...)."""
-        return self.diffusion.ddim_trajectory(self.teacher, noise, y, *self.guidance)
+        """noise: (B, C, H, W), y: (B, ...) -> states (B, n+1, C, H, W), noise first, predictions of x_0 (B, n, ...)."""
+        null = None if self.null is None else self.null.to(y.device)
+        return self.diffusion.ddim_trajectory(self.teacher, noise, y, *self.guidance, null)
 
     def sample(self, noise: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """noise: (B, C, H, W), y: (B,) -> the last states (B, C, H, W)."""
+        """noise: (B, C, H, W), y: (B, ...) -> the last states (B, C, H, W)."""
         return self(noise, y)[0][:, -1]
 
 
@@ -117,10 +130,11 @@ class OnlineBatches(Dataset):
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         indices, teacher = self.context.step_indices(step, self.global_batch_size), self.ode.teacher
         z = noise(self.seed, "trajectory", indices, teacher.latent_shape)
-        return {"noise": z, "y": labels(self.seed, indices, teacher.num_classes)}
+        conditions = self.ode.conditions
+        return {"noise": z, "y": conditions(labels(self.seed, indices, conditions.count))}
 
     def complete(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Noise (B, C, H, W) and labels (B,) -> "trajectory" (B, S+1, C, H, W), noisiest first, and the labels "y"."""
+        """Noise (B, C, H, W) and y (B, ...) -> "trajectory" (B, S+1, C, H, W), noisiest first, and the same "y"."""
         with autocast(self.precision, self.context.device):
             points = pick_points(*self.ode(batch["noise"], batch["y"]), self.solver_indices)[self.target]
         return {"trajectory": torch.cat([batch["noise"][:, None], points], dim=1), "y": batch["y"]}

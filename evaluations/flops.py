@@ -19,11 +19,14 @@ from diffusion import create_diffusion
 from discriminator import Discriminator, FrozenFeatures
 from losses import AdversarialLosses, own_history
 from models import DiT, DiT_models
-from models_ard import ARD
+from models_ard import ARD, student_type
+from models_pixart import teacher_type
 from presets import TABLE_1
 from runtime import cli
 from runtime.checks import require_memory
 from runtime.files import must_be_replaceable, read_json, write_text
+
+TEXT_TOKENS = 300  # of a caption where no store says how many: PixArt-Sigma's longest
 
 
 def count_flops(work: Callable[[], object]) -> int:
@@ -38,8 +41,22 @@ def outline(config: dict) -> DiT:
     side = config.get("input_size", 32)
     positions = 8 * (side // config.get("patch_size", 2)) ** 2 * config.get("hidden_size", 1152)
     require_memory(f"a model of {side} x {side} pixels or latents", positions, torch.device("cpu"))
+    kind = student_type(config) if "steps" in config else teacher_type(config)
     with torch.device("meta"):
-        return ARD(**config).to("meta") if "steps" in config else DiT(**config).to("meta")
+        return kind(**config).to("meta")
+
+
+def text_shape(config: dict, text_tokens: int = 0) -> tuple[int, ...]:
+    """(L, C) of a caption for a text model of that config, () for a model of classes."""
+    channels = config.get("caption_channels")
+    return (text_tokens or TEXT_TOKENS, channels) if channels else ()
+
+
+def blank_inputs(model: DiT, text_tokens: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """One row of noise and of y, a label or a caption, on the model's device."""
+    device, shape = next(model.parameters()).device, text_shape(model.config, text_tokens)
+    y = torch.ones(1, *shape, dtype=torch.float32 if shape else torch.int64, device=device)
+    return torch.empty(1, *model.latent_shape, device=device), y
 
 
 def count_by_blocks(config: dict, count: Callable[[Any], float]) -> float:
@@ -55,10 +72,9 @@ def count_by_blocks(config: dict, count: Callable[[Any], float]) -> float:
 
 
 @torch.no_grad()
-def sampling_gflops(model: DiT, steps: int, cfg_scale: float = 1.5) -> float:
+def sampling_gflops(model: DiT, steps: int, cfg_scale: float = 1.5, text_tokens: int = 0) -> float:
     """Multiply-accumulates, in 1e9, that one image costs: a student's sampling, or a teacher's guided DDIM."""
-    device = next(model.parameters()).device
-    noise, y = torch.empty(1, *model.latent_shape, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    noise, y = blank_inputs(model, text_tokens)
     if isinstance(model, ARD):
         return count_flops(lambda: model.sample(noise, y)) / 2e9
     # A guided step is the same work at every time: count one, on both halves of the batch, and multiply.
@@ -66,20 +82,21 @@ def sampling_gflops(model: DiT, steps: int, cfg_scale: float = 1.5) -> float:
     return one * steps / 2e9
 
 
-def training_flops(model: DiT) -> int:
+def training_flops(model: DiT, text_tokens: int = 0) -> int:
     """Operations of a training step for one sample, forward and backward; the model is on the meta device.
 
     A student's is that of regression, on all of its steps.
     """
-    x, y = torch.empty(1, *model.latent_shape, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
-    inputs = (x.expand(1, model.steps, *model.latent_shape), y) if isinstance(model, ARD) else (x, y, y)
+    x, y = blank_inputs(model, text_tokens)
+    time = torch.zeros(1, device=x.device)
+    inputs = (x.expand(1, model.steps, *model.latent_shape), y) if isinstance(model, ARD) else (x, time, y)
     return count_flops(lambda: model(*inputs).sum().backward())
 
 
-def count_online_step(student: ARD, teacher: DiT, solver_steps: int) -> float:
+def count_online_step(student: DiT, teacher: DiT, solver_steps: int, text_tokens: int = 0) -> float:
     """Operations of a step of regression for one sample whose trajectory is made in the step."""
-    made = count_by_blocks(teacher.config, partial(sampling_gflops, steps=solver_steps))
-    return count_by_blocks(student.config, training_flops) + 2e9 * made
+    made = count_by_blocks(teacher.config, partial(sampling_gflops, steps=solver_steps, text_tokens=text_tokens))
+    return count_by_blocks(student.config, partial(training_flops, text_tokens=text_tokens)) + 2e9 * made
 
 
 def count_gan_step(

@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 
 from discriminator import Discriminator
-from evaluations.flops import count_by_blocks, count_gan_step, outline, sampling_gflops, training_flops
+from evaluations.flops import count_by_blocks, count_gan_step, outline, sampling_gflops, text_shape, training_flops
 from runtime.checks import require_disk, require_memory, size_of
 from runtime.cli import ShortageError, UserError
 from runtime.distributed import DistributedContext
@@ -90,6 +90,12 @@ def latent_shape_of(config: dict) -> tuple[int, int, int]:
     return config.get("in_channels", 4), side, side
 
 
+def text_numbers(config: dict, text_tokens: int) -> int:
+    """How many numbers a caption is to a text model of that config; 0 for a model of classes."""
+    shape = text_shape(config, text_tokens)
+    return math.prod(shape) if shape else 0
+
+
 def plan_training(
     config: dict,
     context: DistributedContext,
@@ -104,10 +110,12 @@ def plan_training(
     frozen: nn.Module | None = None,
     heads: Sequence[nn.Module] = (),
     flops_per_sample: Callable[[], float] | None = None,
+    text_tokens: int = 0,
 ) -> Plan:
     """Of a trainer, whose model has this ``config``, on ``rows`` of data.
 
-    ``frozen`` is a model that is used besides, ``heads`` are more in training, without an average.
+    ``frozen`` is a model that is used besides, ``heads`` are more in training, without an average. ``text_tokens`` are
+    those of the longest caption of a text model.
     """
     model = outline(config)
     trained = [model, *heads]
@@ -121,10 +129,11 @@ def plan_training(
         "adam": moments,
         "ema": average,
         "order": 8 * (rows or 0),
-        "batch": 4 * share * (points + 1) * math.prod(model.latent_shape),
+        "batch": 4 * share * ((points + 1) * math.prod(model.latent_shape) + text_numbers(config, text_tokens)),
         "activations": 4 * math.ceil(share / accumulation) * tokens * len(model.blocks),
     }
     samples = iterations * global_batch_size
+    one = partial(training_flops, text_tokens=text_tokens)
     return Plan(
         f"--iterations {iterations} with --ckpt-every {ckpt_every}",
         f"--global-batch-size {global_batch_size}",
@@ -132,7 +141,7 @@ def plan_training(
         memory,
         iterations,
         samples / rows if rows else None,
-        lambda: samples * (flops_per_sample() if flops_per_sample else count_by_blocks(config, training_flops)),
+        lambda: samples * (flops_per_sample() if flops_per_sample else count_by_blocks(config, one)),
         [] if vae.here else [str(vae.name)],
     )
 
@@ -209,6 +218,7 @@ def plan_sampling(
     cfg_scale: float = 1.5,
     precision: str = "fp32",
     vae: Outline | Pixels = PIXELS,
+    text_tokens: int = 0,
 ) -> Plan:
     """Of what draws ``count`` samples or trajectories, ``row_bytes`` each on the disk.
 
@@ -216,14 +226,16 @@ def plan_sampling(
     own.
     """
     model: Any = outline(config)
-    held = min(batch_size, count) * math.prod(model.latent_shape) * 4
+    rows = min(batch_size, count)
+    held = rows * math.prod(model.latent_shape) * 4
     memory = {
         "weights": weights_bytes(model) * DTYPES[precision].itemsize // 4 + vae.weights_bytes,
-        "batch": held * (2 * solver_steps + 1 if solver_steps else model.steps + 1),
+        "batch": held * (2 * solver_steps + 1 if solver_steps else model.steps + 1)
+        + 4 * rows * text_numbers(config, text_tokens),
         "rows": held_bytes,
     }
     steps = math.ceil(len(context.share(count)) / batch_size)
-    one = partial(sampling_gflops, steps=solver_steps, cfg_scale=cfg_scale)
+    one = partial(sampling_gflops, steps=solver_steps, cfg_scale=cfg_scale, text_tokens=text_tokens)
     fetch = [] if vae.here else [str(vae.name)]
     batch = f"--per-proc-batch-size {batch_size}"
     return Plan(

@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from evaluations.flops import sampling_gflops
-from models import DiT
-from models_ard import ARD
+from evaluations.flops import outline, sampling_gflops
 from presets import TABLE_1
 from runtime.cli import UserError
 from runtime.provenance import with_current_keys
@@ -194,8 +191,7 @@ def count_gflops(student: str, steps: int, teacher: bool = False) -> float:
         config = {name: value for name, value in config.items() if name not in NOT_OF_DIT}
     key = json.dumps(config), steps
     if key not in _counted:
-        with torch.device("meta"):
-            _counted[key] = sampling_gflops(DiT(**config).to("meta") if teacher else ARD(**config).to("meta"), steps)
+        _counted[key] = sampling_gflops(outline(config), steps)
     return _counted[key]
 
 

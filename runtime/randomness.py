@@ -6,6 +6,7 @@ was trained on, whatever the seeds.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ STREAMS = {
     "posterior": 7,
     "real": 8,
     "discriminator": 9,
+    "scene": 10,
 }
 LABEL_POLICIES = ("balanced", "random")
 
@@ -50,6 +52,28 @@ def labels(seed: int, indices: Sequence[int], num_classes: int, policy: str = "b
         return torch.as_tensor([int(i) % num_classes for i in indices], dtype=torch.int64)
     drawn = [generator(seed, "label", int(i)).integers(num_classes) for i in indices]
     return torch.as_tensor(drawn, dtype=torch.int64)
+
+
+class Conditions(Protocol):
+    """What labels stand for: a model is given ``conditions(labels)``. Label ``count`` is null, the others are below."""
+
+    count: int
+    about: dict  # what artefacts made with them say of them in their provenance
+    longest: int  # tokens of y, 0 for classes
+
+    def __call__(self, label: torch.Tensor) -> torch.Tensor:
+        """label: (B,) int64 -> the model's y, (B, ...)."""
+
+
+class Classes:
+    """Classes stand for themselves. (The other conditions are captions, stores/captions.py.)"""
+
+    def __init__(self, count: int):
+        self.count, self.about, self.longest = count, dict[str, Any](), 0
+
+    def __call__(self, label: torch.Tensor) -> torch.Tensor:
+        """(B,) int64 -> the same."""
+        return label
 
 
 class Shuffle:

@@ -19,9 +19,9 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file
 
-from models import DiT, DiT_models
+from models import DiT
 from models_ard import ARD, MASKS, student_type
-from models_pixart import teacher_type
+from models_pixart import MODELS, teacher_type
 from runtime import cli
 from runtime.cli import OptionGroup, UserError, existing_file, not_negative, positive, shortened
 from runtime.files import atomic_write
@@ -149,7 +149,7 @@ def load_teacher(
     vae: str | None = None,
 ) -> tuple[DiT, dict]:
     """A teacher and its config, with ``provenance`` {"teacher", "teacher_hash", "teacher_weights", "vae"} filled in,
-    and "vae_hash" if it is known.
+    "vae_hash" if it is known, and the "captions" of a text model that was trained here.
 
     ``source`` is a checkpoint of ours, an official or diffusers' DiT (file, folder, official name or hub id), or
     diffusers' PixArt, whose autoencoder is ``vae`` where none is in the same folder. Weights that came alone are "ema",
@@ -192,8 +192,7 @@ def load_teacher(
         provenance["vae_hash"] = config["vae_hash"]
     if bare and own != foreign_weights.heads_of_size(config["model"]):
         provenance["teacher_heads"] = own
-    if names := config["provenance"].get("class_names"):
-        provenance["class_names"] = names
+    provenance |= {name: about for name in ("class_names", "captions") if (about := config["provenance"].get(name))}
     return model.eval(), {**config, "provenance": provenance}
 
 
@@ -255,7 +254,7 @@ def add_student_options(group: OptionGroup) -> None:
         help="Checkpoint of train_ARD.py or train_ARD_gan.py.",
     )
     checked = "only checked against the checkpoint"
-    group.add_argument("--model", choices=DiT_models, metavar="NAME", help=f"Its size, {checked}.")
+    group.add_argument("--model", choices=MODELS, metavar="NAME", help=f"Its size, {checked}.")
     group.add_argument("--steps", type=positive, help=f"Its number of steps S, {checked}.")
     group.add_argument("--mask", choices=MASKS, help=f"Its mask, {checked}; the authors' files need it (M4 if absent).")
     group.add_argument(
@@ -274,7 +273,7 @@ def load_named_student(
 ) -> tuple[ARD, dict]:
     """``load_student`` by the options above; ``UserError`` when one of them contradicts the checkpoint."""
     given: dict[str, Any] = {"steps": steps, "mask": mask, "history_layers": stack}
-    given |= DiT_models[model].keywords if model else {}
+    given |= MODELS[model].keywords if model else {}
     given = {name: value for name, value in given.items() if value is not None}
     return load_student(ckpt_path, weights=weights, given=given)
 

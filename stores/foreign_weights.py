@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from models import DiT_models, sincos_positions
+from models_pixart import named_shape
 from runtime.cli import FETCHING, AbsentError, UserError
 from runtime.files import DIFFUSERS_STEM as STEM
 from runtime.files import cached_download, cached_snapshot
@@ -53,9 +54,14 @@ def find(source: str | Path, option: str) -> Path:
 
 
 def shape_by_name(source: str) -> dict | None:
-    """The arguments of ``DiT`` for an official name, or its hub id, before its file is here; None for other names."""
+    """The model's arguments for an official name, or a hub id, before its file is here; None for other names."""
     known = re.fullmatch(r"(?:facebook/)?(DiT-XL)-(2)-(256|512)(?:x\3\.pt)?", source)
-    return dict(DiT_models[f"{known[1]}/{known[2]}"].keywords, input_size=int(known[3]) // 8) if known else None
+    known = known or re.fullmatch(r"PixArt-alpha/(PixArt)-Sigma-XL-(2)-(256|512|1024)(?:-MS)?", source)
+    if known is None:
+        return None
+    kind, side = known[1].removesuffix("-XL"), int(known[3]) // 8
+    scale = {"position_scale": side / 64} if kind == "PixArt" else {}
+    return named_shape(f"{kind}-XL/{known[2]}") | {"input_size": side} | scale
 
 
 def _snapshot(repository: str, option: str) -> Path:

@@ -23,6 +23,7 @@ import torch
 from runtime.cli import UserError, shortened
 from runtime.distributed import DistributedContext
 from runtime.files import must_lie_outside
+from runtime.randomness import generator
 from runtime.vae import VAE, Outline, Pixels, load_same_vae, load_vae, resolve_name
 from stores.image_folder import ImageFolder, mirrored
 from stores.latents import LatentStore, is_store
@@ -62,7 +63,51 @@ class DigitImages:
         return {"images": mirrored(self.images[rows], flips), "y": self.labels[rows]}
 
 
-Source = DigitImages | ImageFolder | LatentStore
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# Relation, first and second digit, shuffled: what never stands together in training is the last fifth.
+SCENES = [
+    (("above", "beside")[i // 100], i // 10 % 10, i % 10) for i in np.random.default_rng(0).permutation(200).tolist()
+]
+SEEN_SCENES = 160  # are trained on
+
+
+def scene_caption(scene: int) -> str:
+    """The caption of one of ``SCENES``, "a three above a seven"."""
+    relation, first, second = SCENES[scene]
+    return f"a {NUMBERS[first]} {relation} a {NUMBERS[second]}"
+
+
+def scene_places(scene: int) -> list[tuple[slice, slice]]:
+    """Rows and columns of the first and of the second digit of a scene."""
+    low, middle, high = slice(0, 8), slice(4, 12), slice(8, 16)
+    return [(low, middle), (high, middle)] if SCENES[scene][0] == "above" else [(middle, low), (middle, high)]
+
+
+class DigitScenes:
+    """Two of the UCI digits above or beside each other on 16x16 pixels, as captions say: the data of `make demo-t2i`.
+
+    A label is the number of a scene, which is that of its caption in a store of captions in this order.
+    """
+
+    size, channels, num_classes, vae, vae_hash = 16, 1, SEEN_SCENES, None, None
+
+    def __init__(self, count: int = 100 * SEEN_SCENES) -> None:
+        digits, classes = digits_images()
+        self.digits = [digits[classes == number, 0] for number in range(10)]
+        self.count, self.labels = count, torch.arange(count) % SEEN_SCENES
+        self.fingerprint: dict[str, Any] = {"data": "digit-scenes", "images": count, "image_size": self.size}
+
+    def read(self, rows: np.ndarray, flips: np.ndarray) -> dict[str, torch.Tensor]:
+        """See above; images (B, 1, 16, 16). Which digits an image shows is a function of its row."""
+        images = torch.zeros(len(rows), 1, self.size, self.size, dtype=torch.uint8)
+        for image, row in zip(images, rows.tolist(), strict=True):
+            scene, draw = int(self.labels[row]), generator(0, "scene", row)
+            for place, number in zip(scene_places(scene), SCENES[scene][1:], strict=True):
+                image[0][place] = self.digits[number][draw.integers(len(self.digits[number]))]
+        return {"images": mirrored(images, flips), "y": self.labels[rows]}
+
+
+Source = DigitImages | DigitScenes | ImageFolder | LatentStore
 
 
 def open_source(
@@ -76,7 +121,7 @@ def open_source(
     verify: bool = False,
     context: DistributedContext | None = None,
 ) -> Source:
-    """The source that an option names: the word "digits", a store of latents, or a folder of images.
+    """The source that an option names: the word "digits" or "digit-scenes", a store of latents, a folder of images.
 
     ``image_size`` is needed for images; a latent store knows its own and a contradiction is refused. ``unconditional``
     leaves out the classes. ``channels``: 3 for folders unless told otherwise; the others know their own. ``skip_bad``
@@ -85,6 +130,8 @@ def open_source(
     source: Source
     if data_path == "digits":
         source = DigitImages()
+    elif data_path == "digit-scenes":
+        source = DigitScenes()
     elif is_store(data_path):
         source = LatentStore(data_path, option, verify)
     elif image_size is None:

@@ -129,9 +129,7 @@ class ShardWriter(SharedWriter):
         self._clean_up()
 
     def _read_note(self, path: Path) -> dict:
-        """What the note of a shard says. ``UserError`` where it is damaged; shard and note are removed, to be made
-        again.
-        """
+        """What a shard's note says. ``UserError`` where it is damaged; both are removed then, to be made again."""
         try:
             note = json.loads(note_of(path).read_text())
             if note.keys() == {"rows", "bytes", "sha256"} and path.stat().st_size == note["bytes"]:
@@ -209,6 +207,7 @@ class ShardStore:
     """A finished store, open for random reads. ``provenance`` is the manifest's, ``len`` the number of rows."""
 
     kind = "store"  # in messages; a subclass says of what
+    ragged: tuple[str, ...] = ()  # tensors in which a row of the store has several rows
 
     def __init__(self, folder: str | Path, option: str = "--data-path", verify: bool = False):
         """``UserError`` naming ``option`` when the store is missing, unfinished, truncated, or its manifest damaged.
@@ -243,7 +242,7 @@ class ShardStore:
             if shard_provenance(path) != self.provenance:
                 raise UserError(f"{option} {path}: belongs to another {self.kind} than the manifest; make it again")
             for name, value in self.tensors[-1].items():
-                if len(value) != shard["rows"]:
+                if len(value) != shard["rows"] and name not in self.ragged:
                     raise UserError(f"{option} {path}: {name} has {len(value)} rows, the manifest says {shard['rows']}")
         self.arrays = [{name: value.numpy() for name, value in tensors.items()} for tensors in self.tensors]
         self._first_row = np.cumsum([0] + [shard["rows"] for shard in self.shards])

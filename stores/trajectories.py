@@ -28,7 +28,7 @@ from runtime.cli import UserError
 from runtime.distributed import DistributedContext
 from runtime.precision import DTYPES
 from runtime.provenance import require_same
-from runtime.randomness import Shuffle
+from runtime.randomness import Classes, Conditions, Shuffle
 from runtime.vae import load_same_vae
 from stores import checkpoints
 from stores.samples import SampleWriter
@@ -71,7 +71,8 @@ class TrajectoryStore(ShardStore):
         ``heads`` as for ``checkpoints.load_teacher``, by default what the dump was told.
         """
         weights, heads = self.provenance["teacher_weights"], heads or self.provenance.get("teacher_heads")
-        teacher, config = checkpoints.load_teacher(path or self.provenance["teacher"], weights=weights, heads=heads)
+        source, vae = path or self.provenance["teacher"], self.provenance["vae"]
+        teacher, config = checkpoints.load_teacher(source, weights=weights, heads=heads, vae=vae)
         mine = {name: config["provenance"].get(name) for name in ("teacher_hash", "vae", "vae_hash")}
         if "teacher_heads" in self.provenance | config["provenance"]:
             mine["teacher_heads"] = teacher.config["num_heads"]
@@ -109,7 +110,7 @@ class TrajectoryStore(ShardStore):
 
 
 class TrajectoryBatches(Dataset):
-    """Item n is this rank's share of step n: "trajectory" (B, S+1, C, H, W), noisiest first, and labels "y" (B,)."""
+    """Item n is this rank's share of step n: "trajectory" (B, S+1, C, H, W), noisiest first, and "y" (B, ...)."""
 
     def __init__(
         self,
@@ -120,17 +121,19 @@ class TrajectoryBatches(Dataset):
         global_batch_size: int,
         seed: int,
         context: DistributedContext,
+        conditions: Conditions | None = None,
     ):
-        """``solver_indices`` and ``target`` as a student has them."""
+        """``solver_indices`` and ``target`` as a student has them; ``conditions`` of a text model are captions."""
         self.store, self.target, self.global_batch_size, self.context = store, target, global_batch_size, context
         self.columns = store.point_columns(solver_indices, target)
         self.shuffle = Shuffle(len(store), seed)
+        self.conditions = conditions or Classes(store.provenance["num_classes"])
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         indices = self.context.step_indices(step, self.global_batch_size)
         rows = self.shuffle.rows(indices.start, indices.stop)
         trajectory, y = self.store.read(rows, self.target, self.columns)
-        return {"trajectory": trajectory, "y": y}
+        return {"trajectory": trajectory, "y": self.conditions(y)}
 
 
 #################################################################################

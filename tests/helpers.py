@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from diffusion.teacher_ode import grid_steps
 from models import DiT, DiT_models
 from models_ard import ARD
-from models_pixart import PixArt, PixArt_models
 from runtime import cli
 from runtime.files import file_sha256
 from stores import checkpoints
@@ -133,34 +132,10 @@ def random_teacher(seed: int = 0, std: float = 0.05, **shape) -> DiT:
     return teacher
 
 
-def random_text_teacher(std: float = 0.1, **shape) -> PixArt:
-    """A Nano PixArt of 12 text channels, in which nothing is zero."""
-    torch.manual_seed(0)
-    teacher = PixArt_models["PixArt-Nano/2"](**dict(input_size=8, in_channels=4, caption_channels=12) | shape).eval()
-    for parameter in teacher.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=std)
-    return teacher
-
-
-def save_pixart(folder: Path, **shape):
-    """diffusers' own PixArt with all parameters N(0, 0.1), and its files in a folder."""
-    from diffusers import PixArtTransformer2DModel  # seconds to import
-
-    torch.manual_seed(0)
-    width = shape["num_attention_heads"] * shape["attention_head_dim"]
-    shape = dict(caption_channels=12, cross_attention_dim=width, use_additional_conditions=False) | shape
-    model = PixArtTransformer2DModel(**shape).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
-    return model
-
-
-def save_teacher(path: Path, teacher: DiT, vae: Path | None = None) -> Path:
+def save_teacher(path: Path, teacher: DiT, vae: Path | None = None, about: dict | None = None) -> Path:
     """Write a teacher as train.py would, without what only its training needs."""
     config = {"kind": "teacher", "model": teacher.config, "vae": str(vae) if vae else None}
-    config |= {"provenance": {"data": "random"}, "training": {}}
+    config |= {"provenance": {"data": "random"} | (about or {}), "training": {}}
     checkpoints.save(path, {"config": config, "step": 0, "ema": teacher.state_dict()})
     return path
 

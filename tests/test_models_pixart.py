@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import random_text_teacher, save_pixart
+from text_helpers import random_text_teacher, save_pixart
 
 from diffusion import create_diffusion
 from models_ard import ARD, MASKS, TextARD

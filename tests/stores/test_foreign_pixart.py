@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from helpers import save_autoencoder, save_pixart
+from helpers import save_autoencoder
 from safetensors.torch import load_file, save_file
+from text_helpers import save_pixart
 
 from runtime.cli import UserError
 from runtime.vae import load_vae

@@ -1,0 +1,147 @@
+"""Encode a file of captions, one a line, once into a store for the scripts' --captions to read.
+
+    python encode_captions.py --text prompts.txt --out data/prompts
+    torchrun --nproc_per_node=8 encode_captions.py --text prompts.txt --encoder FOLDER --out data/prompts
+    python encode_captions.py --text scenes.txt --encoder words --out data/scenes
+
+T5's tokens take 8 KB each; COCO's captions about 0.1 MB. The files do not depend on the number of ranks. To resume, run
+the same command again: finished shards are kept.
+"""
+
+import argparse
+import hashlib
+import math
+from pathlib import Path
+
+import torch
+
+from evaluations.plans import Plan
+from runtime import cli, distributed
+from runtime.checks import writable_folder
+from runtime.cli import RunError, UserError, existing_file
+from runtime.distributed import DistributedContext
+from runtime.text import T5, T5Outline, TextEncoder, WordEncoder, load_encoder
+from stores.captions import KIND, CaptionStore, row_bytes, shard_tensors
+from stores.shards import ROWS_PER_SHARD, ShardWriter
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__, description="Encode a file of captions into a store.")
+    group = parser.add_argument_group("captions and encoder")
+    group.add_argument("--text", type=cli.file, required=True, help="Text file in UTF-8, one caption a line.")
+    group.add_argument(
+        "--encoder",
+        type=cli.name,
+        default=T5,
+        help='T5, a folder or hub id, or the word "words": the vectors of the text demo.',
+    )
+    group.add_argument(
+        "--encoder-precision", choices=("bf16", "fp32"), default="bf16", help="Number format of T5; not fp16."
+    )
+    group.add_argument(
+        "--max-tokens", type=cli.positive, help="Cut captions to so many tokens; without it 300, and 16 for words."
+    )
+    group = parser.add_argument_group("store")
+    group.add_argument("--out", type=cli.folder, required=True, help="Write the store there.")
+    group.add_argument(
+        "--rows-per-shard",
+        type=cli.positive,
+        default=ROWS_PER_SHARD,
+        help="Captions of a file; a rank makes one at a time.",
+    )
+    group = parser.add_argument_group("run")
+    group.add_argument("--per-proc-batch-size", type=cli.positive, default=32, help="Captions of a rank at once.")
+    cli.add_dry_run_option(group)
+    distributed.add_device_option(group)
+    return parser
+
+
+def read_captions(path: str) -> tuple[list[str], str]:
+    """The captions of a text file and the file's SHA-256; ``UserError`` for an empty line, or what is no text."""
+    content = existing_file("--text", path).read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--text {path}: not a text file in UTF-8 ({error})") from None
+    captions = [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+    empty = [number for number, caption in enumerate(captions, start=1) if not caption.strip()]
+    if empty or not captions:
+        where = f"line {empty[0]} is empty" if empty else "the file is empty"
+        raise UserError(f"--text {path}: {where}; give one caption a line (the null caption is added by itself)")
+    return captions, hashlib.sha256(content).hexdigest()[:16]
+
+
+def plan_encoding(rows: list[str], encoder: TextEncoder, context: DistributedContext, args: argparse.Namespace) -> Plan:
+    """What it takes to encode these rows, counted as if each word were a token: T5's are more."""
+    words = [min(len(row.split()) + 1, encoder.max_tokens) for row in rows]
+    needed = [row_bytes(count, encoder.channels, row) for count, row in zip(words, rows, strict=True)]
+    shard = 2 * max(sum(needed[i : i + args.rows_per_shard]) for i in range(0, len(rows), args.rows_per_shard))
+    batch = 4 * min(args.per_proc_batch_size, len(rows)) * max(words) * encoder.channels
+    return Plan(
+        f"--out {args.out}",
+        f"--per-proc-batch-size {args.per_proc_batch_size}",
+        sum(needed),
+        {"weights": encoder.weights_bytes, "batch": batch, "rows": shard},
+        math.ceil(len(context.share(len(rows))) / args.per_proc_batch_size),
+        epochs=1,
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    captions, text_hash = read_captions(args.text)
+    writable_folder("--out", args.out)
+    context = distributed.stand_alone(args.device)
+    encoder = load_encoder(args.encoder, context.device, args.encoder_precision, args.max_tokens)
+    if isinstance(encoder, WordEncoder):
+        encoder.require_known(captions)
+    rows_and_null = [*captions, ""]
+    plan = plan_encoding(rows_and_null, encoder, context, args)
+    plan.check(args.out, context.device)
+    provenance = {
+        "kind": KIND,
+        "text": Path(args.text).name,
+        "text_sha256": text_hash,
+        "encoder": encoder.name,
+        "encoder_hash": encoder.hash,
+        "encoder_precision": args.encoder_precision,
+        "channels": encoder.channels,
+        "max_tokens": encoder.max_tokens,
+        "num_classes": len(rows_and_null),
+        "count": len(rows_and_null),
+        "rows_per_shard": args.rows_per_shard,
+    }
+    if args.dry_run or isinstance(encoder, T5Outline):
+        if encoder.hash:
+            ShardWriter(args.out, provenance, DistributedContext(), unit="caption")
+        cli.show_plan(provenance | plan.describe(), args)
+        return
+    distributed.join(context)
+
+    with ShardWriter(args.out, provenance, context, unit="caption") as writer:
+        for rows in writer.missing_shards():
+            tokens: list[torch.Tensor] = []
+            uncut: list[int] = []
+            for start in range(rows.start, rows.stop, args.per_proc_batch_size):
+                batch = rows_and_null[start : min(start + args.per_proc_batch_size, rows.stop)]
+                parts, lengths = encoder(batch)
+                for number, part in enumerate(parts, start=start + 1):
+                    if not part.half().isfinite().all() or not part.half().any(-1).all():
+                        raise RunError(
+                            f"--encoder {args.encoder}: the tokens of caption {number} are not finite, or zero; try "
+                            "--encoder-precision fp32"
+                        )
+                tokens += parts
+                uncut += lengths
+                writer.progress.update(len(batch))
+            writer.write(rows, shard_tensors(rows, rows_and_null[rows.start : rows.stop], tokens, uncut))
+    if context.is_main:
+        cut = CaptionStore(args.out).cut
+        print(
+            f"{args.out}: " + ("already complete, " if writer.complete else "") + f"{len(captions)} captions"
+            f", {cut} of them cut to {encoder.max_tokens} tokens"
+        )
+    distributed.finish(context)
+
+
+if __name__ == "__main__":
+    cli.main(build_parser(), run)

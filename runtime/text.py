@@ -1,0 +1,183 @@
+"""From captions to tokens: T5 through transformers, as PixArt reads it, or the frozen word vectors of the text demo.
+
+An encoder is called with a list of captions and returns the tokens of each, (L, C) on the CPU, without padding, and how
+many tokens each has before it is cut to ``max_tokens``. It also has ``name``, ``hash``, ``channels``, C, and
+``weights_bytes``.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from runtime.cli import FETCHING, AbsentError, UserError
+from runtime.precision import DTYPES
+from runtime.provenance import weights_hash
+from runtime.vae import HUB_ID
+
+WORDS = "words"  # the name of the demo's encoder
+T5 = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"  # PixArt-Sigma's: T5-XXL v1.1 with its tokenizer
+EXPECTED = "give a folder in transformers' layout, or a pipeline's with text_encoder and tokenizer"
+VOCABULARY = (
+    *("</s>", "a", "above", "beside", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
+)
+
+
+def clean(caption: str) -> str:
+    """A caption as diffusers' PixArt pipelines hand it to the tokenizer."""
+    return caption.lower().strip()
+
+
+class WordEncoder:
+    """A frozen random vector for each word, drawn from the word's hash, plus sines and cosines of its position.
+
+    As T5's, a caption ends with the token ``</s>``; that of "" is nothing else.
+    """
+
+    name, weights_bytes = WORDS, 0
+
+    def __init__(self, max_tokens: int = 16, channels: int = 64):
+        self.max_tokens, self.channels = max_tokens, channels
+        self.vectors = {word: self._vector(word) for word in VOCABULARY}
+        frequencies = 100.0 ** -(np.arange(channels // 2) / (channels // 2))
+        angles = np.arange(max_tokens)[:, None] * frequencies
+        self.positions = torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1)).float()
+        self.hash = weights_hash({**self.vectors, "positions": self.positions})
+
+    def _vector(self, word: str) -> torch.Tensor:
+        """(C,) standard normal."""
+        seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
+        draw = np.random.Generator(np.random.Philox(seed))
+        return torch.from_numpy(draw.standard_normal(self.channels, dtype=np.float32))
+
+    def require_known(self, captions: list[str]) -> None:
+        """``UserError`` names a word that is not in the vocabulary."""
+        for caption in captions:
+            unknown = [word for word in clean(caption).split() if word not in VOCABULARY[1:]]
+            if unknown:
+                raise UserError(
+                    f"--encoder {self.name}: does not know {unknown[0][:80]!r} in the caption {caption[:80]!r}; it "
+                    f"knows {', '.join(VOCABULARY[1:])}"
+                )
+
+    def __call__(self, captions: list[str]) -> tuple[list[torch.Tensor], list[int]]:
+        """See above."""
+        self.require_known(captions)
+        tokens, uncut = [], []
+        for caption in captions:
+            words = clean(caption).split()
+            uncut.append(len(words) + 1)
+            words = [*words[: self.max_tokens - 1], VOCABULARY[0]]
+            tokens.append(torch.stack([self.vectors[word] for word in words]) + self.positions[: len(words)])
+        return tokens, uncut
+
+
+class T5Encoder:
+    """The encoder half of T5, in bf16 or fp32: in fp16 it overflows, and images suffer."""
+
+    def __init__(self, name: str, device: torch.device, precision: str = "bf16", max_tokens: int = 300):
+        """``name``: a folder or hub id, of T5 itself or of a pipeline with sub-folders text_encoder and tokenizer."""
+        fetch = ""
+        if not _is_folder(name):
+            fetch = f", or fetch it where there is a network: hf download {name} --local-dir FOLDER"
+        try:
+            from transformers import AutoTokenizer, T5EncoderModel  # seconds to import; needed for this only
+            from transformers.utils import logging
+        except ImportError as error:
+            raise UserError(
+                f"--encoder {name}: T5 needs transformers and sentencepiece, pip install -r requirements-extra.txt "
+                f"({error})"
+            ) from None
+        logging.set_verbosity_error()
+        try:
+            self.tokenizer: Any = self._load(AutoTokenizer, name, "tokenizer")
+            model: Any = self._load(T5EncoderModel, name, "text_encoder", dtype=DTYPES[precision])
+        except Exception as error:  # transformers raises many kinds for a missing file, a bad config, no network
+            raise UserError(
+                f"--encoder {name}: cannot load T5 and its tokenizer; {EXPECTED}{fetch} ({str(error).splitlines()[0]})"
+            ) from None
+        self.hash: str | None = weights_hash(model.state_dict())
+        self.weights_bytes = sum(p.nbytes for p in model.parameters())
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.name, self.channels, self.max_tokens = name, model.config.d_model, max_tokens
+
+    @staticmethod
+    def _load(kind: Any, name: str, part: str, **options: Any) -> Any:
+        """A pipeline's part where there is one, or else what is in the folder itself."""
+        local = Path(name)
+        if local.is_dir():
+            return kind.from_pretrained(local / part if (local / part).is_dir() else local, **options)
+        try:
+            return kind.from_pretrained(name, subfolder=part, **options)
+        except (OSError, ValueError):
+            return kind.from_pretrained(name, **options)
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str]) -> tuple[list[torch.Tensor], list[int]]:
+        """See above."""
+        texts = [clean(caption) for caption in captions]
+        uncut = [len(ids) for ids in self.tokenizer(texts).input_ids]
+        batch = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        batch = batch.to(self.model.device)
+        states = self.model(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state.float().cpu()
+        lengths = batch.attention_mask.sum(1).tolist()
+        return [row[:length] for row, length in zip(states, lengths, strict=True)], uncut
+
+
+@dataclass(frozen=True)
+class T5Outline:
+    """What T5's files say of it before it is loaded."""
+
+    name: str
+    channels: int
+    max_tokens: int
+    weights_bytes: int
+    hash: str | None = None
+
+
+def _is_folder(name: str) -> bool:
+    """Whether an encoder's name is that of a folder, or else a hub id. ``UserError`` where it is neither."""
+    if not Path(name).is_dir() and not re.fullmatch(HUB_ID, name):
+        raise UserError(f"--encoder {name}: no such folder; give {WORDS}, a hub id or a folder")
+    return Path(name).is_dir()
+
+
+def outline_t5(name: str, max_tokens: int) -> T5Outline:
+    """The outline of the T5 of that name; nothing is loaded or fetched. ``AbsentError`` where it is to be fetched."""
+    places = "text_encoder/config.json", "config.json"  # in a pipeline, or T5 itself
+    if _is_folder(name):
+        found = [str(Path(name) / place) for place in places if (Path(name) / place).is_file()]
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = [path for place in places if isinstance(path := try_to_load_from_cache(name, place), str)]
+        if not found:
+            raise AbsentError(f"--encoder {name}: would be fetched from the Hugging Face hub")
+    try:
+        config = Path(found[0])
+        channels = int(json.loads(config.read_text())["d_model"])
+        kinds = [config.parent.glob(f"*.{kind}") for kind in ("safetensors", "bin")]
+        sizes = [sum(path.stat().st_size for path in paths) for paths in kinds]
+        return T5Outline(name, channels, max_tokens, sizes[0] or sizes[1])
+    except (IndexError, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--encoder {name}: cannot load T5; {EXPECTED} ({error!r})") from None
+
+
+TextEncoder = WordEncoder | T5Encoder | T5Outline
+
+
+def load_encoder(name: str, device: torch.device, precision: str, max_tokens: int | None) -> TextEncoder:
+    """The encoder of that name, cut to 16 words or, as in PixArt-Sigma, to 300 tokens of T5 unless told otherwise.
+
+    In a dry run, which loads and fetches nothing, T5's outline.
+    """
+    if name == WORDS:
+        return WordEncoder(max_tokens or 16)
+    if not FETCHING.get():
+        return outline_t5(name, max_tokens or 300)
+    return T5Encoder(name, device, precision, max_tokens or 300)

@@ -1,0 +1,171 @@
+"""A text model goes the way of a class model through the scripts: dump, distil, sample, and refusals."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import arrays, call, losses, refused, save_teacher, spawn
+from text_helpers import encode_captions, random_text_teacher, save_pixart
+
+import train
+from diffusion.teacher_ode import TeacherODE
+from models_ard import TextARD
+from models_pixart import PixArt
+from runtime.distributed import DistributedContext
+from stores import checkpoints
+from stores.captions import CaptionStore
+from stores.images import SCENES, SEEN_SCENES, DigitScenes, digits_images, scene_caption, scene_places
+from stores.samples import read_provenance
+from stores.trajectories import TrajectoryStore
+
+RUN = ("--global-batch-size", 8, "--log-every", 1, "--sample-every", 0, "--lr", 1e-3, "--iterations", 3)
+STUDENT = ("--steps", 3, "--stack", 1, "--target", "xt", *RUN)
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory) -> Path:
+    """Captions and others, a text teacher of 8x8 pixels, its trajectories, a student of three steps."""
+    folder = tmp_path_factory.mktemp("text")
+    encode_captions(folder, "captions", [scene_caption(i) for i in range(5)])
+    encode_captions(folder, "others", [scene_caption(i) for i in range(5, 12)])
+    encode_captions(folder, "short", [scene_caption(i) for i in range(5)], "--max-tokens", 4)
+    save_teacher(folder / "teacher.pt", random_text_teacher(std=0.05, in_channels=1, caption_channels=64))
+    call("sample_trajectory.py", "--teacher", folder / "teacher.pt", "--captions", folder / "captions", "--out",
+         folder / "store", "--num-trajectories", 12, "--steps", 3, "--solver-steps", 6, "--store", "xt",
+         "--dtype", "fp32")  # fmt: skip
+    call("train_ARD.py", "--data-path", folder / "store", "--captions", folder / "captions", *STUDENT, "--run-dir",
+         folder / "run")  # fmt: skip
+    return folder
+
+
+def test_trajectories_and_students_know_their_captions(room):
+    store = TrajectoryStore(room / "store")
+    about = store.provenance["captions"]
+    assert about["count"] == store.provenance["num_classes"] == 5 and about["max_tokens"] == 16
+    assert store.provenance["cfg_channels"] == 1 and about["encoder"] == "words"
+    student, config = checkpoints.load_student(room / "run/checkpoints/0000003.pt")
+    assert isinstance(student, TextARD) and config["provenance"]["captions"] == about
+    # Trajectory 7 is what the teacher makes of noise 7 and caption 7 % 5.
+    points, labels = store.read(np.array([7]), "xt", [0, 1, 2])
+    assert labels.tolist() == [2]
+    captions = CaptionStore(room / "captions")
+    teacher = checkpoints.load_teacher(room / "teacher.pt")[0]
+    ode = TeacherODE(teacher, solver_steps=6, conditions=captions)
+    states, _ = ode(points[:, 0], captions(labels))
+    scale = points.abs().max()
+    assert (states[:, 2::2] - points[:, 1:]).abs().max() < 1e-6 * scale
+    assert (ode(points[:, 0], captions(labels + 1))[0][:, -1] - points[:, -1]).abs().max() > 1e-5 * scale
+
+
+def test_trajectories_are_made_online_too(room, tmp_path):
+    call("train_ARD.py", "--online", "--teacher", room / "teacher.pt", "--captions", room / "captions", *STUDENT,
+         "--solver-steps", 6, "--run-dir", tmp_path / "run")  # fmt: skip
+    assert len(losses(tmp_path / "run")) == 3 and losses(tmp_path / "run")[0] > 0
+    config = checkpoints.load(tmp_path / "run/checkpoints/0000003.pt", "")["config"]
+    assert config["provenance"]["online"] and config["provenance"]["captions"]["count"] == 5
+
+
+def test_samples_are_of_their_captions_whichever_the_batch(room, tmp_path):
+    common = ("--num-samples", 10, "--captions", room / "others", "--save-latents")
+    student = ("sample_ARD.py", "--ckpt-path", room / "run/checkpoints/0000003.pt", *common)
+    call(*student, "--out", tmp_path / "a.npz")
+    call(*student, "--out", tmp_path / "b.npz", "--per-proc-batch-size", 3)
+    a, b = arrays(tmp_path / "a.npz"), arrays(tmp_path / "b.npz")
+    assert (a["arr_1"] == np.arange(10) % 7).all() and abs(a["latents"] - b["latents"]).max() < 1e-5
+    about = read_provenance(tmp_path / "a.npz")
+    assert about["captions"]["count"] == 5 and about["sample_captions"]["count"] == 7
+    call("sample.py", "--teacher", room / "teacher.pt", *common, "--solver-steps", 3, "--out", tmp_path / "t.npz")
+    assert arrays(tmp_path / "t.npz")["arr_0"].shape == (10, 8, 8, 3)
+
+
+def test_what_does_not_go_together_is_one_sentence(room, tmp_path, capsys, teacher_file, store):
+    student = ("sample_ARD.py", "--ckpt-path", room / "run/checkpoints/0000003.pt", "--num-samples", 2)
+    out = ("--out", tmp_path / "out")
+    train = ("train_ARD.py", *STUDENT, "--run-dir", tmp_path / "run", "--data-path")
+    about = {"captions": {"encoder_hash": "0123456789abcdef", "max_tokens": 16}}
+    for command, sentence in (
+        (student, "--captions: this model reads text"),
+        ((*student, "--captions", room / "short"), "max_tokens is 4 there and 16 here"),
+        ((*student, "--captions", room / "store"), "this store holds no captions"),
+        ((*student, "--captions", room / "absent"), "no such folder"),
+        ((*train, room / "store"), "--captions: this model reads text"),
+        ((*train, room / "store", "--captions", room / "others"), "text_sha256 is"),
+        ((*train, store, "--captions", room / "captions"), "this model has classes and reads no text"),
+        (("sample.py", "--teacher", teacher_file, "--captions", room / "captions"), "reads no text"),
+        (("sample_trajectory.py", "--teacher", room / "teacher.pt", "--num-trajectories", 2, *out), "reads text"),
+        (
+            ("train_ARD_gan.py", "--data-path", room / "store", "--real-data-path", "digits", "--ckpt-path",
+             room / "run/checkpoints/0000003.pt", "--global-batch-size", 12),
+            "of a text model, which R+D is not for",
+        ),
+    ):  # fmt: skip
+        assert sentence in refused(capsys, *command), command
+    checkpoint = room / "run/checkpoints/0000003.pt"
+    assert "reads text, which the page does not" in refused(capsys, "app.py", "--ckpt-path", checkpoint)
+    pipeline = ("pipeline_ard.py", checkpoint, "--out", tmp_path / "out")
+    assert "reads text, which the pipeline does not" in refused(capsys, *pipeline)
+    other = save_teacher(tmp_path / "other.pt", random_text_teacher(in_channels=1, caption_channels=64), about=about)
+    dump = ("sample_trajectory.py", "--teacher", other, "--captions", room / "captions", "--num-trajectories", 2, *out)
+    assert "encoder_hash is" in refused(capsys, *dump)
+    save_teacher(tmp_path / "wide.pt", random_text_teacher(in_channels=1))
+    wide = ("sample.py", "--teacher", tmp_path / "wide.pt", "--captions", room / "captions")
+    assert "tokens of 64 channels, this model reads 12" in refused(capsys, *wide)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "run").exists()
+
+
+def test_a_foreign_teacher_is_distilled_online_into_its_autoencoders_latents(tmp_path, autoencoder, capsys):
+    """PixArt in diffusers' layout, --vae beside it, no word about the encoder in its files."""
+    shape = dict(sample_size=8, num_layers=2, num_attention_heads=2, attention_head_dim=8, caption_channels=64)
+    save_pixart(tmp_path / "pixart", **shape)
+    captions = encode_captions(tmp_path, "captions", [scene_caption(i) for i in range(4)])
+    run = ("train_ARD.py", "--online", "--teacher", tmp_path / "pixart", "--captions", captions, *STUDENT,
+           "--solver-steps", 6, "--run-dir", tmp_path / "run")  # fmt: skip
+    assert "--vae sdxl" in refused(capsys, *run)
+    call(*run, "--vae", autoencoder)
+    call("sample_ARD.py", "--ckpt-path", tmp_path / "run/checkpoints/0000003.pt", "--captions", captions,
+         "--num-samples", 4, "--out", tmp_path / "a.npz")  # fmt: skip
+    about = read_provenance(tmp_path / "a.npz")
+    assert about["cfg_channels"] == 4 and about["vae"] == str(autoencoder)
+    assert arrays(tmp_path / "a.npz")["arr_0"].shape == (4, 16, 16, 3)
+
+
+def test_the_demos_teacher_is_trained_on_captions_with_some_dropped(tmp_path, capsys):
+    captions = encode_captions(tmp_path, "seen", [scene_caption(i) for i in range(SEEN_SCENES)])
+    run = ("train.py", "--model", "PixArt-Nano/4", "--data-path", "digit-scenes", "--no-hflip", *RUN)
+    assert "a PixArt needs --captions" in refused(capsys, *run)
+    few = encode_captions(tmp_path, "few", ["a three"])
+    assert "1 captions for the 160 labels" in refused(capsys, *run, "--captions", few)
+    call(*run, "--captions", captions, "--run-dir", tmp_path / "run", "--sample-every", 3)
+    teacher, config = checkpoints.load_teacher(tmp_path / "run/checkpoints/0000003.pt")
+    assert isinstance(teacher, PixArt) and config["provenance"]["captions"]["count"] == SEEN_SCENES
+    assert list((tmp_path / "run").rglob("*.png"))
+    batches = train.TeacherBatches(
+        DigitScenes(), (1, 16, 16), global_batch_size=256, seed=0, label_dropout=0.25, hflip=False,
+        context=DistributedContext(), conditions=CaptionStore(captions),
+    )  # fmt: skip
+    lengths = batches[0]["y"].any(-1).sum(1)
+    assert 0.15 < (lengths == 1).float().mean() < 0.35 and set(lengths.tolist()) == {1, 6}
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(room, tmp_path):
+    run = ("train_ARD.py", "--data-path", room / "store", "--captions", room / "captions", *STUDENT, "--device", "cpu")
+    result = spawn(*run, "--run-dir", tmp_path / "two", ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(room / "run"), rel=1e-5)
+
+
+def test_scenes_show_what_their_captions_say():
+    source, digits = DigitScenes(), digits_images()
+    assert len(set(SCENES)) == 200 and len({scene_caption(i) for i in range(200)}) == 200
+    rows = np.arange(40, 60)
+    batch = source.read(rows, np.zeros(20, bool))
+    again = source.read(rows[::-1].copy(), np.zeros(20, bool))
+    assert torch.equal(batch["images"].flip(0), again["images"])
+    for image, scene in zip(batch["images"][:, 0], batch["y"].tolist()):
+        for place, number in zip(scene_places(scene), SCENES[scene][1:]):
+            same = (digits[0][:, 0] == image[place]).flatten(1).all(1)
+            assert number in digits[1][same].tolist()
+            image[place] = 0
+        assert not image.any()
