@@ -4,7 +4,7 @@ SEED ?= 0
 BIN := .venv/bin
 INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt
 
-.PHONY: demo demo-gan study test check
+.PHONY: demo demo-gan demo-t2i study test check
 
 demo: .venv/ready
 	$(BIN)/python demo.py --seed $(SEED)
@@ -12,6 +12,10 @@ demo: .venv/ready
 # The demo and then, from its students, R+D.
 demo-gan: .venv/ready
 	$(BIN)/python demo.py --seed $(SEED) --gan
+
+# Text to image: two digits as captions say.
+demo-t2i: .venv/ready
+	$(BIN)/python -m evaluations.text_demo --seed $(SEED)
 
 # The paper's Table 1 and ablations on digits, three seeds, hours: it continues what is there.
 study: .venv/ready

@@ -7,7 +7,6 @@ evaluates, by running the same scripts that distil DiT-XL/2. Leaves a picture an
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,15 @@ from evaluations.experiments import (
     figures_of,
     fine_tune_command,
     make_reference_and_teacher,
+    own_folder,
     sample_command,
     time_per_sample,
     train_command,
+    write_table,
 )
 from models import DiT
 from runtime import cli
-from runtime.checks import writable_folder
-from runtime.files import atomic_write, write_text
+from runtime.files import atomic_write
 from stores import checkpoints
 
 METHODS: dict[str, dict] = {"step": {"mask": "M1", "stack": 0}, "ard": {"mask": "M4", "stack": 2}}
@@ -72,14 +72,6 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def own_folder(out: str) -> Path:
-    """The folder of the results. ``UserError`` where it holds other things than an earlier demo's."""
-    folder = writable_folder("--out", out)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "trajectories").is_dir():
-        raise cli.UserError(f"--out {out}: the folder holds other files, give a new one or that of an earlier demo")
-    return folder
-
-
 def draw_picture(path: Path, files: dict[str, Path], columns: int = 20) -> None:
     """The first samples of each file, one row a model: the same column is the same noise and label."""
     figure, axes = plt.subplots(len(files), 1, figsize=(columns * 0.5, len(files) * 0.78), constrained_layout=True)
@@ -93,18 +85,6 @@ def draw_picture(path: Path, files: dict[str, Path], columns: int = 20) -> None:
     with atomic_write(path) as partial:
         figure.savefig(partial, dpi=130, format="png")
     plt.close(figure)
-
-
-def write_table(folder: Path, rows: list[dict], notes: list[str]) -> str:
-    """table.json (a list of rows) and table.md; returns the latter's text."""
-    write_text(folder / "table.json", json.dumps(rows, indent=2) + "\n")
-    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * len(COLUMNS)]
-    for row in rows:
-        cells = [f"{row[key]:.3g}" if isinstance(row[key], float) else str(row[key]) for key in COLUMNS]
-        lines.append("| " + " | ".join(cells) + " |")
-    text = "\n".join([*lines, "", *notes]) + "\n"
-    write_text(folder / "table.md", text)
-    return text
 
 
 def make_students(
@@ -123,8 +103,7 @@ def make_students(
 
 def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
-    folder = own_folder(args.out or ("results/demo" if args.seed == 0 else f"results/demo-seed{args.seed}"))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = own_folder(args.out, "results/demo", args.seed, "trajectories")
     make_reference_and_teacher(folder, args.seed, args.num_trajectories, args.num_samples)
     students: list[Student] = []
     for target in args.targets:
@@ -175,7 +154,7 @@ def run(args: argparse.Namespace) -> None:
         notes.append(f"R+D: {args.gan_iterations} more steps of batch 48 with the discriminator.")
     pictures = {"teacher, 25 steps with guidance": same_noise}
     draw_picture(folder / "samples.png", pictures | {f"{s}, 4 steps": s.samples for s in students})
-    print("\n" + write_table(folder, rows, notes))
+    print("\n" + write_table(folder, COLUMNS, rows, notes))
     print(f"{folder}/samples.png, table.md, table.json; {time.perf_counter() - started:.0f} s")
 
 

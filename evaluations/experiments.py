@@ -1,4 +1,4 @@
-"""What the demo and the study of the digits share: our own commands as processes, and a student with its files."""
+"""What the demos and the study of the digits share: our own commands as processes, and a student with its files."""
 
 import json
 import os
@@ -19,7 +19,9 @@ from diffusion import create_diffusion
 from models import DiT
 from models_ard import ARD
 from runtime import cli
+from runtime.checks import writable_folder
 from runtime.distributed import die_with_parent
+from runtime.files import write_text
 from runtime.randomness import labels, noise
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +31,30 @@ OPTIMISER = ["--lr", "2e-3", "--ema-decay", "0.99"]
 GAN_WARMUP = 150  # steps, or all of a run that is shorter
 GAN = ["--gan-weight", "0.5", "--d-time", "100", "--d-lr", "2e-3"]
 GAN += ["--lr", "1e-3", "--clip", "0.06", "--d-clip", "0.06", "--ema-decay", "0.99"]
+
+
+def own_folder(out: str | None, default: str, seed: int, holds: str) -> Path:
+    """The folder of a demo's results, made: ``out``, or the default one of its seed.
+
+    ``UserError`` where there are other things than an earlier demo's, which ``holds`` a file or folder of that name.
+    """
+    folder = writable_folder("--out", out or (default if seed == 0 else f"{default}-seed{seed}"))
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / holds).exists():
+        raise cli.UserError(f"--out {folder}: the folder holds other files, give a new one or that of an earlier demo")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_table(folder: Path, columns: dict[str, str], rows: list[dict], notes: list[str]) -> str:
+    """table.json (a list of rows) and table.md, whose ``columns`` have these titles; returns the latter's text."""
+    write_text(folder / "table.json", json.dumps(rows, indent=2) + "\n")
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = [f"{row[key]:.3g}" if isinstance(row[key], float) else str(row[key]) for key in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    text = "\n".join([*lines, "", *notes]) + "\n"
+    write_text(folder / "table.md", text)
+    return text
 
 
 def start(command: list, threads: int, out: Any = None, error: Any = None) -> subprocess.Popen:
