@@ -25,7 +25,7 @@ from evaluations.files import Images
 from evaluations.plans import SAMPLED_OPTIONS, plan_samples
 from models_ard import ARD
 from models_pixart import named_shape
-from presets import preset
+from presets import TEXT_TEACHERS, preset
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
 from runtime.distributed import DistributedContext
@@ -42,6 +42,7 @@ from sampler import (
 )
 from stores import checkpoints
 from stores.captions import add_captions_option, open_conditions
+from stores.foreign_weights import shape_by_name
 from stores.image_folder import ImageFolder
 from stores.pictures import center_crop
 
@@ -75,7 +76,9 @@ def build_parser() -> cli.Parser:
 def plan_of_options(args: argparse.Namespace) -> dict:
     """The plan for the size that a name or a preset says, where the weights are not here yet."""
     shape = {"steps": args.steps, "mask": args.mask, "history_layers": args.stack}
-    config = named_shape(args.model) | shape if args.model and None not in shape.values() else None
+    teacher = TEXT_TEACHERS.get((args.preset or "").removesuffix("-step"), "")
+    named = shape_by_name(teacher) or (named_shape(args.model) if args.model else None)
+    config = named | shape if named and None not in shape.values() else None
     return plan_samples(config, DistributedContext(), **chosen(args, SAMPLED_OPTIONS)).describe() if config else {}
 
 

@@ -125,9 +125,8 @@ def plan_of_options(args: argparse.Namespace) -> dict:
     options = chosen(args, PLANNED_OPTIONS)
     try:
         if args.online:
-            models = outline(teacher | shape), outline(teacher)
-            options["flops_per_sample"] = partial(count_online_step, *models, args.solver_steps)
-            options["frozen"] = models[1]
+            options["flops_per_sample"] = partial(count_online_step, teacher | shape, teacher, args.solver_steps)
+            options["frozen"] = outline(teacher)
         return plan_training(teacher | shape, DistributedContext(), rows=None, **options).describe()
     except (UserError, ValueError) as error:
         return {"not_counted": str(error)}
@@ -176,7 +175,9 @@ def run(args: argparse.Namespace) -> None:
         rows=None if isinstance(source, TeacherODE) else len(source),
         vae=vae,
         frozen=teacher if args.online else None,
-        flops_per_sample=partial(count_online_step, student, teacher, args.solver_steps, conditions.longest)
+        flops_per_sample=partial(
+            count_online_step, student.config, teacher.config, args.solver_steps, conditions.longest
+        )
         if args.online
         else None,
         text_tokens=conditions.longest,

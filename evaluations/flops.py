@@ -93,10 +93,10 @@ def training_flops(model: DiT, text_tokens: int = 0) -> int:
     return count_flops(lambda: model(*inputs).sum().backward())
 
 
-def count_online_step(student: DiT, teacher: DiT, solver_steps: int, text_tokens: int = 0) -> float:
-    """Operations of a step of regression for one sample whose trajectory is made in the step."""
-    made = count_by_blocks(teacher.config, partial(sampling_gflops, steps=solver_steps, text_tokens=text_tokens))
-    return count_by_blocks(student.config, partial(training_flops, text_tokens=text_tokens)) + 2e9 * made
+def count_online_step(student: dict, teacher: dict, solver_steps: int, text_tokens: int = 0) -> float:
+    """Operations of a step of regression, by models of these configs, for one sample whose trajectory is made in it."""
+    made = count_by_blocks(teacher, partial(sampling_gflops, steps=solver_steps, text_tokens=text_tokens))
+    return count_by_blocks(student, partial(training_flops, text_tokens=text_tokens)) + 2e9 * made
 
 
 def count_gan_step(

@@ -119,7 +119,7 @@ class Parser(argparse.ArgumentParser):
             "--preset",
             choices=presets,
             metavar="NAME",
-            help=f"Use the options of a row of Table 1: {', '.join(presets)}.",
+            help=f"Use the options of a row of the paper: {', '.join(presets)}.",
         )
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -6,7 +6,7 @@ import json
 import pytest
 from helpers import call, refused
 
-from presets import TABLE_1, preset
+from presets import TABLE_1, TEXT_TEACHERS, preset
 
 SCRIPTS = ("sample.py", "sample_trajectory.py", "train_ARD.py", "train_ARD_gan.py", "sample_ARD.py")
 
@@ -17,10 +17,32 @@ def test_presets_set_options_that_exist_to_values_that_they_take(script):
     actions = {action.dest: action for action in parser._actions}
     assert preset(script)
     for name, values in preset(script).items():
-        assert name in TABLE_1 and values.keys() <= actions.keys()
+        assert (name in TABLE_1 or name.removesuffix("-step") in TEXT_TEACHERS) and values.keys() <= actions.keys()
         for option, value in values.items():
             assert actions[option].choices is None or value in actions[option].choices
             assert actions[option].type is None or actions[option].type(str(value)) == value
+
+
+def test_text_rows_differ_from_their_baselines_in_history_alone():
+    rows = preset("train_ARD.py")
+    for name, teacher in TEXT_TEACHERS.items():
+        ours, baseline = rows[name], rows[f"{name}-step"]
+        assert {key for key in ours if ours[key] != baseline[key]} == {"mask", "stack"}
+        assert (ours["steps"], ours["mask"], ours["stack"], ours["target"]) == (3, "M4", 1, "xt")
+        assert (ours["solver_steps"], ours["iterations"], ours["online"]) == (48, 15_000, True)
+        assert ours["teacher"] == teacher == preset("sample.py")[name]["teacher"]
+        assert {name, f"{name}-step"} <= preset("sample_ARD.py").keys()
+
+
+def test_the_text_rows_cost_what_was_counted_beforehand(capsys):
+    """The teacher's 48 guided steps and the student's training step, of a sample: at 512 pixels about 135 TFLOP."""
+    per_sample = {}
+    for name, side in (("t2i-sigma-512", 64), ("t2i-sigma-1024", 128)):
+        call("train_ARD.py", "--preset", name, "--dry-run")
+        plan = json.loads(capsys.readouterr().out)
+        per_sample[side] = plan["flops"] / (15_000 * 64)
+        assert plan["memory_bytes_per_rank"]["batch"] == 4 * 64 * (4 * 4 * side**2 + 300 * 4096)
+    assert 125e12 < per_sample[64] < 145e12 and 600e12 < per_sample[128] < 750e12
 
 
 def test_every_row_can_be_reproduced():
