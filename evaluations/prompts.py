@@ -41,9 +41,10 @@ class Prompted:
         if not captions:
             raise UserError("--captions: give the captions that the samples were drawn from")
         self.store, labels = CaptionStore(captions), self.images.member("arr_1")
-        about = read_provenance(samples).get("sample_captions")
+        origin = read_provenance(samples)
+        about = origin.get("sample_captions") or origin.get("captions")  # the latter of an exported dump
         if about is None or labels is None:
-            raise UserError(f"{self.images.what}: was not drawn from captions, by sample.py or sample_ARD.py")
+            raise UserError(f"{self.images.what}: was not drawn from captions")
         same = {name: about[name] for name in ("text_sha256", "count")}
         require_same(f"--captions {captions}: not those of {samples}", self.store.about["captions"], same)
         self.labels: np.ndarray = labels

@@ -78,6 +78,13 @@ def test_two_ranks_and_a_kill_leave_the_same_files(tmp_path):
     assert contents(tmp_path / "killed") == wanted
 
 
+def test_lines_end_as_on_any_system_and_nowhere_else(tmp_path):
+    (tmp_path / "text.txt").write_bytes("\ufeffa three\r\na four\x0babove\u2028a one".encode())
+    call("encode_captions.py", "--text", tmp_path / "text.txt", "--encoder", "words", "--out", tmp_path / "out")
+    store = CaptionStore(tmp_path / "out")
+    assert [store.text(i) for i in range(store.count)] == ["a three", "a four\x0babove\u2028a one"]
+
+
 def test_long_captions_are_cut_with_a_count(tmp_path, capsys):
     out = encode(tmp_path, tmp_path / "store", captions=["a " * 10_000, "a three"])
     assert "2 captions, 1 of them cut to 16 tokens" in capsys.readouterr().out

@@ -75,6 +75,9 @@ def test_samples_are_of_their_captions_whichever_the_batch(room, tmp_path):
     assert (a["arr_1"] == np.arange(10) % 7).all() and abs(a["latents"] - b["latents"]).max() < 1e-5
     about = read_provenance(tmp_path / "a.npz")
     assert about["captions"]["count"] == 5 and about["sample_captions"]["count"] == 7
+    call("stores.trajectories", "export", room / "store", "--out", tmp_path / "e.npz", "--device", "cpu")
+    call("evaluations.prompts", "compbench", tmp_path / "e.npz", "--captions", room / "captions", "--out", tmp_path)
+    assert (tmp_path / f"{scene_caption(1)}_000006.png").is_file()  # trajectory 6 of 5 captions
     call("sample.py", "--teacher", room / "teacher.pt", *common, "--solver-steps", 3, "--out", tmp_path / "t.npz")
     assert arrays(tmp_path / "t.npz")["arr_0"].shape == (10, 8, 8, 3)
 
