@@ -60,7 +60,8 @@ def test_trajectories_and_students_know_their_captions(room):
 
 def test_trajectories_are_made_online_too(room, tmp_path):
     call("train_ARD.py", "--online", "--teacher", room / "teacher.pt", "--captions", room / "captions", *STUDENT,
-         "--solver-steps", 6, "--run-dir", tmp_path / "run")  # fmt: skip
+         "--solver-steps", 6, "--precision", "bf16", "--checkpoint-activations", "--num-workers", 1, "--run-dir",
+         tmp_path / "run")  # fmt: skip
     assert len(losses(tmp_path / "run")) == 3 and losses(tmp_path / "run")[0] > 0
     config = checkpoints.load(tmp_path / "run/checkpoints/0000003.pt", "")["config"]
     assert config["provenance"]["online"] and config["provenance"]["captions"]["count"] == 5
@@ -78,8 +79,13 @@ def test_samples_are_of_their_captions_whichever_the_batch(room, tmp_path):
     call("stores.trajectories", "export", room / "store", "--out", tmp_path / "e.npz", "--device", "cpu")
     call("evaluations.prompts", "compbench", tmp_path / "e.npz", "--captions", room / "captions", "--out", tmp_path)
     assert (tmp_path / f"{scene_caption(1)}_000006.png").is_file()  # trajectory 6 of 5 captions
-    call("sample.py", "--teacher", room / "teacher.pt", *common, "--solver-steps", 3, "--out", tmp_path / "t.npz")
-    assert arrays(tmp_path / "t.npz")["arr_0"].shape == (10, 8, 8, 3)
+    teacher = ("sample.py", "--teacher", room / "teacher.pt", *common, "--solver-steps", 3, "--out")
+    call(*teacher, tmp_path / "t.npz")
+    call(*teacher, tmp_path / "bf16.npz", "--precision", "bf16")
+    call(*student, "--precision", "bf16", "--out", tmp_path / "c.npz")
+    for exact, rounded in (("t", "bf16"), ("a", "c")):
+        exact, rounded = (arrays(tmp_path / f"{name}.npz")["latents"] for name in (exact, rounded))
+        assert exact.shape == (10, 1, 8, 8) and 0 < np.abs(exact - rounded).mean() < 0.05 * np.abs(exact).mean()
 
 
 def test_what_does_not_go_together_is_one_sentence(room, tmp_path, capsys, teacher_file, store):
