@@ -7,6 +7,7 @@ import torch
 from text_helpers import random_text_teacher, save_pixart
 
 from diffusion import create_diffusion
+from models import model_name
 from models_ard import ARD, MASKS, TextARD
 from models_pixart import PixArt, PixArt_models
 from stores import checkpoints
@@ -91,6 +92,7 @@ def test_the_public_teacher_has_610_million_parameters():
     with torch.device("meta"):
         model = PixArt_models["PixArt-XL/2"](input_size=64)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 610_856_096
+    assert model_name(model.config) == "PixArt-XL/2"
 
 
 #################################################################################
