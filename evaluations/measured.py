@@ -26,11 +26,11 @@ class Trained:
 
 
 def trained_students(results: Results) -> list[Trained]:
-    """Of all runs of the folders."""
+    """Of all runs of the folders, but for those of text models: nothing here reads captions."""
     found = []
     for folder, config in results.runs.items():
         files = sorted((folder / "checkpoints").glob("[0-9]*.pt"))
-        if config.get("kind") == "student" and files:
+        if config.get("kind") == "student" and files and "caption_channels" not in config["model"]:
             described = {"student": config["model"], "training": config["training"], "step": int(files[-1].stem)}
             found.append(Trained(files[-1], Model(config["provenance"] | described)))
     return found

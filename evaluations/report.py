@@ -84,7 +84,7 @@ def table_row(row: Row, milliseconds: float | None, timed: set[str], sibling: di
     model, published = row.model, row.model.published()
     gflops = row.gflops()
     if not model.student and sibling:
-        gflops = count_gflops(json.dumps(sibling), model.steps, teacher=True)
+        gflops = count_gflops(json.dumps(sibling), model.steps, model.text_tokens, teacher=True)
     line: dict[str, Any] = {"model": model.method, "loss": model.loss, "target": model.target}
     line |= {"mask": model.mask, "steps": model.steps, "history_layers": model.layers if model.student else None}
     line |= {

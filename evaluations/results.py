@@ -25,7 +25,10 @@ FIGURES = ("fid", "inception_score", "precision", "recall")
 # Of a teacher's samples and of a student's trajectories: what decides which teacher it is, and how it was solved.
 SAME_TEACHER = ("teacher_hash", "solver", "solver_steps", "cfg_scale", "cfg_channels")
 # Of samples: what else decides a figure, but for seeds.
-DECISIVE = (*SAME_TEACHER, "student", "target", "grid", "step", "start_step", "weights", "sample_labels")
+DECISIVE = (
+    *(*SAME_TEACHER, "student", "target", "grid", "step", "start_step", "weights"),
+    *("sample_labels", "sample_captions"),
+)
 NOT_OF_DIT = ("steps", "mask", "history_layers", "level_embedding")
 
 
@@ -87,6 +90,11 @@ class Model:
         return "ARD" if self.layers else "step distillation"
 
     @property
+    def text_tokens(self) -> int:
+        """Of the longest caption that it was sampled from, 0 for a model of classes."""
+        return self.about.get("sample_captions", {}).get("longest", 0)
+
+    @property
     def name(self) -> str:
         """For a legend: the method, and its mask and N where it has them."""
         return f"ARD {self.mask}, N={self.layers}" if self.method == "ARD" else self.method
@@ -105,7 +113,7 @@ class Model:
         """The row of Table 1 that it corresponds to; N of all layers stands for 28, any less for 6."""
         layers = 28 if self.layers and self.layers == self.depth else 6 if self.layers else 0
         wanted = (self.steps, self.loss, self.mask, layers) if self.student else (self.steps, "-", None, None)
-        if self.target == "xt":
+        if self.target == "xt" or self.about.get("captions"):
             return None
         rows = ((name, (row.steps, row.loss, row.mask, row.history_layers)) for name, row in TABLE_1.items())
         return next((name for name, row in rows if row == wanted), None)
@@ -178,20 +186,21 @@ class Row:
 
     def gflops(self) -> float | None:
         """Multiply-accumulates of one image; None where the architecture is not known."""
-        return count_gflops(json.dumps(self.model.student), self.model.steps) if self.model.student else None
+        model = self.model
+        return count_gflops(json.dumps(model.student), model.steps, model.text_tokens) if model.student else None
 
 
-_counted: dict[tuple[str, int], float] = {}
+_counted: dict[tuple[str, int, int], float] = {}
 
 
-def count_gflops(student: str, steps: int, teacher: bool = False) -> float:
+def count_gflops(student: str, steps: int, text_tokens: int = 0, teacher: bool = False) -> float:
     """Of a student with this config (as JSON), or of its teacher in so many guided steps."""
     config = json.loads(student)
     if teacher:
         config = {name: value for name, value in config.items() if name not in NOT_OF_DIT}
-    key = json.dumps(config), steps
+    key = json.dumps(config), steps, text_tokens
     if key not in _counted:
-        _counted[key] = sampling_gflops(outline(config), steps)
+        _counted[key] = sampling_gflops(outline(config), steps, text_tokens=text_tokens)
     return _counted[key]
 
 

@@ -59,23 +59,32 @@ def accuracy(path: str | Path) -> dict[str, float]:
     return {"seen": right[seen].mean().item(), "unseen": right[~seen].mean().item()}
 
 
-def run_captions(args: argparse.Namespace) -> None:
-    count = SEEN_SCENES if args.seen else len(SCENES)
+def write_captions(out: str | Path, count: int) -> None:
+    """The captions of the first so many scenes, one a line."""
     text = "".join(f"{scene_caption(scene)}\n" for scene in range(count))
     known = {scene_caption(scene) for scene in range(len(SCENES))}
-    must_be_replaceable("--out", args.out, "captions", lambda path: set(path.read_text().splitlines()) <= known)
-    write_whole("--out", args.out, lambda file: file.write(text.encode()))
-    print(f"{args.out}: {count} captions")
+    must_be_replaceable("--out", out, "captions", lambda path: set(path.read_text().splitlines()) <= known)
+    write_whole("--out", out, lambda file: file.write(text.encode()))
+    print(f"{out}: {count} captions")
+
+
+def write_crops(samples: str | Path, out: str | Path) -> None:
+    """The digits of samples of scenes, as samples by themselves of the same provenance."""
+    images, scenes = read_samples(samples)
+    found = crops(images, scenes).reshape(-1, 8, 8, 3)
+    must_differ("--out", out, {"SAMPLES": samples})
+    must_be_replaceable("--out", out, "digits", lambda path: Images("--out", path).shape[1:] == found.shape[1:])
+    origin = read_provenance(samples) | {"count": len(found), "cropped": "digits"}
+    write_whole("--out", out, lambda file: np.savez(file, arr_0=found, provenance=np.array(json.dumps(origin))))
+    print(f"{out}: {len(found)} digits")
+
+
+def run_captions(args: argparse.Namespace) -> None:
+    write_captions(args.out, SEEN_SCENES if args.seen else len(SCENES))
 
 
 def run_crop(args: argparse.Namespace) -> None:
-    images, scenes = read_samples(args.samples)
-    found = crops(images, scenes).reshape(-1, 8, 8, 3)
-    must_differ("--out", args.out, {"SAMPLES": args.samples})
-    must_be_replaceable("--out", args.out, "digits", lambda path: Images("--out", path).shape[1:] == found.shape[1:])
-    origin = read_provenance(args.samples) | {"count": len(found), "cropped": "digits"}
-    write_whole("--out", args.out, lambda file: np.savez(file, arr_0=found, provenance=np.array(json.dumps(origin))))
-    print(f"{args.out}: {len(found)} digits")
+    write_crops(args.samples, args.out)
 
 
 def build_parser() -> cli.Parser:

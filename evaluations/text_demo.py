@@ -26,7 +26,7 @@ from evaluations.experiments import (
     sample_command,
     write_table,
 )
-from evaluations.scenes import accuracy
+from evaluations.scenes import accuracy, write_captions, write_crops
 from runtime import cli
 from runtime.cli import UserError
 from runtime.files import atomic_write
@@ -64,12 +64,13 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def encode(folder: Path, name: str, *options: str) -> Path:
-    """The store of the scenes' captions, all of them or with ``--seen`` those that are trained on."""
-    text = folder / f"{name}.txt"
-    call([["python", "-m", "evaluations.scenes", "captions", "--out", text, *options]])
-    call([["python", "encode_captions.py", "--text", text, "--encoder", "words", "--out", folder / name, *CPU]])
-    return folder / name
+def encode(folder: Path, counts: dict[str, int]) -> list[Path]:
+    """A store, by its name, of the captions of the first so many scenes."""
+    for name, count in counts.items():
+        write_captions(folder / f"{name}.txt", count)
+    words: list = ["python", "encode_captions.py", "--encoder", "words", *CPU]
+    call([[*words, "--text", folder / f"{name}.txt", "--out", folder / name] for name in counts])
+    return [folder / name for name in counts]
 
 
 def train_teacher(folder: Path, seen: Path) -> None:
@@ -83,7 +84,8 @@ def train_teacher(folder: Path, seen: Path) -> None:
 def measure(files: dict[str, Path], reference: Path) -> dict[str, dict[str, float]]:
     """The figures of each model's samples; the first of the models is the one that the others stand for."""
     parts = {name: path.with_name("digits") / path.name for name, path in files.items()}
-    call([["python", "-m", "evaluations.scenes", "crop", path, "--out", parts[name]] for name, path in files.items()])
+    for name, path in files.items():
+        write_crops(path, parts[name])
     call([evaluate_command(reference, path) for path in parts.values()])
     teacher = next(iter(files.values()))
     return {
@@ -121,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
     if args.num_samples < len(SCENES):
         raise UserError(f"--num-samples {args.num_samples}: give {len(SCENES)} at least, one for each caption")
     folder = own_folder(args.out, "results/demo-t2i", args.seed, "seen.txt")
-    seen, everything = encode(folder, "seen", "--seen"), encode(folder, "all")
+    seen, everything = encode(folder, {"seen": SEEN_SCENES, "all": len(SCENES)})
     if args.train_teacher:
         train_teacher(folder, seen)
         return

@@ -1,12 +1,10 @@
 """A text file becomes a store of captions: resumable, the same by any number of ranks, or one sentence."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import ROOT, call, contents, refused, spawn
+from helpers import call, call_on_ranks, contents, refused
 from safetensors.torch import load_file
 from text_helpers import save_t5
 
@@ -53,28 +51,15 @@ def test_a_broken_run_is_continued_and_ranks_share_the_work(tmp_path):
     assert contents(part) == wanted
 
 
-@pytest.mark.slow
 def test_two_ranks_and_a_kill_leave_the_same_files(tmp_path):
     wanted = contents(encode(tmp_path, tmp_path / "whole"))
-    text = tmp_path / "captions.txt"
-    arguments = ("--text", text, "--encoder", "words", "--rows-per-shard", 8)
-    result = spawn("encode_captions.py", *arguments, "--out", tmp_path / "ranks", "--device", "cpu", ranks=2)
-    assert result.returncode == 0, result.stderr
+    words = ("--text", tmp_path / "captions.txt", "--encoder", "words", "--rows-per-shard", 8, "--device", "cpu")
+    assert call_on_ranks(2, "encode_captions.py", *words, "--out", tmp_path / "ranks") == [0, 0]
     assert contents(tmp_path / "ranks") == wanted
-    killer = (
-        "import os, runtime.text as text; calls = []; real = text.WordEncoder.__call__\n"
-        "def dying(self, captions):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) == 4: os.kill(os.getpid(), 9)\n"
-        "    return real(self, captions)\n"
-        "text.WordEncoder.__call__ = dying\n"
-        "import encode_captions as script; from runtime import cli\n"
-        "import sys; cli.main(script.build_parser(), script.run, sys.argv[1:])\n"
-    )
-    words = [str(word) for word in (*arguments, "--out", tmp_path / "killed")]
-    killed = subprocess.run([sys.executable, "-c", killer, *words], cwd=ROOT, check=False, capture_output=True)
-    assert killed.returncode == -9 and not (tmp_path / "killed/manifest.json").exists()
-    call("encode_captions.py", *arguments, "--out", tmp_path / "killed")
+    killed = call_on_ranks(1, "encode_captions.py", *words, "--out", tmp_path / "killed", kill="00003.safetensors")
+    assert killed == [-9] and not (tmp_path / "killed/manifest.json").exists()
+    assert len(list((tmp_path / "killed").glob("*.safetensors"))) == 3
+    call("encode_captions.py", *words, "--out", tmp_path / "killed")
     assert contents(tmp_path / "killed") == wanted
 
 
@@ -103,8 +88,20 @@ def test_bad_captions_are_one_sentence_and_nothing_is_written(tmp_path, capsys):
     ):
         text.write_bytes(content)
         assert sentence in refused(capsys, *command)
-        assert not list(out.glob("*.safetensors"))
+        assert not out.exists()
     text.write_text("a three\n")
+    for options, sentence in (
+        (("--out", text), f"--out {text}: is a file, give a folder"),
+        (("--out", tmp_path), "the folder holds other files, give a new one"),
+        (("--encoder", tmp_path / "absent"), "absent: no such folder; give words, a hub id or a folder"),
+        (("--encoder", tmp_path), "cannot load T5 and its tokenizer; give a folder in transformers' layout"),
+        (("--encoder", tmp_path, "--dry-run"), "cannot load T5; give a folder in transformers' layout"),
+        (("--encoder-precision", "fp16"), "invalid choice: 'fp16'"),
+        (("--rows-per-shard", 0), "--rows-per-shard: 0 must be at least 1"),
+        (("--encoder", ""), "--encoder: must not be empty"),
+    ):
+        assert sentence in refused(capsys, *command, *options)
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
     assert "--max-tokens" in refused(capsys, *command, "--max-tokens", 0)
     encode(tmp_path, tmp_path / "store")
     text.write_text("a four\n")
@@ -140,3 +137,23 @@ def test_t5s_tokens_reach_the_store(tmp_path):
     assert shard["length"].tolist() == [3, 2, 1] and shard["tokens"].shape == (6, 12)
     about = json.loads((tmp_path / "out/manifest.json").read_text())["provenance"]
     assert about["max_tokens"] == 300 and about["channels"] == 12 and about["encoder"] == str(folder)
+
+
+def test_a_plan_says_what_is_then_written_and_loads_nothing(tmp_path, capsys, monkeypatch):
+    text, folder = tmp_path / "captions.txt", save_t5(tmp_path / "t5")
+    text.write_text("".join(caption + "\n" for caption in CAPTIONS))
+    command = ("encode_captions.py", "--text", text, "--out", tmp_path / "out")
+
+    def plan(*options) -> dict:
+        capsys.readouterr()
+        call(*command, *options, "--dry-run")
+        return json.loads(capsys.readouterr().out)
+
+    words, t5, public = plan("--encoder", "words"), plan("--encoder", folder), plan()
+    assert (words["count"], words["channels"], words["steps"]) == (41, 64, 2) and not (tmp_path / "out").exists()
+    assert t5["channels"] == 12 and t5["encoder_hash"] is None and t5["memory_bytes_per_rank"]["weights"] > 1000
+    assert public["not_checked"].endswith("would be fetched from the Hugging Face hub")
+    call(*command, "--encoder", "words")
+    assert words["disk_bytes"] == pytest.approx((tmp_path / "out/shard-00000.safetensors").stat().st_size, rel=0.1)
+    (folder / "text_encoder/config.json").write_text("{}")
+    assert "cannot load T5; give a folder" in refused(capsys, *command, "--encoder", folder, "--dry-run")

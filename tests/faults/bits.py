@@ -26,6 +26,7 @@ from runtime.cli import UserError
 from runtime.distributed import DistributedContext
 from runtime.files import file_sha256, release
 from stores import checkpoints
+from stores.captions import CaptionStore
 from stores.latents import LatentStore
 from stores.runs import RunFolder, begin, find_run, read_config
 from stores.samples import SampleWriter, read_provenance
@@ -92,6 +93,15 @@ def read_store(folder: Path) -> dict:
     store = TrajectoryStore(folder)
     store.verify("DIR")
     return {"provenance": store.provenance, "rows": len(store), "tensors": [dict(shard) for shard in store.tensors]}
+
+
+def read_captions(folder: Path) -> dict:
+    """A verified store of captions, all of it."""
+    store = CaptionStore(folder)
+    store.verify("DIR")
+    numbers = range(len(store))
+    texts = [store.text(number) for number in numbers]
+    return {"tokens": store(torch.tensor(list(numbers))), "text": texts, "about": store.about, "cut": store.cut}
 
 
 def read_latents(folder: Path) -> dict:

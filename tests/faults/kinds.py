@@ -32,6 +32,8 @@ def kinds(base: Path) -> dict[str, Kind]:
     store, samples = base / "store", base / "few.npz"
     encode = ["--data-path", base / "images", "--image-size", 8, "--vae", base / "vae", "--rows-per-shard", 10]
     train = ["--data-path", store, *SMALL, "--ckpt-every", 5]
+    captions, text = base / "captions", ["--text", base / "captions.txt", "--encoder", "words"]
+    call("encode_captions.py", *text, "--rows-per-shard", 6, "--out", captions)
     latents, run, reference = base / "latents", base / "runs/000-DiT-Nano-2", base / "statistics.npz"
     call("encode_latents.py", *encode, "--num-workers", 0, "--out", latents)
     call("train_ARD.py", *train, "--iterations", 5, "--run-dir", run)
@@ -51,6 +53,9 @@ def kinds(base: Path) -> dict[str, Kind]:
     def of_latents() -> dict:
         return bits.read_latents(latents)
 
+    def of_captions() -> dict:
+        return bits.read_captions(captions)
+
     def continued() -> dict:
         return bits.continue_dump(unfinished, store)
 
@@ -69,6 +74,8 @@ def kinds(base: Path) -> dict[str, Kind]:
         "manifest of trajectories": Kind(store / "manifest.json", of_store, 400),
         "shard of latents": Kind(latents / shard, of_latents, 800),
         "manifest of latents": Kind(latents / "manifest.json", of_latents, 400),
+        "shard of captions": Kind(captions / shard, of_captions, 800),
+        "manifest of captions": Kind(captions / "manifest.json", of_captions, 400),
         "shard of an unfinished store": Kind(unfinished / shard, continued, 800),
         "note of a shard": Kind(unfinished / "shard-00000.json", continued, 40, (continued() | {"again": True},)),
         "checkpoint": Kind(run / "checkpoints/0000005.pt", student, 400),

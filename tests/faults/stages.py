@@ -30,11 +30,12 @@ from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from stores import checkpoints  # noqa: E402
+from stores.images import NUMBERS  # noqa: E402
 
 torch.set_num_threads(1)
 EQUAL = "equal"
-STAGES = ("train", "encode_latents", "sample_trajectory", "train_ARD", "train_ARD_gan", "sample", "sample_ARD",
-          "evaluator", "slim", "export", "repair")  # fmt: skip
+STAGES = ("train", "encode_latents", "encode_captions", "sample_trajectory", "train_ARD", "train_ARD_gan", "sample",
+          "sample_ARD", "evaluator", "slim", "export", "repair")  # fmt: skip
 
 
 def nothing() -> None:
@@ -66,6 +67,7 @@ def make_inputs(base: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
     save_autoencoder(base / "vae")
+    (base / "captions.txt").write_text("".join(f"a {name} above a seven\n" for name in NUMBERS))
     return base
 
 
@@ -75,6 +77,7 @@ def stages(base: Path, times: int = 1) -> dict[str, Stage]:
     student = base / "student/checkpoints/0000002.pt"
     saving = ["--iterations", 3 * times, "--snapshot-every", 1, "--ckpt-every", 2, "--keep", 1]
     images = ["--data-path", base / "images", "--image-size", 8, "--vae", base / "vae", "--num-workers", 0]
+    text = ["--text", base / "captions.txt", "--encoder", "words", "--per-proc-batch-size", 2]
     few = ["--num-samples", 12 * times, "--per-proc-batch-size", 6]
     ode = ["--solver-steps", 4]
     gan = gan_options(store, student, iterations=2 * times, snapshot_every=1, ckpt_every=2, keep=1,
@@ -102,6 +105,7 @@ def stages(base: Path, times: int = 1) -> dict[str, Stage]:
     known = {
         "train": Stage("train.py", into(*NANO_TEACHER, "--data-path", "digits", *saving, "--run-dir", "run")),
         "encode_latents": Stage("encode_latents.py", into(*images, "--rows-per-shard", 3, "--out", "store")),
+        "encode_captions": Stage("encode_captions.py", into(*text, "--rows-per-shard", 4, "--out", "store")),
         "sample_trajectory": Stage("sample_trajectory.py", into(*dump, "--out", "store")),
         "train_ARD": Stage(
             "train_ARD.py", into("--data-path", store, *SMALL, *saving, "--sample-every", 2, "--run-dir", "run")

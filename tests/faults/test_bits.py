@@ -13,6 +13,7 @@ from bits import (
     continue_dump,
     draw_all,
     outcome,
+    read_captions,
     read_features,
     read_finished,
     read_latents,
@@ -83,6 +84,15 @@ def test_a_damaged_manifest_is_refused(store, tmp_path):
 def test_damaged_latents_are_refused(latent_store, tmp_path, name):
     folder = copied(latent_store, tmp_path)
     expect(trial(folder / name, lambda: read_latents(folder), random.Random(11), 100, 20), 120)
+
+
+@pytest.mark.parametrize("name", ["shard-00001.safetensors", "manifest.json"])
+def test_damaged_captions_are_refused(tmp_path, name):
+    (tmp_path / "captions.txt").write_text("a three\na seven above a one\na nine beside a nine\n")
+    folder = tmp_path / "store"
+    text = ("--text", tmp_path / "captions.txt", "--encoder", "words")
+    call("encode_captions.py", *text, "--rows-per-shard", 2, "--out", folder)
+    expect(trial(folder / name, lambda: read_captions(folder), random.Random(12), 100, 20), 120)
 
 
 def test_a_dump_goes_on_from_a_damaged_shard_or_note_only_when_it_is_made_again(store, tmp_path):

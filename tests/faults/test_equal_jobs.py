@@ -15,6 +15,8 @@ def jobs(teacher_file, store, student_file, image_folder, autoencoder, digit_fil
     """For each command: its words, the option that is refused, and where the lock lies."""
     run, folder, npz = tmp_path / "run", tmp_path / "store", tmp_path / "s.npz"
     images = ["--data-path", image_folder, "--image-size", 8, "--vae", autoencoder, "--num-workers", 0]
+    (tmp_path / "captions.txt").write_text("a three\na seven above a one\n")
+    text = ["--text", tmp_path / "captions.txt", "--encoder", "words"]
     several = ["--num-samples", 9, "--per-proc-batch-size", 3]
     gan, unfinished = gan_options(store, student_file, iterations=3, run_dir=run), npz.with_suffix(".partial")
     known = {
@@ -27,6 +29,7 @@ def jobs(teacher_file, store, student_file, image_folder, autoencoder, digit_fil
             folder,
         ),
         "encode_latents.py": ([*images, "--out", folder], "--out", folder),
+        "encode_captions.py": ([*text, "--out", folder], "--out", folder),
         "sample.py": (["--teacher", teacher_file, *several, "--out", npz], "--out", unfinished),
         "sample_ARD.py": (["--ckpt-path", student_file, *several, "--out", npz], "--out", unfinished),
     }
@@ -61,8 +64,8 @@ def run_until_held(lock: Path, script: str, words: list) -> int:
 
 @pytest.mark.parametrize(
     "script",
-    ["train.py", "train_ARD.py", "train_ARD_gan.py", "sample_trajectory.py", "encode_latents.py", "sample.py",
-     "sample_ARD.py", "evaluations.evaluator"],
+    ["train.py", "train_ARD.py", "train_ARD_gan.py", "sample_trajectory.py", "encode_latents.py",
+     "encode_captions.py", "sample.py", "sample_ARD.py", "evaluations.evaluator"],
 )  # fmt: skip
 def test_of_two_equal_jobs_at_once_one_runs_and_the_other_says_who(script, jobs, tmp_path, capfd):
     words, option, place, lock = jobs[script]
