@@ -27,6 +27,7 @@ from runtime.precision import (
     compile_blocks,
 )
 from runtime.randomness import LABEL_POLICIES, labels, noise
+from runtime.vae import resolve_name
 from stores import checkpoints
 from stores.captions import add_captions_option, open_conditions
 from stores.foreign_weights import shape_by_name
@@ -107,6 +108,8 @@ def run(args: argparse.Namespace) -> None:
     teacher, config = checkpoints.load_teacher(
         args.teacher, weights=args.teacher_weights, heads=args.teacher_heads, vae=args.vae
     )
+    if args.vae and resolve_name(args.vae) != config["vae"]:
+        raise UserError(f"--vae {args.vae}: this teacher works on {config['vae'] or 'pixels'}, leave the option out")
     conditions = open_conditions(args.captions, teacher, config["provenance"])
     ode = TeacherODE(teacher, conditions=conditions, **chosen(args, ODE_OPTIONS))
     try:

@@ -97,8 +97,9 @@ class TeacherODE:
 
     def __call__(self, noise: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """noise: (B, C, H, W), y: (B, ...) -> states (B, n+1, C, H, W), noise first, predictions of x_0 (B, n, ...)."""
-        null = None if self.null is None else self.null.to(y.device)
-        return self.diffusion.ddim_trajectory(self.teacher, noise, y, *self.guidance, null)
+        if self.null is not None:
+            self.null = self.null.to(y.device)  # once: a recorded graph cannot copy
+        return self.diffusion.ddim_trajectory(self.teacher, noise, y, *self.guidance, self.null)
 
     def sample(self, noise: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """noise: (B, C, H, W), y: (B, ...) -> the last states (B, C, H, W)."""

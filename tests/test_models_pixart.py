@@ -1,12 +1,14 @@
 """PixArt: diffusers' own model with the same weights gives the same numbers; the student of a text model."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from text_helpers import random_text_teacher, save_pixart
 
 from diffusion import create_diffusion
+from evaluations.flops import count_by_blocks, outline, sampling_gflops, training_flops
 from models import model_name
 from models_ard import ARD, MASKS, TextARD
 from models_pixart import PixArt, PixArt_models
@@ -93,6 +95,17 @@ def test_the_public_teacher_has_610_million_parameters():
         model = PixArt_models["PixArt-XL/2"](input_size=64)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 610_856_096
     assert model_name(model.config) == "PixArt-XL/2"
+
+
+def test_work_is_counted_with_the_captions_that_are_read():
+    student = ARD.from_teacher(random_text_teacher(), steps=3, mask="M4", history_layers=1).config
+    teacher, width = random_text_teacher().config, 32
+    for config, count in ((student, training_flops), (teacher, partial(sampling_gflops, steps=5))):
+        few, many = (count_by_blocks(config, partial(count, text_tokens=tokens)) for tokens in (5, 10))
+        assert many == pytest.approx(count(outline(config), text_tokens=10), rel=1e-12) and few < many
+    # The embedding of a token, and in each of three blocks its keys and values, and the queries of 16 tokens at both.
+    token = width * (12 + width) + 3 * (2 * width * width + 2 * 16 * width)
+    assert 1e9 * (many - few) == pytest.approx(5 * 2 * 5 * token)  # five steps on two halves, five tokens more
 
 
 #################################################################################

@@ -160,6 +160,10 @@ def test_what_does_not_go_together_is_one_sentence(room, tmp_path, capsys, teach
         (("sample.py", "--teacher", teacher_file, "--captions", room / "captions"), "reads no text"),
         (("sample_trajectory.py", "--teacher", room / "teacher.pt", "--num-trajectories", 2, *out), "reads text"),
         (
+            ("sample_trajectory.py", "--teacher", teacher_file, "--num-trajectories", 2, *out, "--vae", "sdxl"),
+            "--vae sdxl: this teacher works on pixels, leave the option out",
+        ),
+        (
             ("train_ARD_gan.py", "--data-path", room / "store", "--real-data-path", "digits", "--ckpt-path",
              room / "run/checkpoints/0000003.pt", "--global-batch-size", 12),
             "of a text model, which R+D is not for",

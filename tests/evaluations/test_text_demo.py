@@ -3,10 +3,13 @@
 import json
 
 import pytest
-from helpers import call, refused, save_teacher
+from helpers import ROOT, call, refused, save_teacher
 from text_helpers import random_text_teacher
 
+from evaluations.scenes import accuracy, write_captions
+from evaluations.text_demo import TEACHER
 from runtime.text import WordEncoder
+from stores.images import SCENES, SEEN_SCENES
 
 
 @pytest.mark.slow
@@ -24,6 +27,17 @@ def test_the_text_demo_leaves_a_table(tmp_path):
     assert rows[0]["distance"] == 0 and rows[3]["distance"] > 0
     assert "| ARD | 3 | 3 |" in (tmp_path / "demo/table.md").read_text()
     assert (tmp_path / "demo/samples.png").stat().st_size > 1000
+
+
+def test_the_shipped_teacher_draws_what_captions_say_that_it_never_met(tmp_path):
+    """Forty of them, in ten steps of its 48: at least 34 show both digits in their places."""
+    write_captions(tmp_path / "all.txt", len(SCENES))
+    store = tmp_path / "all"
+    call("encode_captions.py", "--text", tmp_path / "all.txt", "--encoder", "words", "--out", store)
+    unseen = range(SEEN_SCENES, len(SCENES))
+    call("sample.py", "--teacher", ROOT / TEACHER, "--captions", store, "--class-labels", *unseen, "--num-samples", 40,
+         "--solver-steps", 10, "--device", "cpu", "--out", tmp_path / "s.npz")  # fmt: skip
+    assert accuracy(tmp_path / "s.npz")["unseen"] > 0.84
 
 
 def test_a_missing_teacher_is_one_sentence(tmp_path, capsys):
