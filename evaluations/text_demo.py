@@ -97,7 +97,8 @@ def measure(files: dict[str, Path], reference: Path) -> dict[str, dict[str, floa
 def draw_picture(path: Path, files: dict[str, Path], columns: int = 5) -> None:
     """Samples of captions that were trained on, and behind a gap of others: a row a model, a column a noise."""
     shown = [*range(columns), *range(SEEN_SCENES, SEEN_SCENES + columns)]
-    figure = Figure(figsize=(0.8 * len(shown) + 0.4, 0.95 * len(files) + 0.4), layout="constrained")
+    figure = Figure(figsize=(0.8 * len(shown) + 0.4, 1.2 * len(files) + 0.2))
+    figure.set_layout_engine("constrained", hspace=0.25, rect=(0, 0, 1, 0.95))
     grid = figure.subplots(
         len(files), len(shown) + 1, width_ratios=[1] * columns + [0.3] + [1] * columns, squeeze=False
     )
@@ -109,7 +110,7 @@ def draw_picture(path: Path, files: dict[str, Path], columns: int = 5) -> None:
         for axis, sample in zip([*row[:columns], *row[columns + 1 :]], shown, strict=True):
             axis.imshow(images[sample], interpolation="nearest")
             axis.set_title(scene_caption(int(scenes[sample])).replace(" a ", "\na "), fontsize=6)
-        row[0].text(0, 1.6, name, transform=row[0].transAxes, fontsize=8, weight="bold")
+        row[0].text(0, 1.45, name, transform=row[0].transAxes, fontsize=8, weight="bold", in_layout=False)
     with atomic_write(path) as partial:
         figure.savefig(partial, dpi=130, format="png")
 

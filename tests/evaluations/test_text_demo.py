@@ -16,7 +16,7 @@ from stores.images import SCENES, SEEN_SCENES
 def test_the_text_demo_leaves_a_table(tmp_path):
     encoder = WordEncoder()
     about = {"captions": {"encoder_hash": encoder.hash, "max_tokens": encoder.max_tokens}}
-    teacher = random_text_teacher(std=0.02, input_size=16, in_channels=1, caption_channels=encoder.channels)
+    teacher = random_text_teacher(0.02, input_size=16, patch_size=4, in_channels=1, caption_channels=encoder.channels)
     save_teacher(tmp_path / "teacher.pt", teacher, about=about)
     call("evaluations.text_demo", "--teacher", tmp_path / "teacher.pt", "--out", tmp_path / "demo", "--iterations", 2,
          "--num-trajectories", 70, "--num-samples", 200)  # fmt: skip
