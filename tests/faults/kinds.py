@@ -33,6 +33,7 @@ def kinds(base: Path) -> dict[str, Kind]:
     encode = ["--data-path", base / "images", "--image-size", 8, "--vae", base / "vae", "--rows-per-shard", 10]
     train = ["--data-path", store, *SMALL, "--ckpt-every", 5]
     captions, text = base / "captions", ["--text", base / "captions.txt", "--encoder", "words"]
+    (base / "captions.txt").write_text("a three\na seven above a one\n" * 5)
     call("encode_captions.py", *text, "--rows-per-shard", 6, "--out", captions)
     latents, run, reference = base / "latents", base / "runs/000-DiT-Nano-2", base / "statistics.npz"
     call("encode_latents.py", *encode, "--num-workers", 0, "--out", latents)
