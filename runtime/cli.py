@@ -241,10 +241,10 @@ def fail(parser: argparse.ArgumentParser, text: str, code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def _sigterm_as_error() -> Iterator[None]:
-    """SIGTERM, which clusters send before they take a machine away, raises ``Terminated``; a second one kills."""
+    """SIGTERM, which clusters send before they take a machine away, raises ``Terminated``."""
 
     def stop(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        second_sigterm()
         raise Terminated
 
     if threading.current_thread() is not threading.main_thread():
@@ -255,6 +255,14 @@ def _sigterm_as_error() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def second_sigterm() -> None:
+    """Let the next SIGTERM kill; not under torchrun, which passes on what the ranks have been sent already.
+
+    It kills by itself after a while, and by its own death ranks are sent SIGTERM once for each of its threads.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIG_DFL)
 
 
 def run_command(args: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from runtime.cli import OptionGroup, RunError, UserError, name
+from runtime.cli import OptionGroup, RunError, UserError, name, second_sigterm
 
 IMPATIENCE = timedelta(minutes=15)  # a rank that trains on without the others is hung after this
 PATIENCE = timedelta(hours=12)  # a rank that writes or hashes files may take this long
@@ -233,16 +233,12 @@ def unwrapped(module: nn.Module) -> Any:
 
 @contextmanager
 def notice_sigterm() -> Iterator[Event]:
-    """An event that is set when SIGTERM comes, which clusters send before they take a machine away; a second one kills.
-
-    Not under torchrun: it passes on what the cluster has sent to the ranks as well, and kills by itself after a while.
-    """
+    """An event that is set when SIGTERM comes, which clusters send before they take a machine away."""
     event = Event()
 
     def notice(*_: object) -> None:
         event.set()
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        second_sigterm()
 
     before = signal.signal(signal.SIGTERM, notice)
     try:
