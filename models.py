@@ -14,15 +14,26 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import Mlp, PatchEmbed
 from torch.utils.checkpoint import checkpoint
 
 # Queries, keys and values (B, h, T, D/h) -> what the queries read (B, h, T, D/h).
 AttentionFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 #################################################################################
-#                          Embeddings of time and class                         #
+#                     Embeddings of patches, time and class                     #
 #################################################################################
+
+
+class PatchEmbed(nn.Module):
+    """Makes a token of each patch: a linear map, written as a convolution."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, C, H, W) -> (B, T, D), row by row."""
+        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class TimestepEmbedder(nn.Module):
@@ -87,6 +98,20 @@ class Attention(nn.Module):
         return self.proj(attention_fn(q, k, v).transpose(1, 2).reshape(B, T, D))
 
 
+class Mlp(nn.Module):
+    """Two linear maps with GELU in between."""
+
+    def __init__(self, hidden_size: int, mlp_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, mlp_size)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(mlp_size, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, T, D) -> (B, T, D)."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
 class DiTBlock(nn.Module):
     """A transformer block with adaLN-Zero conditioning."""
 
@@ -95,8 +120,7 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        gelu: Any = partial(nn.GELU, approximate="tanh")
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=gelu)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(
@@ -164,7 +188,7 @@ class DiT(nn.Module):
         self.input_size, self.patch_size, self.num_classes = input_size, patch_size, num_classes
         self.in_channels, self.out_channels = in_channels, in_channels * 2 if learn_sigma else in_channels
 
-        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         tokens = (input_size // patch_size) ** 2

@@ -13,10 +13,8 @@ works: models that are loaded, shards that are made, and in training the main ra
 import argparse
 from typing import Any
 
-import torch
-
 from diffusion.teacher_ode import TARGETS, grid_steps
-from evaluations.flops import count_by_blocks, count_gan_step, sampling_gflops, training_flops
+from evaluations.flops import count_by_blocks, count_gan_step, outlines, sampling_gflops, training_flops
 from models import DiT_models
 from models_ard import ARD, MASKS
 from presets import TABLE_1, preset
@@ -50,7 +48,7 @@ def count_stages(tflops: float, steps: int, mask: str, stack: int) -> list[dict[
     """One row for each stage, by the presets of the row of Table 1 that has R and R+D."""
     dump, train = preset("sample_trajectory.py")["ard-n6-m4-s4"], preset("train_ARD.py")["ard-n6-m4-s4"]
     gan, draw = preset("train_ARD_gan.py")["ard-n6-m4-s4-gan"], preset("sample_ARD.py")["ard-n6-m4-s4"]
-    with torch.device("meta"):
+    with outlines():
         teacher = DiT_models["DiT-XL/2"](num_classes=CLASSES)
         student = ARD.from_teacher(teacher, steps, mask, stack)
     weights, own = (4 * sum(p.numel() for p in model.parameters()) for model in (teacher, student))

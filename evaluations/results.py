@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from evaluations.flops import sampling_gflops
+from evaluations.flops import outlines, sampling_gflops
 from models import DiT
 from models_ard import ARD
 from presets import TABLE_1
@@ -194,7 +193,7 @@ def count_gflops(student: str, steps: int, teacher: bool = False) -> float:
         config = {name: value for name, value in config.items() if name not in NOT_OF_DIT}
     key = json.dumps(config), steps
     if key not in _counted:
-        with torch.device("meta"):
+        with outlines():
             _counted[key] = sampling_gflops(DiT(**config).to("meta") if teacher else ARD(**config).to("meta"), steps)
     return _counted[key]
 

@@ -147,12 +147,13 @@ def outcome(stage: Stage, base: Path, folder: Path, whole: Path) -> str:
     if code is None:
         job.kill()
     text, written = job.output, [str(path)[-80:] for path in folder.rglob("*")]
-    if state_of(base) != before:
+    right = code == 0 or (code == -signal.SIGXCPU and written)  # at work: nothing was wrong, and there is much to do
+    if state_of(base) != before:  # where nothing is wrong, features are kept beside a reference
         shutil.rmtree(base)
         shutil.copytree(whole, base)
-        if code != 0:
+        if not right:
             return f"exit code {code}, CHANGED what was there: {text[-300:]}"
-    if code == 0 or (code == -signal.SIGXCPU and written):  # at work: nothing was wrong, and there is much to do
+    if right:
         return RIGHT
     one_line = text.count("\n") == 1 and ": error: " in text.split("\n")[0]
     if code == 2 and one_line and not written:
