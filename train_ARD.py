@@ -36,6 +36,7 @@ from runtime.vae import Pixels, load_same_vae
 from sampler import student_previews
 from stores import checkpoints
 from stores.runs import check_place
+from stores.tracking import check_wandb
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
 from trainer import Trainer, TrainState
 
@@ -118,6 +119,7 @@ def plan_of_options(args: argparse.Namespace) -> dict:
 
 def run(args: argparse.Namespace) -> None:
     check_place(args.results_dir, args.run_dir)
+    check_wandb(args.wandb)
     context = distributed.stand_alone(args.device)
     teacher, teacher_config, provenance, source = open_teacher(
         args.data_path, args.teacher, **chosen(args, ("teacher_heads", "online", "seed", "verify", *ODE_OPTIONS))
@@ -180,7 +182,13 @@ def run(args: argparse.Namespace) -> None:
         prepare_blocks(source.teacher.to(context.device), **blocks)
     state = TrainState(student, context, **chosen(args, STATE_OPTIONS))
     trainer = Trainer(
-        context, config, {"": state}, preview=previews.save_preview, evaluate=evaluate, **chosen(args, RUN_OPTIONS)
+        context,
+        config,
+        {"": state},
+        preview=previews.save_preview,
+        evaluate=evaluate,
+        options=vars(args),
+        **chosen(args, RUN_OPTIONS),
     )
 
     for batch in trainer.steps(batches):

@@ -134,6 +134,7 @@ def limited(folder: Path) -> None:
     os.chdir(folder)
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    os.environ["WANDB_MODE"] = "offline"
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         os.environ[name] = "1"
 
