@@ -24,7 +24,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from runtime.cli import RunError, UserError
-from runtime.distributed import DistributedContext, notice_sigterm, read_with_workers, wrapped
+from runtime.distributed import DistributedContext, read_with_workers, wrapped
+from runtime.sigterm import notice_sigterm
 from stores import checkpoints
 from stores.runs import RunFolder
 

@@ -19,8 +19,8 @@ from diffusion import create_diffusion
 from models import DiT
 from models_ard import ARD
 from runtime import cli
-from runtime.distributed import die_with_parent
 from runtime.randomness import labels, noise
+from runtime.sigterm import die_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
