@@ -14,15 +14,26 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import Mlp, PatchEmbed
 from torch.utils.checkpoint import checkpoint
 
 # Queries, keys and values (B, h, T, D/h) -> what the queries read (B, h, T, D/h).
 AttentionFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 #################################################################################
-#                          Embeddings of time and class                         #
+#                     Embeddings of patches, time and class                     #
 #################################################################################
+
+
+class PatchEmbed(nn.Module):
+    """Makes a token of each patch: a linear map, written as a convolution."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, C, H, W) -> (B, T, D), row by row."""
+        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class TimestepEmbedder(nn.Module):
@@ -87,6 +98,20 @@ class Attention(nn.Module):
         return self.proj(attention_fn(q, k, v).transpose(1, 2).reshape(B, T, D))
 
 
+class Mlp(nn.Module):
+    """Two linear maps with GELU in between."""
+
+    def __init__(self, hidden_size: int, mlp_size: int, in_size: int | None = None):
+        super().__init__()
+        self.fc1 = nn.Linear(in_size or hidden_size, mlp_size)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(mlp_size, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, T, D) -> (B, T, D)."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
 class DiTBlock(nn.Module):
     """A transformer block with adaLN-Zero conditioning."""
 
@@ -95,8 +120,7 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        gelu: Any = partial(nn.GELU, approximate="tanh")
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=gelu)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(
@@ -166,7 +190,7 @@ class DiT(nn.Module):
         self.input_size, self.patch_size, self.num_classes = input_size, patch_size, num_classes
         self.in_channels, self.out_channels = in_channels, in_channels * 2 if learn_sigma else in_channels
 
-        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         tokens = (input_size // patch_size) ** 2
@@ -206,18 +230,16 @@ class DiT(nn.Module):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W), t: (B,) times 0..999, y: (B,) labels -> (B, 2C, H, W): noise and sigma (C: noise only)."""
-        x, c, e = self.embed(x, t, y)
-        given = self.block_condition(c, e)
+        x, c, given = self.embed(x, t, y)
         for block in self.blocks:
             x = self.run_block(block, x, given)
         return self.unpatchify(self.final_layer(x, c))
 
-    def embed(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the blocks start from: tokens (B, T, D), the conditioning on time and class (B, D), the embedded y."""
+    def embed(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Tokens to start from (B, T, D), the conditioning on time and class (B, D), and what all blocks are given."""
         e = self.y_embedder(y)
-        return self.embed_tokens(x), self.condition(self.t_embedder(t), e), e
+        c = self.condition(self.t_embedder(t), e)
+        return self.embed_tokens(x), c, self.block_condition(c, e)
 
     def condition(self, t: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
         """The conditioning of embedded times and classes, (B, D) each or (B, S, D) where they broadcast to that."""
@@ -237,8 +259,7 @@ class DiT(nn.Module):
 
     def features(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
         """The tokens after each block, (B, T, D) each: what a discriminator looks at."""
-        x, c, e = self.embed(x, t, y)
-        given = self.block_condition(c, e)
+        x, _, given = self.embed(x, t, y)
         return [x := self.run_block(block, x, given) for block in self.blocks]
 
     def run_block(
@@ -269,10 +290,7 @@ class DiT(nn.Module):
 
 
 def sincos_positions(hidden_size: int, side: int, scale: float = 1.0) -> torch.Tensor:
-    """Fixed two-dimensional sine-cosine positions: (side * side, D); the first half of D encodes the column.
-
-    ``scale`` divides the positions.
-    """
+    """Fixed sine-cosine positions in two dimensions, over ``scale``: (side * side, D), the column's half of D first."""
     frequencies = 10000 ** -(np.arange(hidden_size // 4, dtype=np.float64) / (hidden_size / 4))
     angles = np.arange(side)[:, None] / scale * frequencies  # (side, D/4)
     line = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (side, D/2)
@@ -299,12 +317,3 @@ DiT_models = {
     for size, shape in SIZES.items()
     for patch_size in (2, 4, 8)
 }
-
-
-def model_name(config: dict) -> str:
-    """The name of a model with this config, "DiT-XL/2" or "PixArt-XL/2"; "DiT" or "PixArt" for sizes without a name."""
-    kind = "PixArt" if "caption_channels" in config else "DiT"
-    for name, build in DiT_models.items():
-        if build.keywords.items() <= config.items():
-            return name.replace("DiT", kind)
-    return kind

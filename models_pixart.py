@@ -14,11 +14,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import Mlp
 
-from models import SIZES, Attention, AttentionFn, DiT, DiT_models, modulate, sincos_positions
-
-GELU: Any = partial(nn.GELU, approximate="tanh")
+from models import SIZES, Attention, AttentionFn, DiT, DiT_models, Mlp, modulate, sincos_positions
 
 
 class CaptionEmbedder(nn.Module):
@@ -26,7 +23,7 @@ class CaptionEmbedder(nn.Module):
 
     def __init__(self, caption_channels: int, hidden_size: int):
         super().__init__()
-        self.y_proj = Mlp(caption_channels, hidden_size, hidden_size, act_layer=GELU)
+        self.y_proj = Mlp(hidden_size, hidden_size, caption_channels)
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
         """y: (B, L, C) -> (B, L, D); padding stays zero."""
@@ -61,7 +58,7 @@ class PixArtBlock(nn.Module):
         self.attn = Attention(hidden_size, num_heads)
         self.cross_attn = CrossAttention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=GELU)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.scale_shift_table = nn.Parameter(torch.randn(6, hidden_size) / hidden_size**0.5)
 
     def forward(
@@ -150,3 +147,12 @@ def named_shape(name: str) -> dict[str, Any]:
 def teacher_type(config: dict) -> type[DiT]:
     """The class of a teacher with this config."""
     return PixArt if "caption_channels" in config else DiT
+
+
+def model_name(config: dict) -> str:
+    """The name of a model with this config, "DiT-XL/2" or "PixArt-XL/2"; "DiT" or "PixArt" for sizes without a name."""
+    kind = "PixArt" if "caption_channels" in config else "DiT"
+    for name, build in DiT_models.items():
+        if build.keywords.items() <= config.items():
+            return name.replace("DiT", kind)
+    return kind

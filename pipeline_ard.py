@@ -25,8 +25,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from models import model_name
 from models_ard import ARD
+from models_pixart import model_name
 from runtime import cli
 from runtime.cli import UserError
 from runtime.randomness import noise

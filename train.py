@@ -29,6 +29,7 @@ from stores.captions import CaptionStore, add_captions_option
 from stores.image_folder import add_skip_bad_option
 from stores.images import Source, latent_shape, must_not_hold, open_source, open_vae, real_latents, summary
 from stores.runs import check_place
+from stores.tracking import check_wandb
 from trainer import Trainer, TrainState
 
 NAMES = ", ".join(MODELS)
@@ -142,6 +143,7 @@ def open_captions(captions: str | None, model: str | None, source: Source, verif
 
 def run(args: argparse.Namespace) -> None:
     check_place(args.results_dir, args.run_dir)
+    check_wandb(args.wandb)
     sizes, sizes_given = model_shape(**chosen(args, ("model", *SIZES)))
     context = distributed.stand_alone(args.device)
     if not args.dry_run:
@@ -201,7 +203,13 @@ def run(args: argparse.Namespace) -> None:
     prepare_blocks(model, compile=args.compile, checkpoint_activations=args.checkpoint_activations)
     state = TrainState(model, context, **chosen(args, STATE_OPTIONS))
     trainer = Trainer(
-        context, config, {"": state}, preview=previews.save_preview, evaluate=evaluate, **chosen(args, RUN_OPTIONS)
+        context,
+        config,
+        {"": state},
+        preview=previews.save_preview,
+        evaluate=evaluate,
+        options=vars(args),
+        **chosen(args, RUN_OPTIONS),
     )
     batches = TeacherBatches(
         source,

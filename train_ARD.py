@@ -40,6 +40,7 @@ from stores import checkpoints
 from stores.captions import add_captions_option, open_conditions
 from stores.foreign_weights import shape_by_name
 from stores.runs import check_place
+from stores.tracking import check_wandb
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
 from trainer import Trainer, TrainState
 
@@ -134,6 +135,7 @@ def plan_of_options(args: argparse.Namespace) -> dict:
 
 def run(args: argparse.Namespace) -> None:
     check_place(args.results_dir, args.run_dir)
+    check_wandb(args.wandb)
     context = distributed.stand_alone(args.device)
     names = ("teacher_heads", "online", "seed", "verify", "vae", "captions", *ODE_OPTIONS)
     teacher, teacher_config, provenance, source, conditions = open_teacher(
@@ -202,7 +204,13 @@ def run(args: argparse.Namespace) -> None:
         prepare_blocks(source.teacher.to(context.device), **blocks)
     state = TrainState(student, context, **chosen(args, STATE_OPTIONS))
     trainer = Trainer(
-        context, config, {"": state}, preview=previews.save_preview, evaluate=evaluate, **chosen(args, RUN_OPTIONS)
+        context,
+        config,
+        {"": state},
+        preview=previews.save_preview,
+        evaluate=evaluate,
+        options=vars(args),
+        **chosen(args, RUN_OPTIONS),
     )
 
     for batch in trainer.steps(batches):

@@ -33,6 +33,7 @@ from stores.image_folder import add_skip_bad_option
 from stores.images import Source, latent_shape, must_not_hold, open_source, real_latents, summary
 from stores.latents import is_store
 from stores.runs import check_place
+from stores.tracking import check_wandb
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
 from trainer import Trainer, TrainState
 
@@ -159,6 +160,7 @@ def plan_of_options(args: argparse.Namespace) -> dict:
 
 def run(args: argparse.Namespace) -> None:
     check_place(args.results_dir, args.run_dir)
+    check_wandb(args.wandb)
     if args.d_time > 999:
         raise UserError(f"--d-time {args.d_time}: must be between 0 (clean) and 999")
     if args.gan_weight and args.gan_warmup > args.iterations:
@@ -256,6 +258,7 @@ def run(args: argparse.Namespace) -> None:
         {"": state, "_d": d_state},
         preview=previews.save_preview,
         evaluate=evaluate,
+        options=vars(args),
         **chosen(args, RUN_OPTIONS),
     )
 

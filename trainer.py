@@ -24,7 +24,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from runtime.cli import RunError, UserError
-from runtime.distributed import DistributedContext, notice_sigterm, read_with_workers, wrapped
+from runtime.distributed import DistributedContext, read_with_workers, wrapped
+from runtime.sigterm import notice_sigterm
 from stores import checkpoints
 from stores.runs import RunFolder
 
@@ -169,14 +170,16 @@ class Trainer:
         keep: int = 0,
         num_workers: int = 0,
         max_bad_steps: int = 20,
+        wandb: str | None = None,
+        options: dict | None = None,
         preview: Callable[[Path], None] | None = None,
         evaluate: Callable[[Path], dict[str, float]] | None = None,
     ):
         """Finds the run that this very ``config`` began and continues it, or begins a new folder.
 
-        ``states`` maps the suffix of its names in checkpoints to each model in training. ``preview`` writes a picture,
-        in the main rank; ``evaluate`` returns scalars, in all ranks, and may use a folder meanwhile. ``UserError`` when
-        ``run_dir`` holds another run.
+        ``states`` maps the suffix of its names in checkpoints to each model in training. ``wandb`` is a project to log
+        to besides, with all ``options``. ``preview`` writes a picture, in the main rank; ``evaluate`` returns scalars,
+        in all ranks, and may use a folder meanwhile. ``UserError`` when ``run_dir`` holds another run.
         """
         self.context, self.states, self.iterations = context, states, iterations
         self.batch_sizes = context.describe_batch(global_batch_size)
@@ -184,7 +187,8 @@ class Trainer:
         self.sample_every, self.ckpt_every = sample_every, ckpt_every
         self.snapshot_seconds, self.snapshot_every = 60 * snapshot_minutes, snapshot_every
         self.eval_every, self.preview, self.evaluate = eval_every, preview, evaluate
-        self.folder = RunFolder(config, context, results_dir=results_dir, run_dir=run_dir, keep=keep)
+        place: dict[str, Any] = {"results_dir": results_dir, "run_dir": run_dir, "keep": keep}
+        self.folder = RunFolder(config, context, **place, wandb=wandb, options=options)
         self.step = 0
         newest = self.folder.newest_checkpoint()
         if newest is not None:
@@ -206,8 +210,7 @@ class Trainer:
 
         Item n of ``batches`` is this rank's whole batch of step n.
         """
-        self._evaluate_if_due()  # what a kill after the last checkpoint left undone
-        if self.step >= self.iterations:
+        if self.step >= self.iterations and not self._evaluation_is_due():
             self.folder.log(f"{self.folder.path}: already at step {self.step}, nothing to do")
             self.folder.release()
             return
@@ -217,11 +220,13 @@ class Trainer:
         steps, pin_memory = range(self.step, self.iterations), self.context.device.type == "cuda"
         quiet = None if self.context.is_main else True  # None: unless this is a terminal
         bar = tqdm(total=self.iterations, initial=self.step, unit="step", disable=quiet)
-        self._saved = time.monotonic()
-        with bar as self._progress, notice_sigterm() as self._sigterm, self.folder.open(self.step):
-            self._since = time.perf_counter()
-            for batch in read_with_workers(batches, steps, self.num_workers, pin_memory):
-                yield {name: value.to(self.context.device, non_blocking=True) for name, value in batch.items()}
+        with bar as self._progress, self.folder.open(self.step):
+            self._evaluate_if_due()  # what a kill after the last checkpoint left undone
+            self._saved = time.monotonic()
+            with notice_sigterm() as self._sigterm:
+                self._since = time.perf_counter()
+                for batch in read_with_workers(batches, steps, self.num_workers, pin_memory):
+                    yield {name: value.to(self.context.device, non_blocking=True) for name, value in batch.items()}
         self.folder.log(f"{self.folder.path}: done at step {self.step}")
 
     def end_step(self, scalars: dict[str, torch.Tensor]) -> None:
@@ -240,6 +245,7 @@ class Trainer:
         if self.preview is not None and self.sample_every and (self.step % self.sample_every == 0 or last):
             if self.context.is_main:
                 self.preview(self.folder.preview(self.step))
+                self.folder.log_preview(self.step)
             self.context.barrier()
         if self.context.is_main:
             if self.step % self.ckpt_every == 0 or last:
@@ -254,10 +260,15 @@ class Trainer:
             raise RunError(f"{self.folder.path}: terminated at step {self.step}; the same command continues from there")
 
     def _evaluate_if_due(self) -> None:
-        """Evaluate at the steps of ``eval_every`` and at the last one, once."""
-        due = self.eval_every and self.step and (self.step % self.eval_every == 0 or self.step == self.iterations)
-        if due and self.evaluate and not self.context.on_main(lambda: self.folder.has_logged("eval", self.step)):
+        if self.evaluate is not None and self._evaluation_is_due():
             self.folder.log_scalars("eval", self.step, self.evaluate(self.folder.path / "eval"))
+
+    def _evaluation_is_due(self) -> bool:
+        """At the steps of ``eval_every`` and at the last one, once."""
+        if self.evaluate is None or not (self.eval_every and self.step):
+            return False
+        due = self.step % self.eval_every == 0 or self.step == self.iterations
+        return due and not self.context.on_main(lambda: self.folder.has_logged("eval", self.step))
 
     def _save(self, write: Callable[..., None], last: bool = False) -> None:
         """Have the state of all models written in the background; ``last`` when no step will follow."""

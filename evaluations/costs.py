@@ -2,6 +2,7 @@
 
     python -m evaluations.costs
     python -m evaluations.costs --tflops 400 --stack 28
+    python -m evaluations.costs --rows   # each row of Table 1 by itself: its published figures, what it takes to train
 
 Bytes follow from the formats and the presets, operations are counted on the meta device from our own models; both are
 exact. Hours are an estimate: operations divided by a rate that you name, with nothing lost between steps. Memory of a
@@ -12,13 +13,11 @@ works: models that are loaded, shards that are made, and in training the main ra
 import argparse
 from typing import Any
 
-import torch
-
 from diffusion.teacher_ode import TARGETS, grid_steps
-from evaluations.flops import count_gan_step, sampling_gflops
+from evaluations.flops import count_by_blocks, count_gan_step, outlines, sampling_gflops, training_flops
 from models import DiT_models
 from models_ard import ARD, MASKS
-from presets import preset
+from presets import TABLE_1, preset
 from runtime import cli
 from runtime.vae import VAE_BYTES
 from stores import latents, samples, trajectories
@@ -37,6 +36,7 @@ COLUMNS = (
     "memory of a GPU, at least",
     "of the host",
 )
+ROW_COLUMNS = ("preset", "FID", "IS", "precision", "recall", "training", "operations", "GPU hours (estimate)")
 
 
 def size(count: float) -> str:
@@ -48,7 +48,7 @@ def count_stages(tflops: float, steps: int, mask: str, stack: int) -> list[dict[
     """One row for each stage, by the presets of the row of Table 1 that has R and R+D."""
     dump, train = preset("sample_trajectory.py")["ard-n6-m4-s4"], preset("train_ARD.py")["ard-n6-m4-s4"]
     gan, draw = preset("train_ARD_gan.py")["ard-n6-m4-s4-gan"], preset("sample_ARD.py")["ard-n6-m4-s4"]
-    with torch.device("meta"):
+    with outlines():
         teacher = DiT_models["DiT-XL/2"](num_classes=CLASSES)
         student = ARD.from_teacher(teacher, steps, mask, stack)
     weights, own = (4 * sum(p.numel() for p in model.parameters()) for model in (teacher, student))
@@ -124,6 +124,33 @@ def count_stages(tflops: float, steps: int, mask: str, stack: int) -> list[dict[
     ]
 
 
+def count_rows(tflops: float) -> list[dict[str, Any]]:
+    """For each row of Table 1: what the paper found, and what its presets train (R+D: on top of its row of R)."""
+    regression, adversarial = preset("train_ARD.py"), preset("train_ARD_gan.py")
+    teacher = dict(DiT_models["DiT-XL/2"].keywords, num_classes=CLASSES)
+    counted = []
+    for name, row in TABLE_1.items():
+        work, trained = 0.0, "-"
+        if row.mask:
+            options, shape = (
+                (adversarial if row.loss == "R+D" else regression)[name],
+                ("steps", "mask", "history_layers"),
+            )
+            student = teacher | {key: getattr(row, key) for key in shape}
+            per_sample = count_by_blocks(student, training_flops)
+            if row.loss == "R+D":
+                step = count_gan_step(student, teacher, d_time=0, d_width=None, bn_group=6, rollout=False)
+                per_sample = 1e12 * step["tflops_per_sample"]["R+D"]
+            trained = f"{options['iterations']:,} steps of {options['global_batch_size']}"
+            work = options["iterations"] * options["global_batch_size"] * per_sample / 1e18
+        values = (
+            *(f"`{name}`", f"{row.fid:.2f}", f"{row.inception_score:.2f}", f"{row.precision:.3f}", f"{row.recall:.3f}"),
+            *(trained, f"{work:.3g} EFLOP" if work else "-", f"{1e6 * work / tflops / 3600:.3g}" if work else "-"),
+        )
+        counted.append(dict(zip(ROW_COLUMNS, values, strict=True)))
+    return counted
+
+
 def build_parser() -> cli.Parser:
     parser = cli.Parser(
         __doc__, prog="evaluations.costs", description="Count what each stage of the ImageNet path costs."
@@ -134,14 +161,18 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--steps", type=cli.positive, default=4, help="S, the student's steps.")
     parser.add_argument("--mask", choices=MASKS, default="M4", help="What a step sees.")
     parser.add_argument("--stack", type=cli.not_negative, default=6, help="N, the lower blocks that see history.")
+    parser.add_argument("--rows", action="store_true", help="Each row of Table 1 instead, by its presets.")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    rows = count_stages(args.tflops, args.steps, args.mask, args.stack)
-    print("| " + " | ".join(COLUMNS) + " |\n" + "|" + "---|" * len(COLUMNS))
+    rows = count_rows(args.tflops) if args.rows else count_stages(args.tflops, args.steps, args.mask, args.stack)
+    print("| " + " | ".join(rows[0]) + " |\n" + "|" + "---|" * len(rows[0]))
     for row in rows:
         print("| " + " | ".join(row.values()) + " |")
+    if args.rows:
+        print(f"\nFigures are the paper's (Table 1). Hours are an estimate at {args.tflops:g} TFLOP/s per GPU.")
+        return
     print(
         f"\nDiT-XL/2, 256 px, S={args.steps}, {args.mask}, N={args.stack}. Operations and bytes are counted; hours are "
         f"an estimate at {args.tflops:g} TFLOP/s per GPU. Activations need more memory, with the batch of a GPU."

@@ -1,14 +1,18 @@
-"""FID, sFID, Inception Score, precision and recall of samples, by the protocol of ADM's evaluator.
+"""FID, sFID, Inception Score, precision and recall of samples, by the protocol of ADM's evaluator; and two others.
 
     python -m evaluations.evaluator VIRTUAL_imagenet256_labeled.npz samples.npz
     torchrun --nproc_per_node=8 -m evaluations.evaluator REFERENCE.npz SAMPLES.npz --json metrics.json
     python -m evaluations.evaluator data/digits_reference.npz samples.npz --features digits --floor
     python -m evaluations.evaluator photos folder_of_samples --image-size 256
+    python -m evaluations.evaluator imagenet256.npz samples.npz --features dinov2 --kid
 
 Files hold arr_0 (N, H, W, 3) uint8; a folder of images serves as well. As in ADM: FID and sFID use the mu, sigma, mu_s,
 sigma_s stored in the reference file where it has them; the Inception Score is the samples'; precision and recall (k=3)
 compare the images. The extracted features are kept beside each file and used again as long as it does not change; those
 of a folder are not (``evaluations.reference`` makes a file of it).
+
+With ``--features dinov2`` the Frechet distance is FD-DINOv2 (evaluations/dinov2.py), which is never called FID;
+published values compare with all training images. ``--kid`` adds KID (evaluations/kid.py), in whichever features.
 """
 
 import argparse
@@ -24,8 +28,9 @@ import numpy as np
 import torch
 
 from evaluations.extraction import features
-from evaluations.features import NAMES, Extractor, extractor
+from evaluations.features import FRECHET, NAMES, Extractor, extractor
 from evaluations.files import open_images, write_whole
+from evaluations.kid import kid
 from evaluations.metrics import frechet_distance, inception_score, precision_recall, statistics
 from runtime import cli, distributed
 from runtime.cli import UserError
@@ -93,7 +98,8 @@ class Evaluation:
 
     def provenance(self, digests: dict[str, str]) -> dict:
         """Where the figures come from: files, network, versions."""
-        packages = ("torch", "numpy", "torch-fidelity") if self.network.name == "inception" else ("torch", "numpy")
+        behind = {"inception": ["torch-fidelity"], "dinov2": ["timm"]}
+        packages = ["torch", "numpy", *behind.get(self.network.name, [])]
         files = {
             role: {"name": images.path.name, images.hashed: digests[role], "count": images.count}
             for role, images in (("reference_file", self.reference), ("samples_file", self.samples))
@@ -115,7 +121,9 @@ class Evaluation:
         """The hashes of both."""
         return {"samples_file": self.samples.digest(), "reference_file": self.reference.digest()}
 
-    def run(self, batch_size: int, context: DistributedContext, cache: bool, floor: bool) -> dict:
+    def run(
+        self, batch_size: int, context: DistributedContext, cache: bool, floor: bool, with_kid: bool = False
+    ) -> dict:
         """All figures and their provenance, the same on every rank."""
         pairs = (("samples_file", self.samples), ("reference_file", self.reference))
         digests = context.broadcast_object(self.digests() if context.is_main else None)
@@ -123,17 +131,17 @@ class Evaluation:
         result = None
         if context.is_main:
             try:
-                result = self.figures(ref, sam, context.device, floor)
+                result = self.figures(ref, sam, context.device, floor, with_kid)
             except ValueError as error:  # stored statistics that are none, weights that give NaN
                 raise UserError(f"{self.reference.what}, {self.samples.what}: {error}") from None
             result["provenance"] = self.provenance(digests)
         return context.broadcast_object(result)
 
-    def figures(self, ref: dict, sam: dict, device: torch.device, floor: bool) -> dict:
+    def figures(self, ref: dict, sam: dict, device: torch.device, floor: bool, with_kid: bool = False) -> dict:
         """The figures from the features of both files."""
         own = self.stored.get("pool") or statistics(ref["pool"])
-        result: dict[str, Any] = dict(inception_score=inception_score(sam["probs"]))
-        result["fid"] = frechet_distance(*own, *statistics(sam["pool"]))
+        result: dict[str, Any] = dict(inception_score=inception_score(sam["probs"]) if "probs" in sam else None)
+        result[self.network.frechet] = frechet_distance(*own, *statistics(sam["pool"]))
         result["sfid"] = None
         if "spatial" in sam:
             own_spatial = self.stored.get("spatial") or statistics(ref["spatial"])
@@ -144,6 +152,8 @@ class Evaluation:
             # What FID a perfect sampler of the reference's images would get: as many draws, with replacement.
             rows = np.random.default_rng(0).integers(0, self.reference.count, self.samples.count)
             result["floor"] = frechet_distance(*statistics(ref["pool"]), *statistics(ref["pool"][rows]))
+        if with_kid:
+            result["kid"] = {"features": self.network.name} | kid(sam["pool"], ref["pool"], device)
         return result
 
 
@@ -160,40 +170,45 @@ def evaluate(
     floor: bool = False,
     tf32: bool = False,
     image_size: int | None = None,
+    dinov2_weights: str | Path | None = None,
+    kid: bool = False,
 ) -> dict:
     """All figures of samples against a reference, files or folders: what the command prints, for other scripts.
 
-    features: "digits" or "inception". Returns fid, sfid (None for digits), inception_score, precision, recall, count,
-    floor (if asked for) and provenance. Raises ``UserError`` on files and weights that do not serve.
+    features: "digits", "inception" or "dinov2". Returns fid, for dinov2 fd_dinov2 instead, sfid and inception_score
+    (None where the network has none), precision, recall, count, floor and kid (if asked for) and provenance. Raises
+    ``UserError`` on files and weights that do not serve.
     """
     context = context or DistributedContext()
-    network = extractor(features, context.device, inception_weights, tf32)
+    network = extractor(features, context.device, inception_weights, tf32, dinov2_weights)
     evaluation = Evaluation(reference_path, samples_path, network, allow_few, image_size, context)
-    return evaluation.run(batch_size, context, cache, floor)
+    return evaluation.run(batch_size, context, cache, floor, kid)
 
 
-def show(result: dict) -> None:
+def show(result: dict, network: Extractor) -> None:
     """Print ADM's five lines and FID with its sample count; without ADM's network every line says so."""
-    name, adm = result["provenance"]["features"], result["provenance"]["adm"]
+    name, distance = network.name, FRECHET[network.frechet]
     label = "" if name == "inception" else f" ({name} features, not ADM)"
     for title, key in (
-        ("Inception Score", "inception_score"), ("FID", "fid"), ("sFID", "sfid"),
+        ("Inception Score", "inception_score"), (distance, network.frechet), ("sFID", "sfid"),
         ("Precision", "precision"), ("Recall", "recall"),
     ):  # fmt: skip
         if result[key] is not None:
             print(f"{title}{label}: {result[key]:.6g}")
     count = f"{result['count'] // 1000}K" if result["count"] % 1000 == 0 else str(result["count"])
-    unknown = (
-        " (not ADM: other Inception weights than the published ones, or TF32)"
-        if name == "inception" and not adm
-        else ""
-    )
-    print(f"FID-{count}{label}{unknown}: {result['fid']:.6g}")
+    remark = f" ({network.remark})" if network.remark else ""
+    print(f"{distance}-{count}{label}{remark}: {result[network.frechet]:.6g}")
+    if "kid" in result:
+        found = result["kid"]
+        drawn = f"{name} features, {found['subsets']} subsets of {found['subset_size']}"
+        print(f"KID ({drawn}): {found['mean']:.6g}, standard deviation {found['std']:.3g}")
     if "floor" in result:
-        print(f"FID floor{label}, the reference against {result['count']} draws from itself: {result['floor']:.6g}")
-    if name == "inception" and result["count"] < PUBLISHED_COUNT:
         print(
-            f"warning: FID of {result['count']} samples is higher than that of {PUBLISHED_COUNT}, "
+            f"{distance} floor{label}, the reference against {result['count']} draws from itself: {result['floor']:.6g}"
+        )
+    if name != "digits" and result["count"] < PUBLISHED_COUNT:
+        print(
+            f"warning: {distance} of {result['count']} samples is higher than that of {PUBLISHED_COUNT}, "
             "which published values use",
             file=sys.stderr,
         )
@@ -201,13 +216,15 @@ def show(result: dict) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if args.json:
-        inputs = {"REFERENCE": args.reference, "SAMPLES": args.samples, "--inception-weights": args.inception_weights}
+        inputs = {"REFERENCE": args.reference, "SAMPLES": args.samples}
+        inputs |= {"--inception-weights": args.inception_weights, "--dinov2-weights": args.dinov2_weights}
         must_differ("--json", args.json, inputs)
-        must_be_replaceable("--json", args.json, "figures of this command", lambda path: "fid" in read_json(path))
+        ours = "figures of this command"
+        must_be_replaceable("--json", args.json, ours, lambda path: FRECHET.keys() & read_json(path).keys())
     context = distributed.setup(args.device)
     if not context.is_main:
         context.barrier()  # the main rank goes first, in case that the weights have to be fetched
-    network = extractor(args.features, context.device, args.inception_weights, args.tf32)
+    network = extractor(args.features, context.device, args.inception_weights, args.tf32, args.dinov2_weights)
     if context.is_main:
         context.barrier()
     evaluation = Evaluation(args.reference, args.samples, network, args.allow_few, args.image_size, context)
@@ -217,9 +234,9 @@ def run(args: argparse.Namespace) -> None:
             cli.show_plan(evaluation.provenance(evaluation.digests()) | plan, args)
     else:
         with held(args.samples, "SAMPLES", context) if args.samples.is_file() else nullcontext():
-            result = evaluation.run(args.batch_size, context, args.cache, args.floor)
+            result = evaluation.run(args.batch_size, context, args.cache, args.floor, args.kid)
             if context.is_main:
-                show(result)
+                show(result, network)
                 if args.json:
                     text = json.dumps(result, indent=2) + "\n"
                     write_whole("--json", args.json, lambda file: file.write(text.encode()))
@@ -239,24 +256,38 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--image-size", type=cli.positive, help="Crop a reference folder's images to so many pixels.")
     group = parser.add_argument_group("features")
     group.add_argument(
-        "--features", choices=NAMES, default="inception", help="Use ADM's network, or ours for 8x8 digits."
+        "--features",
+        choices=NAMES,
+        default="inception",
+        help="Use ADM's network, DINOv2 (for FD-DINOv2), or ours for 8x8 digits.",
     )
     group.add_argument(
         "--inception-weights",
         type=Path,
         help="Use this file of torch-fidelity's Inception weights; without it, they are fetched.",
     )
+    group.add_argument(
+        "--dinov2-weights",
+        type=Path,
+        help="Use this file of Meta's DINOv2 ViT-L/14 weights; without it, they are fetched.",
+    )
     group.add_argument("--batch-size", type=cli.positive, default=64, help="Images of a rank at once.")
     group.add_argument(
         "--cache", action=argparse.BooleanOptionalAction, default=True, help="Keep the features beside the files."
     )
     group.add_argument(
-        "--tf32", action="store_true", help="Let GPUs take products in TF32: faster, and not ADM's figures any more."
+        "--tf32",
+        action="store_true",
+        help="Let GPUs take products in TF32: faster, and not the published figures.",
     )
     distributed.add_device_option(group)
     group = parser.add_argument_group("figures")
-    group.add_argument("--allow-few", action="store_true", help="Accept fewer images than features (2048; digits: 64).")
-    group.add_argument("--floor", action="store_true", help="Add the FID of as many draws from the reference itself.")
+    few = "Accept fewer images than features (2048; dinov2: 1024; digits: 64)."
+    group.add_argument("--allow-few", action="store_true", help=few)
+    group.add_argument("--kid", action="store_true", help="Add KID, in the features that are used.")
+    group.add_argument(
+        "--floor", action="store_true", help="Add the distance of as many draws from the reference itself."
+    )
     group.add_argument("--json", type=Path, metavar="OUT.json", help="Write the figures and their provenance there.")
     cli.add_dry_run_option(group)
     return parser

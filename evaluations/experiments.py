@@ -20,9 +20,9 @@ from models import DiT
 from models_ard import ARD
 from runtime import cli
 from runtime.checks import writable_folder
-from runtime.distributed import die_with_parent
 from runtime.files import write_text
 from runtime.randomness import labels, noise
+from runtime.sigterm import die_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

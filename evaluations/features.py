@@ -1,6 +1,6 @@
-"""Images in, features out: Inception-v3 of 2015, with which ADM's figures are made, and the small digit classifier.
+"""Images in, features out: Inception-v3 of 2015, with which ADM's figures are made, DINOv2, the small digit classifier.
 
-Both answer the same call, so that the evaluator does not know which one it holds.
+All answer the same call, so that the evaluator does not know which one it holds.
 """
 
 from pathlib import Path
@@ -8,26 +8,31 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluations import digits
+from evaluations import digits, dinov2
 from runtime.cli import UserError, existing_file
 from runtime.files import cached_download, file_sha256
 from stores.images import from_uint8
 
-NAMES = ("inception", "digits")
+NAMES = ("inception", "dinov2", "digits")
+# What the Frechet distance in a network's features is called, as a key and in print.
+FRECHET = {"fid": "FID", "fd_dinov2": "FD-DINOv2"}
 
 
 class Extractor:
     """Features of images: called with (B, H, W, 3) uint8 it returns a dict of float32 arrays on the CPU.
 
-    pool: (B, D) for FID, precision and recall; spatial: (B, D2) for sFID or None; probs: (B, K) for Inception Score.
-    ``widths`` has the widths of those that are not None. ``name`` and ``weights_sha256`` identify the network; ``adm``
-    says whether figures made with it may be set beside those of papers that use ADM's evaluator.
+    pool: (B, D) for the Frechet distance, one of ``FRECHET``, for KID, precision and recall; spatial: (B, D2) for sFID
+    or None; probs: (B, K) for Inception Score or None. ``widths`` has the widths of those that are not None. ``name``
+    and ``weights_sha256`` identify the network; ``adm`` says whether figures made with it may be set beside those of
+    papers that use ADM's evaluator, ``remark`` why a distance may not that looks as if it might.
     """
 
     name: str
     widths: dict[str, int]
     weights_sha256: str
+    frechet = "fid"
     adm = False
+    remark = ""
     tf32 = False  # on GPUs, take products in TF32
 
     def check_size(self, width: int, height: int) -> None:
@@ -88,6 +93,7 @@ class InceptionFeatures(Extractor):
         self.device = device
         self.weights_sha256 = file_sha256(weights)
         self.adm = self.weights_sha256.startswith(self.PUBLISHED) and not tf32
+        self.remark = "" if self.adm else "not ADM: other Inception weights than the published ones, or TF32"
         self.tf32 = tf32
         self.model.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
 
@@ -102,17 +108,46 @@ class InceptionFeatures(Extractor):
         return {name: value.cpu().numpy() for name, value in outputs.items()}
 
 
+class Dinov2Features(Extractor):
+    """The class token of DINOv2's ViT-L/14, as EDM2 takes it (evaluations/dinov2.py)."""
+
+    name, frechet = "dinov2", "fd_dinov2"
+
+    def __init__(
+        self, device: torch.device | str = "cpu", weights: str | Path | None = None, tf32: bool = False, **shape: int
+    ):
+        """``shape``: the arguments of ``dinov2.load`` for weights of another size."""
+        if weights:
+            weights = existing_file("--dinov2-weights", weights)
+        else:
+            weights = cached_download(dinov2.URL, "--dinov2-weights", dinov2.PUBLISHED)
+        self.model, self.device = dinov2.load(weights, **shape).to(device), device
+        self.widths = dict(pool=self.model.embed_dim)
+        self.weights_sha256, self.tf32 = file_sha256(weights), tf32
+        if tf32 or not self.weights_sha256.startswith(dinov2.PUBLISHED):
+            self.remark = "not as published: other DINOv2 weights than Meta's, or TF32"
+
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray | None]:
+        pool = self.model(dinov2.prepared(torch.from_numpy(images).to(self.device)))
+        return dict(pool=pool.cpu().numpy(), spatial=None, probs=None)
+
+
 def extractor(
     name: str,
     device: torch.device | str = "cpu",
     inception_weights: str | Path | None = None,
     tf32: bool = False,
+    dinov2_weights: str | Path | None = None,
 ) -> Extractor:
     """The extractor of that name, one of ``NAMES``, on the device. Raises ``UserError`` on wrong weights."""
+    for of, weights in (("inception", inception_weights), ("dinov2", dinov2_weights)):
+        if weights and name != of:
+            raise UserError(f"--{of}-weights {weights}: of no use with --features {name}, leave it out")
     if name == "inception":
         return InceptionFeatures(device, inception_weights, tf32)
-    if inception_weights:
-        raise UserError(f"--inception-weights {inception_weights}: of no use with --features {name}, leave it out")
+    if name == "dinov2":
+        return Dinov2Features(device, dinov2_weights, tf32)
     if tf32:
         raise UserError(f"--tf32: of no use with --features {name}, leave it out")
     if name == "digits":

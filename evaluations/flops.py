@@ -8,11 +8,13 @@ paper counts multiply-accumulates, half of what PyTorch counts, of the backbone,
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion import create_diffusion
@@ -36,13 +38,29 @@ def count_flops(work: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
+class _Undrawn(TorchFunctionMode):
+    """Leaves out what ``torch.nn.init`` would do."""
+
+    def __torch_function__(self, func: Any, types: Any, inputs: tuple = (), named: dict | None = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return inputs[0] if inputs else (named or {})["tensor"]
+        return func(*inputs, **(named or {}))
+
+
+@contextmanager
+def outlines() -> Iterator[None]:
+    """Modules made in here have shapes and no numbers. Nor are any drawn: for that torch would import its compiler."""
+    with torch.device("meta"), _Undrawn():
+        yield
+
+
 def outline(config: dict) -> DiT:
     """The model of a config on the meta device: shapes without numbers. ``ValueError`` where there is no such model."""
     side = config.get("input_size", 32)
     positions = 8 * (side // config.get("patch_size", 2)) ** 2 * config.get("hidden_size", 1152)
     require_memory(f"a model of {side} x {side} pixels or latents", positions, torch.device("cpu"))
     kind = student_type(config) if "steps" in config else teacher_type(config)
-    with torch.device("meta"):
+    with outlines():
         return kind(**config).to("meta")
 
 
@@ -106,7 +124,7 @@ def count_gan_step(
 
     The options are those of train_ARD_gan.py, the configs those of the models; no weights are made.
     """
-    with torch.device("meta"):
+    with outlines():
         student, teacher = ARD(**student_config).to("meta"), DiT(**teacher_config).to("meta")
         heads = Discriminator(1, teacher.config["hidden_size"], d_width, bn_group)
         # All heads are alike: one, counted for each block, spares the seconds that making many takes.
@@ -138,13 +156,13 @@ def count_gan_step(
 def count_table(model: str) -> list[dict]:
     """One row for each of Table 1's, counted for the given size."""
     rows, counted = [], {}
-    with torch.device("meta"):
+    with outlines():
         teacher = DiT_models[model]()
     for name, row in TABLE_1.items():
         layers = None if row.history_layers is None else min(row.history_layers, len(teacher.blocks))
         case = row.steps, row.mask, layers
         if case not in counted:
-            with torch.device("meta"):
+            with outlines():
                 student = None
                 if row.mask is not None and layers is not None:
                     student = ARD(row.steps, row.mask, layers, **teacher.config)

@@ -21,7 +21,15 @@ import torch
 import torch.nn as nn
 
 from discriminator import Discriminator
-from evaluations.flops import count_by_blocks, count_gan_step, outline, sampling_gflops, text_shape, training_flops
+from evaluations.flops import (
+    count_by_blocks,
+    count_gan_step,
+    outline,
+    outlines,
+    sampling_gflops,
+    text_shape,
+    training_flops,
+)
 from runtime.checks import require_disk, require_memory, size_of
 from runtime.cli import ShortageError, UserError
 from runtime.distributed import DistributedContext
@@ -162,7 +170,7 @@ def plan_gan(
         partial(count_gan_step, student, teacher, d_time=d_time, d_width=d_width, bn_group=bn_group, rollout=rollout)
     )
     frozen = outline(teacher)
-    with torch.device("meta"):
+    with outlines():
         head = Discriminator(1, frozen.config["hidden_size"], d_width, bn_group)
     heads = [head] * len(frozen.blocks)  # all alike: making one spares seconds
     plan = plan_training(

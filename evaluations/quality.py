@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from evaluations.evaluator import evaluate
-from evaluations.features import NAMES, extractor
+from evaluations.features import FRECHET, NAMES, extractor
 from evaluations.files import Images
 from runtime.cli import Parser, UserError, file, not_negative, positive
 from runtime.distributed import DistributedContext
@@ -22,12 +22,17 @@ def add_quality_options(parser: Parser) -> None:
     group = parser.add_argument_group("quality while training")
     group.add_argument("--eval-every", type=not_negative, default=0, help="Steps between evaluations, 0 for none.")
     group.add_argument("--eval-reference", type=file, help="Compare with these real images, an .npz in ADM's format.")
-    group.add_argument("--eval-features", choices=NAMES, default="inception", help="Use this network for FID.")
+    group.add_argument(
+        "--eval-features", choices=NAMES, default="inception", help="Use this network for FID, or FD-DINOv2."
+    )
     group.add_argument("--eval-samples", type=positive, default=2048, help="Draw so many samples for an evaluation.")
 
 
 class PeriodicEvaluator:
-    """Evaluates what a sampler draws: a call gives {"fid", "precision", "recall"}, the same on every rank."""
+    """Evaluates what a sampler draws: a call gives {"fid", "precision", "recall"}, the same on every rank.
+
+    With DINOv2's features the first of them is "fd_dinov2".
+    """
 
     def __init__(
         self,
@@ -52,10 +57,11 @@ class PeriodicEvaluator:
             )
         network = extractor(eval_features)
         network.check_size(image_size, image_size)
+        self.figures = (network.frechet, "precision", "recall")
         if min(eval_samples, reference.count) < network.widths["pool"]:
             raise UserError(
-                f"--eval-samples {eval_samples}: FID needs at least {network.widths['pool']} samples and as many real "
-                f"images (there are {reference.count})"
+                f"--eval-samples {eval_samples}: {FRECHET[network.frechet]} needs at least {network.widths['pool']} "
+                f"samples and as many real images (there are {reference.count})"
             )
 
     def __call__(self, folder: Path) -> dict[str, float]:
@@ -71,4 +77,4 @@ class PeriodicEvaluator:
         self.context.barrier()
         if self.context.is_main:
             shutil.rmtree(folder)
-        return {name: result[name] for name in ("fid", "precision", "recall")}
+        return {name: result[name] for name in self.figures}

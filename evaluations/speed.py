@@ -18,7 +18,7 @@ from evaluations.costs import INCEPTION_GFLOPS
 from evaluations.extraction import extract
 from evaluations.features import InceptionFeatures
 from evaluations.files import Images
-from evaluations.flops import count_flops, count_gan_step, sampling_gflops
+from evaluations.flops import count_flops, count_gan_step, outlines, sampling_gflops
 from evaluations.metrics import frechet_distance, precision_recall, statistics
 from losses import AdversarialLosses, regression_losses
 from models import DiT, DiT_models
@@ -71,7 +71,7 @@ def train_case(options: dict, context: DistributedContext) -> Case:
     def losses(student: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return regression_losses(student(batch["trajectory"][:, :-1], batch["y"]), batch["trajectory"])
 
-    with torch.device("meta"):
+    with outlines():
         counted = ARD(**model.config)
     flops = count_flops(lambda: losses(counted, training_batch(counted, 1, "meta")).sum().backward())
     prepare_blocks(model, compile=options["compile"], checkpoint_activations=options["checkpoint_activations"])
@@ -142,7 +142,7 @@ def drawing_case(model: DiT, draw: Callable, flops: float, options: dict, device
 def sample_case(options: dict, context: DistributedContext) -> Case:
     """The latents that sample_ARD.py draws, all steps."""
     model = build_model(options, context.device)
-    with torch.device("meta"):
+    with outlines():
         flops = 2e9 * sampling_gflops(ARD(**model.config), model.steps)
     draw = CUDAGraph(model.sample, context.device) if options["cuda_graph"] else model.sample
     return drawing_case(model, draw, flops, options, context.device)
@@ -151,7 +151,7 @@ def sample_case(options: dict, context: DistributedContext) -> Case:
 def trajectories_case(options: dict, context: DistributedContext) -> Case:
     """The teacher's states that sample_trajectory.py dumps, with guidance 1.5."""
     solver, points, model = create_diffusion("25"), grid_steps(4), build_model(options, context.device)
-    with torch.device("meta"):  # its positions come from numpy
+    with outlines():  # its positions come from numpy
         flops = 2e9 * sampling_gflops(DiT(**model.config).to("meta"), 25)
 
     def draw(noise: torch.Tensor, y: torch.Tensor) -> object:
@@ -176,7 +176,7 @@ def decode_case(options: dict, context: DistributedContext) -> Case:
         whole.save_pretrained(folder)
         vae = VAE(folder, context.device, options["precision"], options["compile"])
     latents = torch.randn(options["batch_size"], 4, options["input_size"], options["input_size"], device=context.device)
-    with torch.device("meta"):
+    with outlines():
         counted: Any = AutoencoderKL(**shape)
         flops = count_flops(lambda: counted.decode(torch.empty(1, *latents.shape[1:])))
     return Case(lambda: vae.decode(latents), len(latents), flops * len(latents), options["precision"])

@@ -10,16 +10,15 @@ import errno
 import json
 import os
 import re
-import signal
 import sys
 import textwrap
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
 
+from runtime.sigterm import Terminated, sigterm_as_error
 from runtime.values import METAVARS
 from runtime.values import file as file
 from runtime.values import folder as folder
@@ -62,10 +61,6 @@ class ShortageError(UserError):
 
 class RunError(Exception):
     """Something that went wrong during the work, not in what the user gave: one sentence, exit code 1."""
-
-
-class Terminated(BaseException):
-    """SIGTERM has come. As ``KeyboardInterrupt`` no ``Exception``: who catches errors must not take it for one."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -172,7 +167,7 @@ def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[s
     try:
         args = parser.parse_args(argv)
         FETCHING.set(not getattr(args, "dry_run", False))
-        with _sigterm_as_error():
+        with sigterm_as_error():
             run(args)
     except KeyboardInterrupt:
         fail(parser, "interrupted; the same command continues what it can", 130)
@@ -237,24 +232,6 @@ def fail(parser: argparse.ArgumentParser, text: str, code: int) -> NoReturn:
         with contextlib.suppress(OSError):
             Path(report).write_text(json.dumps({"message": said}))
     sys.exit(code)
-
-
-@contextlib.contextmanager
-def _sigterm_as_error() -> Iterator[None]:
-    """SIGTERM, which clusters send before they take a machine away, raises ``Terminated``; a second one kills."""
-
-    def stop(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def run_command(args: argparse.Namespace) -> None:

@@ -8,16 +8,13 @@ import atexit
 import ctypes
 import inspect
 import os
-import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from threading import Event
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from runtime.cli import OptionGroup, RunError, UserError, name
+from runtime.sigterm import die_with_parent, ignore_sigterm
 
 IMPATIENCE = timedelta(minutes=15)  # a rank that trains on without the others is hung after this
 PATIENCE = timedelta(hours=12)  # a rank that writes or hashes files may take this long
@@ -171,13 +169,6 @@ def die_with_launcher() -> None:
         die_with_parent()
 
 
-def die_with_parent() -> None:
-    """Have the system end this process with SIGTERM when the one that started it dies. Linux only."""
-    if sys.platform == "linux":
-        parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl.h
-        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
-
-
 def find_launcher() -> None:
     """``RunError`` where torchrun has died already, while this rank was starting: torch would look for it for long."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun listens there before it starts any rank
@@ -231,26 +222,6 @@ def unwrapped(module: nn.Module) -> Any:
     return module.module if isinstance(module, DistributedDataParallel) else module
 
 
-@contextmanager
-def notice_sigterm() -> Iterator[Event]:
-    """An event that is set when SIGTERM comes, which clusters send before they take a machine away; a second one kills.
-
-    Not under torchrun: it passes on what the cluster has sent to the ranks as well, and kills by itself after a while.
-    """
-    event = Event()
-
-    def notice(*_: object) -> None:
-        event.set()
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    before = signal.signal(signal.SIGTERM, notice)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def read_with_workers(
     data: Dataset, indices: Sequence[Any], num_workers: int, pin_memory: bool = False
 ) -> Iterator[Any]:
@@ -274,11 +245,6 @@ def read_with_workers(
     finally:
         end()
         atexit.unregister(end)
-
-
-def ignore_sigterm(worker: int) -> None:
-    """For data workers, which torchrun signals as well: they end with the process that they work for."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def finish(context: DistributedContext) -> None:

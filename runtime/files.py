@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from runtime.checks import writable_file
 from runtime.cli import FETCHING, AbsentError, UserError
 from runtime.distributed import DistributedContext
 
@@ -90,9 +91,10 @@ def must_lie_outside(option: str, path: str | Path, folder_option: str, folder: 
 
 
 def must_be_replaceable(option: str, path: str | Path, what: str, is_ours: Callable[[Path], object]) -> None:
-    """``UserError`` where ``path`` exists and is not ``what`` the command writes: ``is_ours`` is false or fails."""
+    """``UserError`` where ``path`` cannot be, or exists and is not ``what`` we write: ``is_ours`` is false or fails."""
     path = Path(path)
     if not path.exists():
+        writable_file(option, path)
         return
     with contextlib.suppress(Exception):  # a foreign file can fail to be read in any way
         if path.is_file() and is_ours(path):

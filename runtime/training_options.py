@@ -13,7 +13,7 @@ RESULT_OPTIONS = ("global_batch_size", "lr", "clip", "ema_decay", "ema_warmup", 
 STATE_OPTIONS = ("lr", "clip", "ema_decay", "ema_warmup", "global_batch_size", "accumulation")
 RUN_OPTIONS = (
     *("results_dir", "run_dir", "iterations", "global_batch_size", "log_every", "sample_every", "ckpt_every"),
-    *("snapshot_minutes", "snapshot_every", "eval_every", "keep", "num_workers", "max_bad_steps"),
+    *("snapshot_minutes", "snapshot_every", "eval_every", "keep", "num_workers", "max_bad_steps", "wandb"),
 )
 
 
@@ -37,6 +37,8 @@ def add_training_options(parser: cli.Parser, *, lr: float, batch: int, iteration
     group.add_argument("--results-dir", type=cli.folder, default="results", help="Where runs are numbered folders.")
     group.add_argument("--run-dir", type=cli.folder, help="This very folder instead of a numbered one.")
     group.add_argument("--log-every", type=positive, default=100, help="Steps between log lines.")
+    tracked = "Log to this project of Weights & Biases as well; with WANDB_MODE=offline its files stay in the run."
+    group.add_argument("--wandb", type=cli.name, nargs="?", const="ard", metavar="PROJECT", help=tracked)
     group.add_argument("--sample-every", type=not_negative, default=10_000, help="Steps between previews, 0 for none.")
     group.add_argument("--ckpt-every", type=positive, default=50_000, help="Steps between checkpoints that are kept.")
     minutes = "Minutes between snapshots to resume from, 0 for none."

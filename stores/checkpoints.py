@@ -23,6 +23,7 @@ from models import DiT
 from models_ard import ARD, MASKS, student_type
 from models_pixart import MODELS, teacher_type
 from runtime import cli
+from runtime.checks import writable_file
 from runtime.cli import OptionGroup, UserError, existing_file, not_negative, positive, shortened
 from runtime.files import atomic_write
 from runtime.provenance import require_same, weights_hash, with_current_keys
@@ -286,7 +287,7 @@ def slim(args: argparse.Namespace) -> None:
     content = load(args.source, "SOURCE")
     if "ema" not in content or "config" not in content:
         raise UserError(f"SOURCE {args.source}: no checkpoint of this project's trainers")
-    if Path(args.out).exists():
+    if writable_file("OUT", args.out).exists():
         raise UserError(f"OUT {args.out}: the file is there already")
     save(args.out, {key: content[key] for key in ("config", "step", "ema")})
     print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB")

@@ -2,28 +2,28 @@
 
 config.json            the run's config: what decides its result, and by which it is found again
 checkpoints/           0050000.pt, ...: kept; latest.pt: the newest snapshot, until a later checkpoint replaces it
-samples/  log.txt      previews, log lines; beside them tensorboard's files
+samples/  log.txt      previews, log lines; beside them what tracking.py writes
 """
 
 import contextlib
 import json
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from models import model_name
+from models_pixart import model_name
 from runtime.checks import writable_folder
-from runtime.cli import DISK_ERRORS, UserError
+from runtime.cli import UserError
 from runtime.distributed import DistributedContext
-from runtime.files import LOCK, WriteBehind, claim, naming, release, write_text
+from runtime.files import LOCK, WriteBehind, claim, release, write_text
 from runtime.provenance import differences, with_current_keys
 from stores import checkpoints
+from stores.tracking import Tensorboard, Wandb, trackers
 
 
 def run_bytes(checkpoint_bytes: int, iterations: int, ckpt_every: int, keep: int) -> int:
@@ -43,12 +43,16 @@ class RunFolder:
         results_dir: str = "results",
         run_dir: str | None = None,
         keep: int = 0,
+        wandb: str | None = None,
+        options: dict | None = None,
     ):
-        """``keep``: how many of the numbered checkpoints stay, 0 for all. ``UserError`` when ``run_dir`` holds another
-        run, or when another job is at work in this one.
+        """``keep``: how many of the numbered checkpoints stay, 0 for all. ``wandb``: a project there to track it in as
+        well. ``options`` are for whoever looks at the curves. ``UserError`` when ``run_dir`` holds another run, or when
+        another job is at work in this one.
         """
         self.config, self.context, self.keep = config, context, keep
-        self._curves: Any = None
+        self._wandb, self._options = wandb, options or {}
+        self._trackers: list[Tensorboard | Wandb] = []
         self.background = WriteBehind()
         self.path = Path(context.on_main(lambda: begin(config, results_dir, run_dir)))
 
@@ -122,10 +126,8 @@ class RunFolder:
     def log_scalars(self, kind: str, step: int, scalars: dict[str, float]) -> None:
         """One log line of that kind, and the curves."""
         self.log(f"{kind} {step:07d} " + " ".join(f"{name} {value:.6g}" for name, value in scalars.items()))
-        if self._curves is not None:
-            with naming(self.path):
-                for name, value in scalars.items():
-                    self._curves.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.scalars(step, scalars)
 
     def has_logged(self, kind: str, step: int) -> bool:
         """Whether log.txt has a line of that kind for the step."""
@@ -135,20 +137,17 @@ class RunFolder:
 
     @contextmanager
     def open(self, step: int) -> Iterator[None]:
-        """Tensorboard's files and the thread that writes, while steps after ``step`` are logged and saved."""
-        from torch.utils.tensorboard import SummaryWriter  # seconds to import
-
-        with _threads_quiet_about_disks():
-            with naming(self.path):
-                self._curves = SummaryWriter(str(self.path), purge_step=step + 1) if self.context.is_main else None
-            try:
-                with WriteBehind() as self.background:
-                    yield
-            finally:
-                if self._curves is not None:
-                    with naming(self.path):
-                        self._curves.close()
-                self.release()
+        """The curves, and the thread that writes, while steps after ``step`` are logged and saved."""
+        about = self.config | {"options": self._options}
+        try:
+            with ExitStack() as stack:
+                if self.context.is_main:
+                    tracked = trackers(self.path, step, about, self._wandb, self.log)
+                    self._trackers = stack.enter_context(tracked)
+                self.background = stack.enter_context(WriteBehind())
+                yield
+        finally:
+            self.release()
 
     def release(self) -> None:
         """Give up the folder, with no more checkpoints than are to be kept: a kill may have left others."""
@@ -160,21 +159,10 @@ class RunFolder:
         """Where the preview of a step goes."""
         return self.path / "samples" / f"{step:07d}.png"
 
-
-@contextmanager
-def _threads_quiet_about_disks() -> Iterator[None]:
-    """No traceback of tensorboard's thread when the disk is full: the main thread gets the error and says it."""
-    before = threading.excepthook
-
-    def quiet(thrown: threading.ExceptHookArgs) -> None:
-        if not (isinstance(thrown.exc_value, OSError) and thrown.exc_value.errno in DISK_ERRORS):
-            before(thrown)
-
-    threading.excepthook = quiet
-    try:
-        yield
-    finally:
-        threading.excepthook = before
+    def log_preview(self, step: int) -> None:
+        """The preview of a step, which is there, beside the curves."""
+        for tracker in self._trackers:
+            tracker.picture(step, self.preview(step))
 
 
 def begin(config: dict, results_dir: str, run_dir: str | None) -> str:

@@ -8,6 +8,7 @@
 """
 
 import json
+import math
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.utils import make_grid
 
 from runtime.checks import writable_file
 from runtime.cli import UserError
@@ -199,10 +199,15 @@ def to_rgb(images: torch.Tensor) -> np.ndarray:
 
 
 def save_grid(path: str | Path, images: torch.Tensor, columns: int | None = None) -> None:
-    """Write images (B, 1 or 3, H, W) uint8 as one PNG on white; small ones are enlarged by whole factors."""
-    grid = make_grid(images.cpu().float(), nrow=columns or round(len(images) ** 0.5), padding=1, pad_value=255)
-    picture = Image.fromarray(grid.permute(1, 2, 0).numpy().astype(np.uint8))
-    factor = max(1, 48 // images.shape[-1])
+    """Write images (B, 1 or 3, H, W) uint8 as one PNG, row by row on white; small ones enlarged by whole factors."""
+    columns, (height, width) = min(columns or round(len(images) ** 0.5), len(images)), images.shape[2:]
+    rows = math.ceil(len(images) / columns)
+    grid = np.full((1 + rows * (height + 1), 1 + columns * (width + 1), 3), 255, np.uint8)
+    for i, image in enumerate(to_rgb(images)):  # torchvision has this, and needs seconds to be imported
+        top, left = 1 + i // columns * (height + 1), 1 + i % columns * (width + 1)
+        grid[top : top + height, left : left + width] = image
+    picture = Image.fromarray(grid)
+    factor = max(1, 48 // width)
     enlarged = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     with atomic_write(path) as partial:
         enlarged.save(partial, format="PNG")

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: no test fetches anything
+os.environ["WANDB_MODE"] = "offline"  # nor uploads it
 pytest.register_assert_rewrite("helpers")
 from helpers import (  # noqa: E402
     GOLDEN,

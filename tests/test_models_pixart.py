@@ -9,9 +9,8 @@ from text_helpers import random_text_teacher, save_pixart
 
 from diffusion import create_diffusion
 from evaluations.flops import count_by_blocks, outline, sampling_gflops, training_flops
-from models import model_name
 from models_ard import ARD, MASKS, TextARD
-from models_pixart import PixArt, PixArt_models
+from models_pixart import PixArt, PixArt_models, model_name
 from stores import checkpoints
 
 LENGTHS = (7, 3, 1, 5)

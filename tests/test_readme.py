@@ -1,12 +1,15 @@
 """What the README shows runs, and prints what the README says."""
 
+import argparse
+import importlib
 import re
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, call
 
 README = (ROOT / "README.md").read_text()
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_ten_lines_of_python_run_as_printed(monkeypatch):
@@ -33,16 +36,38 @@ def test_the_pipelines_block_runs_as_printed(student_file, monkeypatch, tmp_path
     assert names["pipe"].config.keys() and (tmp_path / "digits-ard/README.md").is_file()
 
 
-def test_the_files_that_the_readme_links_to_exist():
-    for path in re.findall(r"\]\(([^)#]+)\)", README):
-        assert path.startswith("https://") or (ROOT / path).exists(), path
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_the_files_that_a_page_links_to_exist(page):
+    for path in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert path.startswith("https://") or (page.parent / path).exists(), path
+
+
+def all_options() -> set[str]:
+    """The options of all our commands."""
+    found: set[str] = set()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("stores/*.py"), *ROOT.glob("evaluations/*.py")]:
+        if "def build_parser" in path.read_text():
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            parsers = [importlib.import_module(name).build_parser()]
+            for parser in parsers:
+                for action in parser._actions:
+                    found.update(action.option_strings)
+                    if isinstance(action, argparse._SubParsersAction):
+                        parsers += action.choices.values()
+    return found
+
+
+def test_the_options_that_our_pages_name_are_some_commands():
+    others = {"--nproc_per_node", "--nnodes", "--max-restarts", "--local-dir"}  # torchrun's, hf's
+    for page in DOCS:
+        named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()))
+        assert named <= all_options() | others, page
 
 
 @pytest.mark.slow
-def test_the_table_of_costs_is_what_the_command_counts(capsys):
-    from evaluations import costs
-    from runtime import cli
-
-    cli.main(costs.build_parser(), costs.run, [])
+@pytest.mark.parametrize("options, page, count", [([], "README.md", 7), (["--rows"], "docs/reproducing.md", 14)])
+def test_the_tables_of_costs_are_what_the_command_counts(options, page, count, capsys):
+    call("evaluations.costs", *options)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(rows) == 7 and all(row in README for row in rows)
+    text = (ROOT / page).read_text()
+    assert len(rows) == count and all(row in text for row in rows)

@@ -1,6 +1,8 @@
 """train_ARD.py: its first loss by hand, trajectories without a store, options that make it faster."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -62,3 +64,25 @@ def test_compiled_blocks_train_on_two_ranks_as_plain_ones_on_one(store, tmp_path
                  env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(losses(tmp_path / "fast"), losses(tmp_path / "plain"), rtol=1e-5)
+
+
+SECONDS = {"timm", "torchvision", "diffusers", "transformers", "matplotlib", "sklearn"}
+
+
+def test_what_takes_seconds_to_import_is_imported_by_those_who_need_it(store, student_file, tmp_path):
+    """Torch's compiler as well; torch itself imports it for any optimiser."""
+    script = tmp_path / "two_commands.py"
+    script.write_text(
+        "import runpy, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "def run(script, *words):\n"
+        "    sys.argv = [script, *words]\n"
+        f"    runpy.run_path({str(ROOT)!r} + '/' + script, run_name='__main__')\n"
+        f"run('sample_ARD.py', '--ckpt-path', {str(student_file)!r}, '--num-samples', '3', '--out', 's.npz')\n"
+        "assert 'torch._dynamo' not in sys.modules and 'sympy' not in sys.modules\n"
+        f"run('train_ARD.py', '--data-path', {str(store)!r}, '--stack', '1', '--iterations', '1', '--run-dir', 'run')\n"
+        f"print('imported:', sorted({SECONDS!r} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "imported: []"

@@ -78,5 +78,5 @@ def test_wrong_weights_are_refused(digit_files, tmp_path, capsys, monkeypatch):
 def test_options_and_networks_that_do_not_go_together_are_refused(digit_files, capsys):
     command = ("evaluations.evaluator", *digit_files, "--features", "digits", "--device", "cpu")
     assert "--tf32: of no use with --features digits" in refused(capsys, *command, "--tf32")
-    with pytest.raises(ValueError, match="'clip' are none of inception, digits"):
+    with pytest.raises(ValueError, match="'clip' are none of inception, dinov2, digits"):
         features.extractor("clip")

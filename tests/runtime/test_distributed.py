@@ -2,7 +2,6 @@
 
 import os
 import platform
-import signal
 import socket
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.cli import RunError, UserError
-from runtime.distributed import DistributedContext, find_launcher, notice_sigterm, setup
+from runtime.distributed import DistributedContext, find_launcher, setup
 
 
 def ranks(world_size: int) -> list[DistributedContext]:
@@ -57,28 +56,6 @@ def test_a_device_that_is_not_there_is_refused(device):
     with pytest.raises(UserError, match=f"^--device {device}: "):
         setup(device)
     assert setup("cpu").device.type == "cpu"
-
-
-def test_sigterm_is_noticed_within_the_block_only():
-    before = signal.getsignal(signal.SIGTERM)
-    with notice_sigterm() as told:
-        assert not told.is_set()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert told.wait(10)
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one kills
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-@pytest.mark.parametrize("launcher, code", [({}, -signal.SIGTERM), ({"TORCHELASTIC_RUN_ID": "x"}, 0)])
-def test_a_second_sigterm_kills_unless_torchrun_sends_it(launcher, code):
-    child = os.fork()
-    if not child:
-        os.environ |= launcher
-        with notice_sigterm():
-            for _ in range(2):
-                os.kill(os.getpid(), signal.SIGTERM)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")

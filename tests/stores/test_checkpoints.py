@@ -42,6 +42,7 @@ def test_a_slim_copy_is_the_same_student_and_nothing_is_overwritten(student_file
         checkpoints.load_student(slim, weights="raw")
     before = slim.read_bytes()
     assert "the file is there already" in refused(capsys, "stores.checkpoints", "slim", student_file, slim)
+    assert f"OUT {slim}: is a file" in refused(capsys, "stores.checkpoints", "slim", student_file, slim / "x")
     torch.save({"weights": torch.zeros(1)}, tmp_path / "foreign.pt")
     foreign = ("slim", tmp_path / "foreign.pt", tmp_path / "new.pt")
     assert "no checkpoint of this project's trainers" in refused(capsys, "stores.checkpoints", *foreign)

@@ -1,0 +1,74 @@
+"""How a process is told to end: SIGTERM as an error, as an event, or not at all; and the death of who started it."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+
+class Terminated(BaseException):
+    """SIGTERM has come. As ``KeyboardInterrupt`` no ``Exception``: who catches errors must not take it for one."""
+
+
+@contextlib.contextmanager
+def sigterm_as_error() -> Iterator[None]:
+    """SIGTERM, which clusters send before they take a machine away, raises ``Terminated``, whatever becomes of it."""
+    terminated = False
+
+    def stop(*_: object) -> None:
+        nonlocal terminated
+        terminated = True
+        second_sigterm()
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except Exception:
+        if terminated:  # torch makes an error of its own of what comes up in its conversions
+            raise Terminated from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def notice_sigterm() -> Iterator[threading.Event]:
+    """An event that is set when SIGTERM comes, which clusters send before they take a machine away."""
+    event = threading.Event()
+
+    def notice(*_: object) -> None:
+        event.set()
+        second_sigterm()
+
+    before = signal.signal(signal.SIGTERM, notice)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def second_sigterm() -> None:
+    """Let the next SIGTERM kill; not under torchrun, which passes on what the ranks have been sent already.
+
+    It kills by itself after a while, and by its own death ranks are sent SIGTERM once for each of its threads.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIG_DFL)
+
+
+def ignore_sigterm(worker: int) -> None:
+    """For data workers, which torchrun signals as well: they end with the process that they work for."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def die_with_parent() -> None:
+    """Have the system end this process with SIGTERM when the one that started it dies. Linux only."""
+    if sys.platform == "linux":
+        parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl.h
+        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)

@@ -1,0 +1,45 @@
+"""SIGTERM: noticed or raised once, whatever else is done with it; a second one."""
+
+import contextlib
+import os
+import signal
+
+import pytest
+
+from runtime.sigterm import Terminated, notice_sigterm, sigterm_as_error
+
+
+def test_sigterm_is_noticed_within_the_block_only():
+    before = signal.getsignal(signal.SIGTERM)
+    with notice_sigterm() as told:
+        assert not told.is_set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert told.wait(10)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one kills
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("launcher, code", [({}, -signal.SIGTERM), ({"TORCHELASTIC_RUN_ID": "x"}, 0)])
+def test_a_second_sigterm_kills_unless_torchrun_sends_it(launcher, code):
+    """Under torchrun for two reasons: it passes on what the cluster sent, and its death comes once for each thread."""
+    for catch in (notice_sigterm, sigterm_as_error):
+        child = os.fork()
+        if not child:
+            os.environ |= launcher
+            with contextlib.suppress(Terminated), catch():
+                try:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                finally:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+
+
+def test_what_torch_makes_of_it_is_it_all_the_same():
+    with pytest.raises(Terminated), sigterm_as_error():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Terminated:
+            raise ValueError("could not determine the shape of this object") from None
+    with pytest.raises(ValueError, match="another"), sigterm_as_error():
+        raise ValueError("another")
