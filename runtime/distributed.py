@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from runtime.cli import OptionGroup, RunError, UserError, name
-from runtime.sigterm import die_with_parent, ignore_sigterm
+from runtime.sigterm import die_with_parent, leave_to_parent
 
 IMPATIENCE = timedelta(minutes=15)  # a rank that trains on without the others is hung after this
 PATIENCE = timedelta(hours=12)  # a rank that writes or hashes files may take this long
@@ -235,7 +235,7 @@ def read_with_workers(
         sampler=indices,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=ignore_sigterm,
+        worker_init_fn=leave_to_parent,
     )
     items = iter(loader)
     end = getattr(items, "_shutdown_workers", lambda: None)  # what torch calls when all goes well

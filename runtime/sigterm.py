@@ -62,9 +62,10 @@ def second_sigterm() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIG_DFL)
 
 
-def ignore_sigterm(worker: int) -> None:
-    """For data workers, which torchrun signals as well: they end with the process that they work for."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def leave_to_parent(worker: int) -> None:
+    """For data workers, to whom torchrun and a terminal send what they send to all: they end with whom they work for."""
+    for sent in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sent, signal.SIG_IGN)
 
 
 def die_with_parent() -> None:

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from runtime.sigterm import Terminated, notice_sigterm, sigterm_as_error
+from runtime.sigterm import Terminated, leave_to_parent, notice_sigterm, sigterm_as_error
 
 
 def test_sigterm_is_noticed_within_the_block_only():
@@ -43,3 +43,15 @@ def test_what_torch_makes_of_it_is_it_all_the_same():
             raise ValueError("could not determine the shape of this object") from None
     with pytest.raises(ValueError, match="another"), sigterm_as_error():
         raise ValueError("another")
+
+
+def test_a_data_worker_leaves_signals_to_its_parent():
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(KeyboardInterrupt):
+            leave_to_parent(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(0)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
