@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from runtime.cli import OptionGroup, RunError, UserError, name
-from runtime.sigterm import die_with_parent, ignore_sigterm
+from runtime.sigterm import die_with_parent, held_back
 
 IMPATIENCE = timedelta(minutes=15)  # a rank that trains on without the others is hung after this
 PATIENCE = timedelta(hours=12)  # a rank that writes or hashes files may take this long
@@ -227,17 +227,11 @@ def read_with_workers(
 ) -> Iterator[Any]:
     """The items of these indices, read ahead by processes that end with this one, also when that ends by an error.
 
-    They ignore SIGTERM, which is what python would end them with, to wait for ever then.
+    They never get SIGTERM, which is what python would end them with, to wait for ever then.
     """
-    loader: Any = DataLoader(
-        data,
-        batch_size=None,
-        sampler=indices,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        worker_init_fn=ignore_sigterm,
-    )
-    items = iter(loader)
+    loader: Any = DataLoader(data, batch_size=None, sampler=indices, num_workers=num_workers, pin_memory=pin_memory)
+    with held_back():
+        items = iter(loader)
     end = getattr(items, "_shutdown_workers", lambda: None)  # what torch calls when all goes well
     atexit.register(end)  # for errors where the items are used, which keep this generator alive until then
     try:

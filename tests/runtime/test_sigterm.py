@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from runtime.sigterm import Terminated, notice_sigterm, sigterm_as_error
+from runtime.sigterm import Terminated, held_back, notice_sigterm, sigterm_as_error
 
 
 def test_sigterm_is_noticed_within_the_block_only():
@@ -43,3 +43,16 @@ def test_what_torch_makes_of_it_is_it_all_the_same():
             raise ValueError("could not determine the shape of this object") from None
     with pytest.raises(ValueError, match="another"), sigterm_as_error():
         raise ValueError("another")
+
+
+@pytest.mark.parametrize("sent, error", [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
+def test_signals_held_back_come_later_and_never_to_processes_begun_meanwhile(sent, error):
+    with pytest.raises(error), sigterm_as_error():
+        with held_back():
+            child = os.fork()
+            if not child:
+                os.kill(os.getpid(), sent)
+                os._exit(0)
+            os.kill(os.getpid(), sent)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        raise AssertionError("it comes before this")
