@@ -8,10 +8,10 @@ otherwise and give other features.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 
 from runtime.cli import UserError
 from stores.torch_files import why_not
@@ -22,8 +22,10 @@ SIDE, PATCH = 224, 14
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of red, green and blue in 0..1
 
 
-def load(path: Path, width: int = 1024, depth: int = 24, heads: int = 16) -> VisionTransformer:
+def load(path: Path, width: int = 1024, depth: int = 24, heads: int = 16) -> Any:
     """The network with the weights of Meta's file, in evaluation mode. ``UserError`` on any other file."""
+    from timm.models.vision_transformer import VisionTransformer  # seconds to import
+
     wrong = f"--dinov2-weights {path}: not the weights of DINOv2's ViT-L/14 without registers"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
