@@ -64,18 +64,26 @@ def second_sigterm() -> None:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """SIGINT and SIGTERM come when the block is over: within, python may pass over what they raise.
+    """SIGINT and SIGTERM come when the block is over: within, where python forks, it may pass over what they raise.
 
-    Processes that begin in the block never get them; they end with the one that they work for. Nothing on Windows.
+    Processes that begin in the block never get them; they end with the one that they work for.
     """
-    if not hasattr(signal, "pthread_sigmask"):
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    both, came = (signal.SIGINT, signal.SIGTERM), []
+    before = {sent: signal.signal(sent, lambda number, frame: came.append(number)) for sent in both}
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows; for the processes, since it holds in this thread only
+        signal.pthread_sigmask(signal.SIG_BLOCK, both)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+        for sent, handler in before.items():
+            signal.signal(sent, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 def die_with_parent() -> None:

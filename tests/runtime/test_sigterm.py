@@ -3,6 +3,8 @@
 import contextlib
 import os
 import signal
+import threading
+import time
 
 import pytest
 
@@ -56,3 +58,17 @@ def test_signals_held_back_come_later_and_never_to_processes_begun_meanwhile(sen
             os.kill(os.getpid(), sent)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         raise AssertionError("it comes before this")
+
+
+def test_they_are_held_back_where_another_thread_gets_them_too():
+    with pytest.raises(Terminated), sigterm_as_error():
+        over = threading.Event()
+        other = threading.Thread(target=over.wait)
+        other.start()  # before the block: it may get what is sent to this process
+        try:
+            with held_back():
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.05)
+        finally:
+            over.set()
+            other.join()
