@@ -217,10 +217,17 @@ def test_the_demos_teacher_is_trained_on_captions_with_some_dropped(tmp_path, ca
     assert 0.15 < (lengths == 1).float().mean() < 0.35 and set(lengths.tolist()) == {1, 6}
 
 
-def test_two_ranks_train_as_one(room, tmp_path):
-    run = ("train_ARD.py", "--data-path", room / "store", "--captions", room / "captions", *STUDENT, "--device", "cpu")
-    assert call_on_ranks(2, *run, "--run-dir", tmp_path / "two") == [0, 0]
-    assert losses(tmp_path / "two") == pytest.approx(losses(room / "run"), rel=1e-5)
+@pytest.mark.parametrize("online", [False, True], ids=["store", "online"])
+def test_two_ranks_train_as_one(online, room, tmp_path):
+    source = (
+        ("--online", "--teacher", room / "teacher.pt", "--solver-steps", 6)
+        if online
+        else ("--data-path", room / "store")
+    )
+    run = ("train_ARD.py", *source, "--captions", room / "captions", *STUDENT, "--device", "cpu", "--run-dir")
+    assert call_on_ranks(2, *run, tmp_path / "two") == [0, 0]
+    call(*run, tmp_path / "one")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
 def test_scenes_show_what_their_captions_say():

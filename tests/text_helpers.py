@@ -33,8 +33,11 @@ def save_pixart(folder: Path, **shape):
     return model
 
 
-def save_t5(folder: Path, broken: bool = False) -> Path:
-    """A tiny T5 of random weights and a tokenizer of the demo's words, as a pipeline's folder has them."""
+def save_t5(folder: Path, scale: float = 1.0) -> Path:
+    """A tiny T5 of random weights and a tokenizer of the demo's words, as a pipeline's folder has them.
+
+    ``scale`` is that of its tokens.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel  # seconds to import
 
@@ -47,8 +50,7 @@ def save_t5(folder: Path, broken: bool = False) -> Path:
     torch.manual_seed(0)
     sizes = dict(vocab_size=len(words), d_model=12, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
     model = T5EncoderModel(T5Config(**sizes))
-    if broken:
-        torch.nn.init.constant_(model.encoder.final_layer_norm.weight, 1e30)
+    torch.nn.init.constant_(model.encoder.final_layer_norm.weight, scale)
     model.save_pretrained(folder / "text_encoder")
     return folder
 
