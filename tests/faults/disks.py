@@ -80,7 +80,8 @@ def says_so(job: Job, code: int | None, out: Path) -> str:
     alone = bool(job.stage.ranks) or errors == job.output.splitlines()[-1:]  # another rank says that it is left alone
     if code == 1 and first and alone and "Traceback" not in job.output:
         return FULL
-    if code == 2 and len(errors) == 1 and REFUSED in errors[0] and "Traceback" not in job.output:
+    refused = code == (1 if job.stage.ranks else 2) and len(errors) == 1  # torchrun has exit codes of its own
+    if refused and REFUSED in errors[0] and "Traceback" not in job.output:
         return COUNTED
     return ROOM if code == 0 else f"it ends with {code}: {job.output[-600:]}"
 
