@@ -111,6 +111,8 @@ def draw_picture(path: Path, files: dict[str, Path], columns: int = 5) -> None:
             axis.imshow(images[sample], interpolation="nearest")
             axis.set_title(scene_caption(int(scenes[sample])).replace(" a ", "\na "), fontsize=6)
         row[0].text(0, 1.45, name, transform=row[0].transAxes, fontsize=8, weight="bold", in_layout=False)
+    for axis, text in ((grid[0, columns - 1], "captions trained on"), (grid[0, -1], "captions never trained on")):
+        axis.text(1, 1.45, text, transform=axis.transAxes, fontsize=8, style="italic", ha="right", in_layout=False)
     with atomic_write(path) as partial:
         figure.savefig(partial, dpi=130, format="png")
 
