@@ -3,8 +3,9 @@
     python tests/faults/disks.py --trials 20 --ranked 2 --seed 0
 
 Each disk is a tmpfs in a mount namespace of a process of its own, so that no mount outlives it; by turns it has a few
-pages and a random size. Wanted of a full disk: exit code 1 and one sentence that names a file there. Exit code 1 on
-anything else, or where a run with room does not end with equal files.
+pages, a random size, and room enough until somebody else takes what is left of it. Wanted of a full disk: exit code 1
+and one sentence that names a file there. Exit code 1 on anything else, or where a run with room does not end with equal
+files.
 """
 
 import argparse
@@ -26,6 +27,7 @@ NEW_MOUNTS, NEW_USER = 0x00020000, 0x10000000  # CLONE_NEWNS and CLONE_NEWUSER o
 SAYS = "No space left on device"
 REFUSED = "where the disk has"  # what a command says that has counted beforehand
 FULL, ROOM, COUNTED = "full", "had room", "refused before the work"
+OTHERS = "somebody else's"  # a file
 
 
 def own_mounts() -> bool:
@@ -90,7 +92,7 @@ def fill(stage: Stage, base: Path, draw: random.Random, trials: int) -> Counter:
     """What comes of so many disks of random sizes."""
     counts: Counter = Counter()
     base.mkdir()
-    wanted, _ = undisturbed(stage, base / "whole")
+    wanted, seconds = undisturbed(stage, base / "whole")
     out = base / "disk"
     out.mkdir()
     mount(out, 1 << 30)
@@ -101,17 +103,23 @@ def fill(stage: Stage, base: Path, draw: random.Random, trials: int) -> Counter:
         peak = max(peak, used(out))
     subprocess.run(["umount", out], check=True)
     for trial in range(trials):
-        pages = trial // 2 % 10 + (before == 0)  # many files are that small; a tmpfs of size 0 has no limit
+        pages = trial // 3 % 10 + (before == 0)  # many files are that small; a tmpfs of size 0 has no limit
         drawn = draw.randrange(4096, max(8192, round(1.1 * (peak - before))))
-        size = before + (drawn if trial % 2 else 4096 * pages)
+        later = trial % 3 == 2
+        size = before + (4 * (peak - before) + (1 << 20) if later else drawn if trial % 3 else 4096 * pages)
         mount(out, size)
         stage.prepare(out)
         job = Job(stage, out)
+        if later:
+            job.wait(draw.uniform(0, seconds))
+            with contextlib.suppress(OSError), (out / OTHERS).open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, os.statvfs(out).f_bavail * os.statvfs(out).f_frsize)
         code = job.wait()
         if code is None:
             job.kill()
         end = says_so(job, code, out)
         counts[end if end in (FULL, ROOM, COUNTED) else f"disk of {size} bytes: {end}"] += 1
+        (out / OTHERS).unlink(missing_ok=True)
         mount(out, 1 << 30, "remount")
         end = ends_well(stage, out, wanted)
         counts[end if end == EQUAL else f"disk of {size} bytes: {end}"] += 1
