@@ -23,7 +23,8 @@ from runtime import cli
 from runtime.cli import OptionGroup, UserError
 from runtime.provenance import require_same
 from runtime.randomness import Classes, Conditions
-from stores.shards import ShardStore, add_store_commands
+from stores.commands import store_parser
+from stores.shards import ShardStore
 
 KIND = "captions"  # the manifest's word for this format
 NEEDED = ("text_sha256", "encoder", "encoder_hash", "channels", "max_tokens")  # of its provenance, by those who read it
@@ -142,10 +143,7 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__, prog="stores.captions", description="Look after a caption store.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=cli.Parser)
-    add_store_commands(commands, verify)
-    return parser
+    return store_parser(__doc__, "captions", verify)[0]
 
 
 run = cli.run_command

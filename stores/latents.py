@@ -19,7 +19,8 @@ import torch
 from runtime import cli
 from runtime.cli import UserError
 from runtime.precision import DTYPES
-from stores.shards import ShardStore, add_store_commands
+from stores.commands import store_parser
+from stores.shards import ShardStore
 
 KIND = "latents"  # the manifest's word for this format
 
@@ -91,10 +92,7 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__, prog="stores.latents", description="Look after a latent store.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=cli.Parser)
-    add_store_commands(commands, verify)
-    return parser
+    return store_parser(__doc__, "latents", verify)[0]
 
 
 run = cli.run_command

@@ -7,12 +7,10 @@ Row i of the store is row i modulo rows-per-shard of shard i // rows-per-shard, 
 ranks writes the same files, and a run that broke off is continued. The manifest comes last and says that all is there.
 """
 
-import argparse
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -183,24 +181,6 @@ def _is_whole(folder: Path, shard: dict) -> bool:
     """Whether a shard has the bytes that the manifest says."""
     path = folder / shard["file"]
     return path.is_file() and path.stat().st_size == shard["bytes"] and file_sha256(path) == shard["sha256"]
-
-
-def add_store_commands(commands: Any, verify: Callable[..., None]) -> None:
-    """``verify`` and ``repair``, the same for every store."""
-    command = commands.add_parser("verify", help="Check counts, checksums and finiteness.")
-    command.add_argument("folder", metavar="DIR", help="Folder of the store.")
-    command.set_defaults(run=verify)
-    command = commands.add_parser("repair", help="Remove damaged shards, for the command that made them to make anew.")
-    command.add_argument("folder", metavar="DIR", help="Folder of the store.")
-    command.set_defaults(run=run_repair)
-
-
-def run_repair(args: argparse.Namespace) -> None:
-    bad = repair(args.folder, "DIR")
-    if not bad:
-        print(f"{args.folder}: ok, nothing to repair")
-    else:
-        print(f"{args.folder}: {', '.join(bad)} removed; run the command that made the store to make them anew")
 
 
 class ShardStore:

@@ -31,8 +31,9 @@ from runtime.provenance import require_same
 from runtime.randomness import Classes, Conditions, Shuffle
 from runtime.vae import load_same_vae
 from stores import checkpoints
+from stores.commands import store_parser
 from stores.samples import SampleWriter
-from stores.shards import ShardStore, add_store_commands
+from stores.shards import ShardStore
 
 
 def row_bytes(shape: tuple[int, ...], points: int, targets: int, dtype: str) -> int:
@@ -171,9 +172,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__, prog="stores.trajectories", description="Look after a trajectory store.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=cli.Parser)
-    add_store_commands(commands, verify)
+    parser, commands = store_parser(__doc__, "trajectories", verify)
     command = commands.add_parser("export", help="Write the final samples to ADM's .npz.")
     command.add_argument("folder", metavar="DIR", help="Folder of the store.")
     command.add_argument("--out", type=cli.file, required=True, help="Write this .npz.")
