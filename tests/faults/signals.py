@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from jobs import ORPHANED
 from stages import EQUAL, Job, Stage, ends_well, fresh, make_inputs, stages, told, undisturbed
 
 OVER, SAID, KILLED, IMPORTING, TWICE, WORKER, LOST = (
@@ -102,7 +103,8 @@ def twice(stage: Stage, out: Path, wanted: dict, seconds: float, draw: random.Ra
                 os.kill(job.pid, signal.SIGTERM)
             time.sleep(0.0005)
         code = job.wait(120)
-        end = TWICE if code == -signal.SIGTERM and "Traceback" not in job.output else end_of(job, code, signal.SIGTERM)
+        quiet = "Traceback" not in ORPHANED.sub("", job.output)
+        end = TWICE if code == -signal.SIGTERM and quiet else end_of(job, code, signal.SIGTERM)
         return [end, ends_well(stage, out, wanted)]
 
 

@@ -32,7 +32,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import bits  # noqa: E402
 import torch  # noqa: E402
-from jobs import Job  # noqa: E402
+from jobs import ORPHANED, Job  # noqa: E402
 from kinds import damage, kinds  # noqa: E402
 from soak_stages import GROUPS, Stage, stages  # noqa: E402
 
@@ -160,16 +160,11 @@ class Disturbance:
             self._bad("different", text=f"in {[key for key in wanted if not bits.same(found[key], wanted[key])]}")
 
     def _look_for_tracebacks(self, job: Job) -> None:
-        """Torchrun has a traceback of its own when a rank has failed; that is not counted as one.
-
-        Nor is that of Python's thread which hands tensors from a data worker to a process that has just been killed.
-        """
+        """Torchrun has a traceback of its own when a rank has failed; that is not counted as one, nor an orphan's."""
         for who, text in job.said.items():
             if who != "all" or not job.ranks:
                 found = len(re.findall(r"^Traceback", text, re.MULTILINE))
-                orphans = len(
-                    re.findall(r"^Traceback .*\n.*resource_sharer.py\", line \d+, in _serve", text, re.MULTILINE)
-                )
+                orphans = len(ORPHANED.findall(text))
                 self.counts["complaints of orphaned data workers"] += orphans
                 if found > orphans:
                     self._bad("tracebacks", job)
