@@ -232,7 +232,7 @@ def as_old_run(run: Path, out: Path) -> Path:
     shutil.copytree(run, out)
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(with_old_keys(config), indent=2))
-    for file in (out / "checkpoints").iterdir():
+    for file in (out / "checkpoints").glob("*.pt"):  # samples may lie beside them
         content = checkpoints.load(file, "")
         checkpoints.save(file, content | {"config": with_old_keys(content["config"])})
     return out
