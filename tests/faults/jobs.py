@@ -3,7 +3,6 @@
 import contextlib
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -16,8 +15,6 @@ from pathlib import Path
 from helpers import ROOT, call, words
 from soak_stages import Stage
 
-# Of python's thread that hands tensors from a data worker to a process that has just been killed.
-ORPHANED = re.compile(r"^Traceback .*\n.*resource_sharer.py\", line \d+, in _serve", re.MULTILINE)
 PATIENCE = 60  # seconds in which the other processes of a job must end when one is killed
 
 

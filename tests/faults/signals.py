@@ -21,8 +21,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from jobs import ORPHANED
-from stages import EQUAL, Job, Stage, ends_well, fresh, make_inputs, stages, told, undisturbed
+from stages import EQUAL, ORPHANED, Job, Stage, ends_well, fresh, make_inputs, stages, told, undisturbed
 
 OVER, SAID, KILLED, IMPORTING, TWICE, WORKER, LOST = (
     "over before",

@@ -32,9 +32,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import bits  # noqa: E402
 import torch  # noqa: E402
-from jobs import ORPHANED, Job  # noqa: E402
+from jobs import Job  # noqa: E402
 from kinds import damage, kinds  # noqa: E402
 from soak_stages import GROUPS, Stage, stages  # noqa: E402
+from stages import ORPHANED  # noqa: E402
 
 torch.set_num_threads(1)
 

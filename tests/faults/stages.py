@@ -7,6 +7,7 @@ everything starts in milliseconds, so that hundreds of runs fit into a test.
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,8 @@ from stores.images import NUMBERS  # noqa: E402
 
 torch.set_num_threads(1)
 EQUAL = "equal"
+# Of python's thread that hands tensors from a data worker to a process that has just been killed.
+ORPHANED = re.compile(r"^Traceback .*\n.*resource_sharer.py\", line \d+, in _serve", re.MULTILINE)
 STAGES = ("train", "encode_latents", "encode_captions", "sample_trajectory", "train_ARD", "train_ARD_gan", "sample",
           "sample_ARD", "evaluator", "slim", "export", "repair")  # fmt: skip
 
