@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from stages import EQUAL, Job, Stage, ends_well, make_inputs, stages, told, undisturbed
+from stages import EQUAL, SENTENCE, Job, Stage, ends_well, make_inputs, stages, told, undisturbed
 
 NEW_MOUNTS, NEW_USER = 0x00020000, 0x10000000  # CLONE_NEWNS and CLONE_NEWUSER of sched.h
 SAYS = "No space left on device"
@@ -77,7 +77,7 @@ def used(folder: Path) -> int:
 
 def says_so(job: Job, code: int | None, out: Path) -> str:
     """ "full": exit code 1 and a sentence that names a file there; COUNTED: code 2; "had room"; or what is wrong."""
-    errors = [line for line in job.output.splitlines() if "error: " in line]
+    errors = [line for line in job.output.splitlines() if SENTENCE.search(line)]
     first = next((line for line in errors if SAYS in line and f"({out}" in line), None)
     alone = bool(job.stage.ranks) or errors == job.output.splitlines()[-1:]  # another rank says that it is left alone
     if code == 1 and first and alone and "Traceback" not in job.output:

@@ -35,7 +35,7 @@ import torch  # noqa: E402
 from jobs import Job  # noqa: E402
 from kinds import damage, kinds  # noqa: E402
 from soak_stages import GROUPS, Stage, stages  # noqa: E402
-from stages import ORPHANED  # noqa: E402
+from stages import ORPHANED, SENTENCE  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -45,7 +45,6 @@ GOOD = ("kills", "kills of all", "kills of one rank", "kills of torchrun", "kill
         "complaints of orphaned data workers",
         "made good")  # fmt: skip
 AT_WORK = "is at work there"  # what a command says of a folder that another process holds
-SENTENCE = re.compile(r": error( of rank \d+)?: ")  # with which a command ends, or a rank of it
 
 
 class Whole(NamedTuple):

@@ -35,6 +35,7 @@ from stores.images import NUMBERS  # noqa: E402
 
 torch.set_num_threads(1)
 EQUAL = "equal"
+SENTENCE = re.compile(r": error( of rank \d+)?: ")  # with which a command ends, or a rank of it
 # Of python's thread that hands tensors from a data worker to a process that has just been killed.
 ORPHANED = re.compile(r"^Traceback .*\n.*resource_sharer.py\", line \d+, in _serve", re.MULTILINE)
 STAGES = ("train", "encode_latents", "encode_captions", "sample_trajectory", "train_ARD", "train_ARD_gan", "sample",
