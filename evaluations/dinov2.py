@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from evaluations.flops import outlines
 from runtime.cli import UserError
 from stores.torch_files import why_not
 
@@ -31,7 +32,7 @@ def load(path: Path, width: int = 1024, depth: int = 24, heads: int = 16) -> Any
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the ways in which a wrong file fails to unpickle are not a closed list
         raise UserError(f"{wrong} ({why_not(path, error)})") from None
-    with torch.device("meta"):
+    with outlines():
         model = VisionTransformer(
             img_size=SIDE,
             patch_size=PATCH,
