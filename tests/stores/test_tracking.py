@@ -100,8 +100,10 @@ def offline(monkeypatch, tmp_path):
 
 def records(run: Path) -> list:
     """What wandb has written in all parts of a run, in order: its log of records is LevelDB's, in blocks of 32 KiB."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # offline, a run's end does not wait for its process to write; this does
     found, part = [], b""
     for file in sorted(run.glob("wandb/*run-*/*.wandb")):
         content, at = file.read_bytes(), 7  # behind its header
@@ -165,9 +167,6 @@ def test_a_failure_of_wandb_is_said_once_and_ends_nothing(offline, tmp_path, mon
     assert [row["loss"] for row in rows(tmp_path)] == [1.0]
 
     # A server that does not know us: the run is kept.
-    import wandb
-
-    wandb.teardown()
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "no key")
     other = Wandb(tmp_path, "ard", {}, said.append)
