@@ -19,9 +19,8 @@ from runtime.files import read_json
 # A way, the student of the study and the step where it begins, and how many steps it takes.
 TRIALS = [
     ("plain", "s4-m4-n2", 1200, 800),
-    ("plain", "s4-m4-n2", 2000, 700),
     ("own", "s4-m4-n2", 600, 600),
-    ("own", "s4-m4-n2", 2000, 400),
+    ("own", "s4-m4-n2", 1200, 400),
     ("plain", "s2-m4-n2", 1200, 600),
     ("own", "s2-m4-n2", 1200, 400),
 ]
@@ -30,6 +29,8 @@ SCREENED = [
     ("mixed", "s4-m4-n2", 600, 600),
     ("noise", "s4-m4-n2", 600, 600),
     ("relabel", "s4-m4-n2", 600, 600),
+    ("plain", "s4-m4-n2", 2000, 700),
+    ("own", "s4-m4-n2", 2000, 400),
 ]
 STUDY_STEPS = 1200
 COMPARED = ("cost", "fid", "same_steps", "same_time")

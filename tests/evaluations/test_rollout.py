@@ -123,4 +123,4 @@ def test_every_trial_begins_where_the_study_or_another_ends(tmp_path):
     for piece in todo:
         (begin,) = piece.needs
         assert begin in made or begin.is_relative_to(tmp_path / "study")
-    assert len({piece.makes for piece in todo}) == len(todo) == 2 * 12 + 7
+    assert len({piece.makes for piece in todo}) == len(todo) == 2 * 10 + 11
