@@ -8,6 +8,7 @@ al. 2021, Eq. 7).
 """
 
 from collections.abc import Callable
+from itertools import islice
 
 import torch
 import torch.nn as nn
@@ -40,8 +41,11 @@ def adaptive_weight(regression: torch.Tensor, adversarial: torch.Tensor) -> torc
 
 @torch.no_grad()
 def own_history(student: ARD, noise: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """What the student sees of itself when sampling: noise (B, C, H, W), y (B,) -> (B, S, C, H, W), the noise first."""
-    return torch.cat([noise[:, None], student.sample(noise, y)[:, :-1]], dim=1)
+    """What the student sees of itself when sampling: noise (B, C, H, W), y (B,) -> (B, S, C, H, W), the noise first.
+
+    The last step, whose prediction no step sees, is not taken.
+    """
+    return torch.stack([noise, *islice(student.sample_steps(noise, y), student.steps - 1)], dim=1)
 
 
 class AdversarialLosses:
