@@ -28,16 +28,19 @@ def about(results: Sequence[Result]) -> str:
     yardstick = "ADM's Inception features" if seen["adm"] else f"{first.features} features, not ADM's"
     text = f"{listed([r.figures['count'] for r in results])} samples against {seen['reference_file']['count']} "
     text += f"real images ({yardstick}); seeds {listed(list(seeds))}; teacher {first.model.about.get('teacher_hash')}"
+    trained = {r.model.iteration for r in results} - {0}
     text += f"; batch {listed(list(batch))}" if batch else ""
+    text += f"; {listed(list(trained))} training steps" if trained else ""
     return f"{text}; metrics by PyTorch {seen['versions']['torch']}."
 
 
-def latest(rows: Sequence[Row]) -> list[Row]:
-    """Of rows with equal shapes the one that was trained longest, of most seeds."""
-    best: dict[tuple, Row] = {}
-    for row in sorted(rows, key=lambda row: (row.model.iteration, len(row.results))):
-        best[row.model.shape] = row
-    return [best[shape] for shape in sorted(best)]
+def alike(rows: Sequence[Row]) -> list[Row]:
+    """The largest set of rows that differ in target, mask and N alone: one teacher, S, training, yardstick."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.results[0].alike("target")].append(row)
+    largest = max(groups.values(), key=lambda g: (len(g), g[0].model.steps, g[0].model.iteration), default=[])
+    return sorted(largest, key=lambda row: row.model.shape)
 
 
 def teacher_fid(rows: Sequence[Row], of: Row) -> float | None:
@@ -52,7 +55,8 @@ def same_noise(results: Results, columns: int) -> Picture | None:
         model = Model(provenance)
         if "sample_seed" not in provenance or not model.plain:
             continue
-        group = groups[path.parent, provenance["sample_seed"], provenance.get("teacher_hash")]
+        what = str([provenance.get(name) for name in ("sample_seed", "teacher_hash", "sample_labels", "weights")])
+        group = groups[path.parent, what]
         if model.shape not in group or group[model.shape][0].iteration < model.iteration:
             group[model.shape] = model, path
     best = max(groups.values(), key=lambda g: (any(not m.student for m, _ in g.values()), len(g)), default=None)
@@ -67,16 +71,20 @@ def same_noise(results: Results, columns: int) -> Picture | None:
         if not m.student
         or (m.steps == steps and m.target == target and (m.mask, m.layers) in (("M1", 0), ("M4", main)))
     ]
+    if not any(m.student for m, _ in wanted):
+        wanted = sorted(best.values(), key=lambda pair: pair[0].shape)[:6]
     rows = []
-    for model, path in wanted or sorted(best.values(), key=lambda pair: pair[0].shape)[:6]:
+    for model, path in wanted:
         with np.load(path) as file:
             label = f"teacher\n{model.steps} steps" if not model.student else f"{model.method}\n{model.loss}"
             rows.append((label.replace("step distillation", "step distill."), file["arr_0"][:columns]))
     columns = min(len(images) for _, images in rows)
     return Picture(
         figures.draw_images([(label, images[:columns]) for label, images in rows]),
-        f"Samples from the same noise and label in each column; students of {steps} steps, target {target}. Seed "
-        f"{listed([m.about['sample_seed'] for m in models])}, the first {columns} samples, not chosen.",
+        f"Samples from the same noise and label in each column; students of "
+        f"{listed([m.steps for m, _ in wanted if m.student])} steps, target "
+        f"{listed([m.target for m, _ in wanted if m.student])}. Seed "
+        f"{listed([m.about['sample_seed'] for m, _ in wanted])}, the first {columns} samples, not chosen.",
     )
 
 
@@ -91,7 +99,9 @@ def curves(results: Results) -> list[tuple[Model, dict[int, list[float]], str]]:
     for folder, config in results.runs.items():
         if config.get("kind") == "student" and config["training"].get("loss") == "R":
             model = Model(config["provenance"] | {"student": config["model"], "training": config["training"]})
-            curve = found.setdefault(f"{model.shape}", (model, defaultdict(list), "as logged by --eval-every"))
+            training = {name: value for name, value in config["training"].items() if name != "seed"}
+            key = f"{model.shape} {config['provenance'].get('teacher_hash')} {training}"
+            curve = found.setdefault(key, (model, defaultdict(list), "as logged by --eval-every"))
             log = folder / "log.txt"
             for line in log.read_text().splitlines() if log.is_file() else []:
                 words = line.split()
@@ -138,26 +148,28 @@ def targets_over_training(results: Results) -> Picture | None:
 
 def from_teachers_points(results: Results) -> Picture | None:
     """Fig. 6b: FID when the first k steps are the teacher's own points."""
-    given = [r for r in results.metrics if r.model.about.get("teacher_steps") and r.model.loss == "R"]
-    shapes = {r.model.shape + (r.model.iteration,): r.model for r in given}
-    if not shapes:
-        return None
-    main, steps, lines, used = main_layers(list(shapes.values())), most_steps(list(shapes.values())), [], []
-    targets = {model.target for model in shapes.values()}
-    for shape, model in sorted(shapes.items()):
-        same = [r for r in results.metrics if (*r.model.shape, r.model.iteration) == shape]
-        most = max(r.figures["count"] for r in same if r in given)
-        points = defaultdict(list)
-        for r in same:
-            k = r.model.about.get("teacher_steps") or 0
-            if r.figures["count"] == most and (k or r.model.plain):
-                points[k].append(r.figures["fid"])
-                used.append(r)
+    groups: dict[str, dict[int, list[Result]]] = defaultdict(lambda: defaultdict(list))
+    for r in results.metrics:
+        k = r.model.about.get("teacher_steps") or 0
+        if r.model.student and r.model.loss == "R" and (k or r.model.plain):
+            groups[r.key()][k].append(r)
+    best = {}  # of each shape the most complete set, trained longest
+    for points in sorted(
+        groups.values(), key=lambda found: (len(found), next(iter(found.values()))[0].model.iteration)
+    ):
+        if any(points):
+            best[next(iter(points.values()))[0].model.shape] = points
+    models = {shape: next(iter(points.values()))[0].model for shape, points in sorted(best.items())}
+    main, steps = main_layers(list(models.values())), most_steps(list(models.values()))
+    several = len({model.target for model in models.values()}) > 1
+    lines, used = [], []
+    for shape, model in models.items():
         if model.steps == steps and model.layers in (0, main):
-            at = sorted(points)
-            label = model.name if len(targets) == 1 else f"{model.method}, {model.target}"
-            tint = colour(model, main)
-            lines.append(Series(label, at, [points[k] for k in at], tint, dashed=model.target == "xt"))
+            at = sorted(best[shape])
+            used += [r for k in at for r in best[shape][k]]
+            values = [[r.figures["fid"] for r in best[shape][k]] for k in at]
+            label = f"{model.method}, {model.target}" if several else model.name
+            lines.append(Series(label, at, values, colour(model, main), dashed=model.target == "xt"))
     if not lines:
         return None
     text = f"FID when the first k of {steps} steps are the teacher's own points: how errors add up. {about(used)}"
@@ -167,9 +179,7 @@ def from_teachers_points(results: Results) -> Picture | None:
 
 def over_layers(results: Results) -> Picture | None:
     """Fig. 6c: FID against N, the layers that look at history; 0 is step distillation."""
-    rows = [r for r in latest(results.table()) if r.model.loss == "R" and r.model.mask in ("M1", "M4")]
-    steps = most_steps([r.model for r in rows])
-    rows = [r for r in rows if r.model.student and r.model.steps == steps]
+    rows = alike([r for r in results.table() if r.model.loss == "R" and r.model.mask in ("M1", "M4")])
     lines = []
     for target in sorted({r.model.target for r in rows}):
         mine = sorted((r for r in rows if r.model.target == target), key=lambda r: r.model.layers)
@@ -178,6 +188,7 @@ def over_layers(results: Results) -> Picture | None:
             lines.append(Series(f"target {target}", x, values, BLUE, dashed=target == "xt"))
     if not lines:
         return None
+    steps = rows[0].model.steps
     text = f"FID against the lower layers N that see history, M4, {steps} steps; N=0 is step distillation. "
     text += about([result for row in rows for result in row.results])
     axis = "layers that see history, N"
@@ -187,9 +198,9 @@ def over_layers(results: Results) -> Picture | None:
 
 def noise_or_history(results: Results) -> Picture | None:
     """Not in the paper: what each mask loses to the teacher under both targets, which tells noise from history."""
-    rows = [r for r in latest(results.table()) if r.model.student and r.model.loss == "R" and r.degradations]
-    steps, main = most_steps([r.model for r in rows]), main_layers([r.model for r in rows])
-    rows = [r for r in rows if r.model.steps == steps and r.model.layers in (0, main)]
+    rows = alike([r for r in results.table() if r.model.student and r.model.loss == "R" and r.degradations])
+    main = main_layers([r.model for r in rows])
+    rows = [r for r in rows if r.model.layers in (0, main)]
     sees = {"M1": "its own point", "M2": "and the one before", "M3": "and the noise", "M4": "and all before"}
     groups: dict[str, dict[str, list[float]]] = {}
     for target in ("x0", "xt"):
@@ -209,19 +220,24 @@ def noise_or_history(results: Results) -> Picture | None:
 
 def manipulation(results: Results, columns: int) -> Picture | None:
     """Fig. 10: source images in place of a prediction, and what the student makes of them."""
-    found = [(p["source_images"], p["source_step"], path) for path, p in results.samples.items() if "source_step" in p]
-    if not found:
+    groups: dict[tuple, list[tuple[int, Path]]] = defaultdict(list)
+    for path, p in results.samples.items():
+        if "source_step" in p:
+            what = (str(p.get(name)) for name in ("source_images", "weights_hash", "sample_labels"))
+            groups[tuple(what)].append((p["source_step"], path))
+    if not groups:
         return None
+    (source, _, labels), found = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))[0]
     rows: list[tuple[str, np.ndarray]] = []
-    sources, _, first = sorted(found)[0]
-    wanted = [("source", Path(sources))] if sources.endswith(".npz") and Path(sources).is_file() else []
-    wanted += [
-        (f"in place of\nprediction {step}", path) for source, step, path in sorted(found)[:6] if source == sources
-    ]
+    is_file = source.endswith(".npz") and Path(source).is_file()
+    wanted = [("source", Path(source))] if is_file else []
+    wanted += [(f"in place of\nprediction {step}", path) for step, path in sorted(found)[:6]]
     for label, path in wanted:
         with np.load(path) as file:
             rows.append((label, file["arr_0"][:columns]))
     columns = min(len(images) for _, images in rows)
-    text = f"Each source image takes the place of a prediction of {Model(results.samples[first]).name}, which goes on "
-    text += f"from it to the labels {results.samples[first]['sample_labels']}."
+    text = (
+        f"Each source image takes the place of a prediction of {Model(results.samples[found[0][1]]).name}, which goes "
+    )
+    text += f"on from it to the labels {labels}." + ("" if is_file else f" The sources, {source}, are not shown here.")
     return Picture(figures.draw_images([(label, images[:columns]) for label, images in rows]), text)

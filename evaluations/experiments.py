@@ -205,6 +205,7 @@ def make_reference_and_teacher(folder: Path, seed: int, num_trajectories: int, n
     reference = ["python", "-m", "evaluations.digits", "reference", "--out", folder / "digits.npz"]
     # The teacher's samples are the last points of its trajectories: they come free.
     export = ["python", "-m", "stores.trajectories", "export", store, "--out", folder / "teacher.npz"]
+    export += ["--num-samples", min(num_samples, num_trajectories)]  # FID falls with their number
     sample = ["python", "sample.py", "--teacher", TEACHER, "--num-samples", same_noise, "--seed", seed]
     sample += ["--out", folder / "teacher-same-noise.npz"]
     call([reference, export, sample])

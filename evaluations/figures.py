@@ -193,8 +193,10 @@ def draw_errors(panels: Sequence[tuple[str, Sequence[Series]]]) -> Figure:
         axis.set_xlabel("step")
         axis.set_xticks(series[0].x)
         axis.set_ylim(bottom=0)
-    axes[0].set_ylabel("RMS error to the teacher")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    axes[0].set_ylabel("RMS error, units of latents")
+    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels())}
+    columns = 2 if len(handles) > 2 else 1
+    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=columns)
     return figure
 
 
@@ -202,7 +204,7 @@ def draw_errors(panels: Sequence[tuple[str, Sequence[Series]]]) -> Figure:
 def draw_bars(groups: dict[str, dict[str, list[float]]], colours: dict[str, str], ylabel: str) -> Figure:
     """A panel of bars for each group, {group: {bar: values of the seeds}}: the mean, and a dot for each seed."""
     figure = Figure(figsize=(WIDTH, 2.2))
-    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     handles = {}
     for axis, (group, bars) in zip(panels, groups.items(), strict=True):
         for x, (name, values) in enumerate(bars.items()):

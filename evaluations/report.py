@@ -14,14 +14,13 @@ import html
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from evaluations import evidence, figures, measured
 from evaluations.figures import Picture, inline_png
-from evaluations.results import FIGURES, Results, Row, count_gflops
-from presets import TABLE_1
+from evaluations.results import Results
+from evaluations.table import COLUMNS, as_latex, as_markdown, notes, printed, table
 from runtime import cli
 from runtime.cli import UserError
 from runtime.files import write_text
@@ -33,118 +32,13 @@ SHOWN = {
     "fig4_attention": ("Fig. 4: attention to history", "train_ARD.py --mask M4"),
     "fig5_samples": ("Fig. 5: samples from the same noise", "sample.py and sample_ARD.py with the same --seed"),
     "fig6a_training": ("Fig. 6a: FID while training", "metrics of several checkpoints, or --eval-every"),
-    "fig6b_teacher_steps": ("Fig. 6b: error accumulation", "sample_ARD.py --teacher-steps k --data-path STORE"),
+    "fig6b_teacher_steps": ("Fig. 6b: error accumulation", "sample_ARD.py --teacher-steps k, for several k"),
     "fig6c_layers": ("Fig. 6c: FID against N", "train_ARD.py --stack N for several N"),
     "fig8_targets": ("Fig. 8: targets", "train_ARD.py --target xt, and metrics of several checkpoints"),
     "fig10_manipulation": ("Fig. 10: image manipulation", "sample_ARD.py --source-images FOLDER --source-step k"),
     "step_errors": ("Exposure bias: error of each step", "a trajectory store, --store"),
     "noise_or_history": ("Is it history, or the noise?", "train_ARD.py --mask M3, with both targets"),
 }
-COLUMNS = {
-    "model": "model",
-    "loss": "loss",
-    "target": "target",
-    "mask": "mask",
-    "steps": "S",
-    "history_layers": "N",
-    "iteration": "iterations",
-    "gflops": "GFLOPs",
-    "ms_per_sample": "ms",
-    "fid": "FID",
-    "inception_score": "IS",
-    "precision": "precision",
-    "recall": "recall",
-    "degradation": "FID - teacher's",
-    "published": "paper's row",
-    "published_fid": "its FID",
-    "published_degradation": "its FID - teacher's",
-}
-MEASURED = (*FIGURES, "degradation")
-
-
-#################################################################################
-#                                    Table 1                                    #
-#################################################################################
-
-
-def table(results: Results) -> list[dict[str, Any]]:
-    """The rows as data: figures are means over seeds, with "std" and the values of "seeds" beside them."""
-    found = results.table()
-    students = {r.model.about.get("teacher_hash"): r.model.student for r in found if r.model.student}
-    return [
-        table_row(row, *results.milliseconds(row), students.get(row.model.about.get("teacher_hash"))) for row in found
-    ]
-
-
-def table_row(row: Row, milliseconds: float | None, timed: set[str], sibling: dict | None) -> dict[str, Any]:
-    """One row; ``timed`` says how the milliseconds were measured.
-
-    ``sibling`` is the config of a student of this teacher, which has its shape.
-    """
-    model, published = row.model, row.model.published()
-    gflops = row.gflops()
-    if not model.student and sibling:
-        gflops = count_gflops(json.dumps(sibling), model.steps, model.text_tokens, teacher=True)
-    line: dict[str, Any] = {"model": model.method, "loss": model.loss, "target": model.target}
-    line |= {"mask": model.mask, "steps": model.steps, "history_layers": model.layers if model.student else None}
-    line |= {
-        "iteration": model.iteration or None,
-        "gflops": gflops,
-        "ms_per_sample": milliseconds,
-        "timed": sorted(timed),
-    }
-    line |= {name: row.mean(name) for name in MEASURED} | {"published": published}
-    if published:
-        paper = TABLE_1[published]
-        line |= {"published_fid": paper.fid, "published_degradation": paper.fid - TABLE_1["teacher-25"].fid}
-    seen = row.results[0].figures
-    line |= {"std": {name: row.std(name) for name in MEASURED}, "seeds": {name: row.values(name) for name in MEASURED}}
-    line |= {"samples": seen["count"], "features": row.results[0].features, "adm": seen["provenance"]["adm"]}
-    return line | {"files": [str(result.path) for result in row.results]}
-
-
-def cells(line: dict[str, Any], plus_minus: str) -> list[str]:
-    """A row's text, in the order of ``COLUMNS``."""
-    found = []
-    for name in COLUMNS:
-        value, spread = line.get(name), line["std"].get(name)
-        text = "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-        if isinstance(value, float) and name in MEASURED:
-            digits = 3 if name in ("precision", "recall") else 2
-            text = f"{value:.{digits}f}" + (f" {plus_minus} {spread:.{digits}f}" if spread is not None else "")
-        elif name.startswith("published_") and value is not None:
-            text = f"{value:.2f}"
-        found.append(text)
-    return found
-
-
-def notes(lines: list[dict[str, Any]], results: Results) -> list[str]:
-    """What a reader of the table must know."""
-    made = evidence.about([r for row in results.table() for r in row.results])
-    text = [f"Means over seeds, with the standard deviation where there are several. {made}"]
-    text.append("GFLOPs: multiply-accumulates of one image, counted in our own models.")
-    if timed := {how for line in lines for how in line["timed"]}:
-        text.append(f"ms: measured milliseconds for a sample, median ({'; '.join(sorted(timed))}).")
-    if any(line["published"] for line in lines):
-        text.append("The paper's rows are of DiT-XL/2 on ImageNet 256: its N=6 of 28 stands beside any N below all.")
-    return text
-
-
-def as_markdown(lines: list[dict[str, Any]], text: list[str]) -> str:
-    """The table and its notes."""
-    head = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * len(COLUMNS)]
-    return "\n".join([*head, *("| " + " | ".join(cells(line, "±")) + " |" for line in lines), "", *text]) + "\n"
-
-
-def as_latex(lines: list[dict[str, Any]], text: list[str]) -> str:
-    """The same for a paper; needs the package booktabs."""
-    escape = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&"})
-    head = " & ".join(COLUMNS.values()).translate({ord("_"): r"\_"})
-    body = [" & ".join(cell.translate(escape) for cell in cells(line, r"$\pm$")) + r" \\" for line in lines]
-    comment = [f"% {note}" for note in text]
-    begin = [rf"\begin{{tabular}}{{{'l' * len(COLUMNS)}}}", r"\toprule", head + r" \\", r"\midrule"]
-    return "\n".join([*comment, *begin, *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
-
 
 #################################################################################
 #                                    Figures                                    #
@@ -195,7 +89,7 @@ def page(folders: list[str], lines: list[dict], text: list[str], shown: dict[str
     parts = ["<h2>Table 1</h2>"]
     if lines:
         head = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS.values())
-        body = ["".join(f"<td>{html.escape(cell)}</td>" for cell in cells(line, "±")) for line in lines]
+        body = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in printed(lines, "±")]
         parts.append(
             f'<div class="wide"><table><tr>{head}</tr>{"".join(f"<tr>{row}</tr>" for row in body)}</table></div>'
         )
@@ -262,7 +156,8 @@ def build_parser() -> cli.Parser:
 
 def run(args: argparse.Namespace) -> None:
     for folder in args.folders:
-        cli.existing_folder("FOLDER", folder)
+        if cli.existing_folder("FOLDER", folder).resolve() == args.out.resolve():
+            raise UserError(f"--out {args.out}: is a FOLDER to read, give another one, such as {args.out / 'report'}")
     for store in args.store:
         TrajectoryStore(store, "--store")
     options = {"stores": args.store, "trajectories": args.trajectories, "columns": args.columns}

@@ -26,8 +26,8 @@ FIGURES = ("fid", "inception_score", "precision", "recall")
 SAME_TEACHER = ("teacher_hash", "solver", "solver_steps", "cfg_scale", "cfg_channels")
 # Of samples: what else decides a figure, but for seeds.
 DECISIVE = (
-    *(*SAME_TEACHER, "student", "target", "grid", "step", "start_step", "weights"),
-    *("sample_labels", "sample_captions"),
+    *(*SAME_TEACHER, "student", "target", "grid", "step", "start_step", "weights", "real", "online"),
+    *("dtype", "precision", "trajectories", "sample_precision", "sample_labels", "sample_captions"),
 )
 NOT_OF_DIT = ("steps", "mask", "history_layers", "level_embedding")
 
@@ -153,9 +153,23 @@ class Result:
         about = {name: self.model.about.get(name) for name in DECISIVE if name not in without}
         training = self.model.about.get("training", {})
         about["training"] = {name: value for name, value in training.items() if name != "seed"}
+        return json.dumps([about, self.yardstick, self.figures["count"]], sort_keys=True)
+
+    def alike(self, *without: str) -> str:
+        """Equal for results that differ in what their students see of the history, in seeds, and in those values."""
+        return json.dumps([self.key("student", *without), self.model.steps])
+
+    @property
+    def yardstick(self) -> tuple:
+        """What the figures are measured by: the network and the real images."""
         seen = self.figures["provenance"]
-        yardstick = (self.features, seen["weights_sha256"], seen["reference_file"]["sha256"])
-        return json.dumps([about, yardstick, self.figures["count"]], sort_keys=True)
+        real = seen["reference_file"]
+        return self.features, seen["weights_sha256"], real.get("sha256") or real.get("listing")
+
+    @property
+    def seeds(self) -> tuple:
+        """Of training and of sampling."""
+        return self.model.about.get("training", {}).get("seed"), self.model.about.get("sample_seed")
 
 
 @dataclass
@@ -173,16 +187,6 @@ class Row:
     def values(self, figure: str) -> list[float]:
         """The figure of each seed."""
         return self.degradations if figure == "degradation" else [r.figures[figure] for r in self.results]
-
-    def mean(self, figure: str) -> float | None:
-        """None where it was not measured."""
-        values = self.values(figure)
-        return float(np.mean(values)) if values else None
-
-    def std(self, figure: str) -> float | None:
-        """The standard deviation over seeds (n - 1), None of a single one."""
-        values = self.values(figure)
-        return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
     def gflops(self) -> float | None:
         """Multiply-accumulates of one image; None where the architecture is not known."""
@@ -208,10 +212,10 @@ class Results:
     """All that some folders hold."""
 
     def __init__(self, folders: Iterable[Path]):
-        self.folders = [Path(folder) for folder in folders]
+        self.folders = [Path(folder).resolve() for folder in folders]
         self.metrics = [r for path in self._files("*.json") if (r := read_metrics(path)) is not None]
         self.samples = {path: about for path in self._files("*.npz") if (about := provenance_of(path))}
-        self.stores = sorted({p.parent for p in self._files("manifest.json") if "solver_indices" in p.read_text()})
+        self.stores = sorted({p.parent for p in self._files("manifest.json") if b"solver_indices" in p.read_bytes()})
         self.runs = {path.parent: config for path in self._files("config.json") if (config := read_config(path.parent))}
 
     def _files(self, pattern: str) -> list[Path]:
@@ -254,8 +258,8 @@ class Results:
             path, model = result.path.parent / "table.json", result.model
             mine = {"model": model.method, "loss": model.loss, "target": model.target, "steps": model.steps}
             mine |= {"mask": model.mask, "history_layers": model.layers}
-            for line in json.loads(path.read_text()) if path.is_file() else []:
-                if "ms_per_sample" in line and all(line.get(key, value) == value for key, value in mine.items()):
+            for line in timings(path):
+                if all(line.get(key, value) == value for key, value in mine.items()):
                     found.append(line["ms_per_sample"])
                     how.add(line.get("timed", "see the table.md of the run"))
         return (float(np.median(found)) if found else None), how
@@ -264,13 +268,21 @@ class Results:
 def same_teacher(teacher: Result, result: Result) -> bool:
     """Whether these are figures of the student's own teacher, by the same yardstick and as many samples."""
     a, b = teacher.model.about, result.model.about
-    one, other = teacher.figures["provenance"], result.figures["provenance"]
-    yardstick = all(one[name] == other[name] for name in ("features", "weights_sha256"))
-    return (
-        yardstick
-        and all(a.get(name) == b.get(name) for name in SAME_TEACHER)
-        and (one["reference_file"]["sha256"] == other["reference_file"]["sha256"])
-    )
+    counted = teacher.figures["count"] == result.figures["count"]  # FID falls with the number of samples
+    return counted and teacher.yardstick == result.yardstick and all(a.get(n) == b.get(n) for n in SAME_TEACHER)
+
+
+def timings(path: Path) -> list[dict]:
+    """The lines of a demo's or study's table.json that say how long a sample takes."""
+    try:
+        lines = json.loads(path.read_text())
+        return [
+            line
+            for line in lines
+            if isinstance(line.get("ms_per_sample"), float) and isinstance(line.get("timed", ""), str)
+        ]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return []
 
 
 def read_metrics(path: Path) -> Result | None:

@@ -67,18 +67,24 @@ class SampleWriter(SharedWriter):
         self.path, self.count, self.keep_latents = writable_npz("--out", path), count, keep_latents
         self.folder = self.path.with_suffix(".partial")
         self.provenance = provenance | {"count": count}
+        if "solver_indices" in provenance and "count" in provenance:  # a student's: of the trajectories it learned
+            self.provenance["trajectories"] = provenance["count"]
         self.complete = self.path.exists()
         self._note = self.folder / "provenance.json"
         if self.complete:
-            require_same(f"--out {path}: the samples there are others", read_provenance(path), self.provenance)
+            self._require_same(f"--out {path}: the samples there are others", read_provenance(path))
         else:
             found = self._noted()
             if found is not None:
                 unfinished = f"--out {path}: {self.folder} holds the unfinished samples of another run"
-                require_same(unfinished, found, self.provenance)
+                self._require_same(unfinished, found)
             elif self._parts():
                 raise UserError(f"--out {path}: {self.folder} does not say whose samples it holds; remove it")
         self._missing: list[int] = []
+
+    def _require_same(self, what: str, found: dict) -> None:
+        """Earlier versions did not note the number of trajectories."""
+        require_same(what, {"trajectories": self.provenance.get("trajectories")} | found, self.provenance)
 
     def _noted(self) -> dict | None:
         """What the unfinished samples say of themselves; None where there are none, or nothing that can be read."""

@@ -116,7 +116,7 @@ def test_a_report_has_the_rows_of_text_models(room, digit_files, tmp_path):
     assert sorted((row["model"], row["steps"]) for row in rows) == [("ARD", 3), ("teacher", 3), ("teacher", 6)]
     student = next(row for row in rows if row["model"] == "ARD")
     teacher = next(row for row in rows if row["steps"] == 6)
-    assert student["degradation"] == pytest.approx(student["fid"] - teacher["fid"]) and not student["published"]
+    assert student["degradation"] == pytest.approx(student["fid"] - teacher["fid"]) and not student["paper"]
     config = checkpoints.load_student(folder / "run/checkpoints/0000003.pt")[1]["model"]
     assert student["gflops"] == sampling_gflops(outline(config), 3, text_tokens=6) < teacher["gflops"]
     assert (tmp_path / "report/fig5_samples.png").exists() and not (tmp_path / "report/fig4_attention.png").exists()

@@ -83,4 +83,4 @@ def test_a_killed_study_continues_and_ends_in_a_report(tmp_path):
     assert {path: after[path] for path in before} == before
     rows = json.loads((tmp_path / "report/table.json").read_text())
     assert [(row["model"], row["steps"]) for row in rows] == [("teacher", 25), ("KD", 1)]
-    assert rows[1]["published"] == "kd" and rows[1]["ms_per_sample"] > 0
+    assert rows[1]["paper"]["name"] == "kd" and rows[1]["ms_per_sample"] > 0
