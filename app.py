@@ -118,18 +118,18 @@ def build_page(gr: ModuleType, models: Comparison, editable: bool) -> Any:
             options = dict(show_label=False, format="png", interactive=False, buttons=[], elem_classes="picture")
             return gr.Markdown(caption), gr.Image(**options)
 
-    def compare(chosen: list[int], seed: float) -> list:
+    def compare(chosen: list[int], seed: float | None) -> list:  # None where the field is empty
         if not chosen:
             raise gr.Error("Choose at least one.", print_exception=False)
-        teacher, teacher_time, on_the_way, student_time = models.draw(sorted(chosen), int(seed))
+        teacher, teacher_time, on_the_way, student_time = models.draw(sorted(chosen), int(seed or 0))
         faster = f"{len(chosen)} at once, {teacher_time / student_time:.0f} times faster"
         captions = [f"{teacher_says}: **{teacher_time:.3f} s**", f"{student_says}: **{student_time:.3f} s** ({faster})"]
         return [*captions, teacher, on_the_way[-1], *on_the_way]
 
-    def edit(source: Image.Image | None, chosen: list[int], seed: float, step: int) -> tuple:
+    def edit(source: Image.Image | None, chosen: list[int], seed: float | None, step: int) -> tuple:
         if source is None or not chosen:
             raise gr.Error("Upload an image and choose at least one class.", print_exception=False)
-        return models.edit(source, sorted(chosen), int(seed), int(step))
+        return models.edit(source, sorted(chosen), int(seed or 0), int(step))
 
     with gr.Blocks(title="ARD", analytics_enabled=False) as page:
         gr.Markdown(f"## {steps} steps instead of {solver_steps}\nA teacher and its ARD student, from the same noise.")

@@ -97,10 +97,13 @@ class ARDPipeline(DiffusionPipeline):
         self.labels = dict(sorted(names))
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, vae: str | None = None) -> "ARDPipeline":
+    def from_checkpoint(
+        cls, path: str | Path, vae: str | None = None, labels: str | Path | None = None
+    ) -> "ARDPipeline":
         """The pipeline of a checkpoint of train_ARD.py or train_ARD_gan.py.
 
-        ``vae``: ema, mse, a folder or a hub id in place of the autoencoder that the checkpoint names.
+        ``vae``: ema, mse, a folder or a hub id in place of the autoencoder that the checkpoint names. ``labels``: a
+        file of the classes' names, where the checkpoint knows none; see ``read_labels``.
         """
         student, config = load_student(path, "CHECKPOINT")
         if "caption_channels" in student.config:
@@ -112,6 +115,8 @@ class ARDPipeline(DiffusionPipeline):
         transformer.student.load_state_dict(student.state_dict())
         provenance = config["provenance"]
         names = provenance.get("class_names") or [str(i) for i in range(student.num_classes)]
+        if labels:
+            names = read_labels(labels, student.num_classes)
         decoder = load_autoencoder(name) if name else None
         return cls(
             transformer.eval(), decoder, {str(i): name for i, name in enumerate(names)}, provenance | {"vae": name}
@@ -219,6 +224,24 @@ class ARDPipeline(DiffusionPipeline):
         return CARD.format(steps=student["steps"], table=table, call=call, provenance=json.dumps(known, indent=2))
 
 
+def read_labels(path: str | Path, count: int) -> list[str]:
+    """Names of ``count`` classes: a line for each, or JSON with id2label, as DiTPipeline's model_index.json has it."""
+    text = cli.existing_file("--labels", path).read_text(errors="replace")
+    names = [line.strip() for line in text.splitlines()]
+    if str(path).endswith(".json"):
+        try:
+            given = json.loads(text)
+            given = given.get("id2label", given)
+            names = [str(given[str(i)]) for i in range(len(given))]
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise UserError(f"--labels {path}: has no id2label with a name for each of 0, 1, ...") from None
+    if len(names) != count or not all(names):
+        raise UserError(
+            f"--labels {path}: has {len([name for name in names if name])} names, the model {count} classes"
+        )
+    return names
+
+
 CARD = """---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
@@ -269,6 +292,7 @@ def build_parser() -> cli.Parser:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="Checkpoint of train_ARD.py or train_ARD_gan.py.")
     parser.add_argument("--out", required=True, help="Folder to write, with a model card.")
     parser.add_argument("--vae", help="Put ema, mse, a folder or a hub id in place of the model's own autoencoder.")
+    parser.add_argument("--labels", help="Names of the classes: a line for each, or a DiTPipeline's model_index.json.")
     return parser
 
 
@@ -276,7 +300,7 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.exists():
         raise UserError(f"--out {out}: it is there already; give a new folder")
-    pipe = ARDPipeline.from_checkpoint(args.checkpoint, args.vae)
+    pipe = ARDPipeline.from_checkpoint(args.checkpoint, args.vae, args.labels)
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipe.save_pretrained(partial)

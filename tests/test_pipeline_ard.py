@@ -79,6 +79,18 @@ def test_labels_are_known_by_name(student_file, tmp_path):
         pipe.get_label_ids(["1", "ten"])
 
 
+@pytest.mark.parametrize("name, text", [
+    ("names.txt", "zero\none\ntwo\n3\n4\n5\n6\n7\n8\n9, niner\n"),
+    ("model_index.json", json.dumps({"_class_name": "DiTPipeline", "id2label": dict(zip(
+        "9876543210", ["9, niner", *"876543", "two", "one", "zero"]))})),
+])  # fmt: skip
+def test_names_are_taken_from_a_file(name, text, student_file, tmp_path):
+    (tmp_path / name).write_text(text)
+    call("pipeline_ard.py", student_file, "--out", tmp_path / "out", "--labels", tmp_path / name)
+    pipe = ARDPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.get_label_ids(["two", "niner", "3"]) == [2, 9, 3]
+
+
 def test_the_callback_sees_each_prediction_and_given_ones_are_taken(digits):
     seen = []
     noise = digits.noise(0, [0])
@@ -175,6 +187,14 @@ def test_mistakes_of_the_command_are_named(student_file, teacher_file, tmp_path,
     assert "works on pixels" in refused(capsys, "pipeline_ard.py", student_file, *out, "--vae", "ema")
     assert "it is there already" in refused(capsys, "pipeline_ard.py", student_file, "--out", tmp_path)
     assert not list(tmp_path.iterdir())
+    (few, wrong) = (tmp_path / "few.txt", tmp_path / "wrong.json")
+    few.write_text("a\nb\n")
+    wrong.write_text('{"id2label": {"1": "a"}}')
+    assert "has 2 names, the model 10 classes" in refused(
+        capsys, "pipeline_ard.py", student_file, *out, "--labels", few
+    )
+    assert "has no id2label" in refused(capsys, "pipeline_ard.py", student_file, *out, "--labels", wrong)
+    assert set(tmp_path.iterdir()) == {few, wrong}
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import re
+import shlex
 
 import pytest
 import torch
@@ -62,6 +63,29 @@ def test_the_options_that_our_pages_name_are_some_commands():
     for page in DOCS:
         named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()))
         assert named <= all_options() | others, page
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of each of our commands in a page, behind python or torchrun: in blocks, and between backquotes."""
+    fenced = re.compile(r"^```\w*\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+    lines = [line for block in fenced.findall(text) for line in block.replace("\\\n", " ").splitlines()]
+    lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", fenced.sub("", text))]
+    found = []
+    for line in lines:
+        if match := re.match(r"(?:[A-Z_]+=\S+ )*(?:python|torchrun(?: --n\S+)*) (?:-m )?([\w.]+)(.*)", line):
+            name, rest = match.groups()
+            rest = rest.partition(" #")[0].replace("ROW", "ard-n6-m4-s4")  # of Table 1, any
+            found.append([name.removesuffix(".py"), *shlex.split(rest)])
+    return found
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_every_command_on_a_page_is_one_that_its_own_parser_takes(page):
+    found = commands(page.read_text())
+    assert len(found) > 20 or page.name != "README.md"
+    for name, *words in found:
+        if words and "..." not in words:
+            importlib.import_module(name).build_parser().parse_args(words)
 
 
 @pytest.mark.slow
