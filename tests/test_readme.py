@@ -72,7 +72,7 @@ def commands(text: str) -> list[list[str]]:
     lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", fenced.sub("", text))]
     found = []
     for line in lines:
-        if match := re.match(r"(?:[A-Z_]+=\S+ )*(?:python|torchrun(?: --n\S+)*) (?:-m )?([\w.]+)(.*)", line):
+        if match := re.match(r"(?:[A-Z_]+=\S+ )*(?:python|torchrun(?: --n\S+)*) (?:-m )?(\w[\w.]*)(.*)", line):
             name, rest = match.groups()
             rest = rest.partition(" #")[0].replace("ROW", "ard-n6-m4-s4")  # of Table 1, any
             found.append([name.removesuffix(".py"), *shlex.split(rest)])
