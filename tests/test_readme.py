@@ -74,7 +74,7 @@ def commands(text: str) -> list[list[str]]:
     for line in lines:
         if match := re.match(r"(?:[A-Z_]+=\S+ )*(?:python|torchrun(?: --n\S+)*) (?:-m )?(\w[\w.]*)(.*)", line):
             name, rest = match.groups()
-            rest = rest.partition(" #")[0].replace("ROW", "ard-n6-m4-s4")  # of Table 1, any
+            rest = re.split(r" [#|>]", rest)[0].replace("ROW", "ard-n6-m4-s4")  # of Table 1, any
             found.append([name.removesuffix(".py"), *shlex.split(rest)])
     return found
 
