@@ -22,13 +22,16 @@ from diffusion.gaussian_diffusion import GaussianDiffusion
 from diffusion.teacher_ode import TeacherODE
 from evaluations import digits, metrics
 from evaluations.exposure import step_errors
+from evaluations.results import SAME_TEACHER
 from losses import own_history, regression_losses
 from models_ard import ARD, TextARD
 from runtime import cli
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext, keep_freed_memory
 from runtime.files import must_be_replaceable, read_json, write_text
+from runtime.provenance import require_same
 from runtime.randomness import labels, noise
+from runtime.timing import about_device
 from sampler import learned_ode
 from stores import checkpoints
 from stores.images import digits_images, from_uint8, to_uint8
@@ -39,6 +42,7 @@ from trainer import TrainState
 # the history (B, S, C, H, W) that the student sees, and the trajectory whose points it is to predict.
 Way = Callable[[ARD, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
 
+CPU = torch.device("cpu")
 EVERY = 200  # steps between evaluations of plain training
 
 
@@ -155,6 +159,8 @@ def continued(
     if "opt" not in content or student.latent_shape != (1, 8, 8) or isinstance(student, TextARD):
         raise UserError(f"{what}: give a whole one of train_ARD.py on digits")
     training, about, context = config["training"], config["provenance"], DistributedContext()
+    same = {name: about.get(name) for name in (*SAME_TEACHER, "seed")}
+    require_same(f"--data-path {store.folder}: not the trajectories of this run", store.provenance, same)
     options = {key: training[key] for key in ("lr", "clip", "ema_decay", "global_batch_size")}
     state = TrainState(student, context, **options)
     state.load(content, what)
@@ -177,6 +183,7 @@ def continued(
             curve.append((step + 1, fid(state.ema, training["seed"], count)))
     figures = {"way": name, "target": about["target"], "steps": config["model"]["steps"], "seed": training["seed"]}
     figures |= {"first": first, "curve": curve, "ms_per_step": 1000 * seconds / iterations, "samples": count}
+    figures |= {"student": student.config, "training": training, "provenance": about, "timed": about_device(CPU)}
     return figures, {"config": content["config"], "step": state.steps, **state.state()}
 
 

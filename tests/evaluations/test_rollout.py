@@ -82,7 +82,7 @@ def test_plain_steps_are_those_of_training(store, tmp_path):
     assert end[0] == 4 and end[1] != figures["curve"][-1][1]
 
 
-def test_wrong_trials_are_refused(store, student_file, tmp_path, capsys):
+def test_wrong_trials_are_refused(store, student_file, teacher_file, tmp_path, capsys):
     trial = (
         "evaluations.rollout",
         student_file,
@@ -94,10 +94,14 @@ def test_wrong_trials_are_refused(store, student_file, tmp_path, capsys):
         tmp_path / "x.json",
     )
     assert "--way relabel" in refused(capsys, *trial, "--way", "relabel")  # the store's student predicts x_0
+    other = tmp_path / "other"
+    call("sample_trajectory.py", "--teacher", teacher_file, "--num-trajectories", 8, "--seed", 1, "--out", other)
+    wrong = ("evaluations.rollout", student_file, "--data-path", other, *trial[4:])
+    assert "not the trajectories of this run: seed is 1 there and 0 here" in refused(capsys, *wrong)
     call("stores.checkpoints", "slim", student_file, tmp_path / "slim.pt")
     slim = ("evaluations.rollout", tmp_path / "slim.pt", *trial[2:])
     assert "give a whole one of train_ARD.py" in refused(capsys, *slim)
-    assert [path.name for path in tmp_path.iterdir()] == ["slim.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "slim.pt"]
 
 
 def test_a_way_is_compared_with_plain_training_of_the_same_steps_and_time(tmp_path):
