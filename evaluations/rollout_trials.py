@@ -51,22 +51,21 @@ COLUMNS = {
 def pieces(study: Path, out: Path, seeds: int, screened: int, count: int) -> list[Piece]:
     """Every trial of each seed and target as a command, those of ``SCREENED`` for the first so many seeds only."""
     found = []
-    for seed in range(seeds):
-        for way, student, first, iterations in TRIALS + (SCREENED if seed < screened else []):
-            for target in ("x0", "xt"):
-                if way == "relabel" and target == "x0":
-                    continue
-                run = f"{student}-{target}"
-                begin = study / f"seed{seed}" / run / "checkpoints" / f"{first:07d}.pt"
-                if first > STUDY_STEPS:
-                    begin = out / f"seed{seed}" / f"{run}-plain-{STUDY_STEPS}.pt"
-                file = out / f"seed{seed}" / f"{run}-{way}-{first}.json"
-                command = ["python", "-m", "evaluations.rollout", begin, "--way", way]
-                command += ["--data-path", study / f"seed{seed}" / "trajectories", "--iterations", iterations]
-                command += ["--num-samples", count, "--out", file]
-                if (way, first) == ("plain", STUDY_STEPS):
-                    command.append("--keep")
-                found.append(Piece(command, file, (begin,), START))
+    trials = [(seed, *trial) for seed in range(seeds) for trial in TRIALS]
+    trials += [(seed, *trial) for seed in range(min(seeds, screened)) for trial in SCREENED]
+    for seed, way, student, first, iterations in trials:
+        for target in ("x0", "xt") if way != "relabel" else ("xt",):
+            run = f"{student}-{target}"
+            begin = study / f"seed{seed}" / run / "checkpoints" / f"{first:07d}.pt"
+            if first > STUDY_STEPS:
+                begin = out / f"seed{seed}" / f"{run}-plain-{STUDY_STEPS}.pt"
+            file = out / f"seed{seed}" / f"{run}-{way}-{first}.json"
+            command = ["python", "-m", "evaluations.rollout", begin, "--way", way]
+            command += ["--data-path", study / f"seed{seed}" / "trajectories", "--iterations", iterations]
+            command += ["--num-samples", count, "--out", file]
+            if (way, first) == ("plain", STUDY_STEPS):
+                command.append("--keep")
+            found.append(Piece(command, file, (begin,), START))
     return found
 
 
