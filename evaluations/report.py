@@ -5,8 +5,8 @@
 
 Folders may be laid out in any way: samples (.npz), metrics of evaluations.evaluator (.json), runs and trajectory stores
 say themselves what they are. What is not there yet is left out, and the page says what makes it. Writes table.md,
-table.tex and table.json, each figure as .pdf and .png, what they show as figures.json, and report.html, one file that
-needs no network.
+table.tex and table.json, beside.md (only what the paper has as well), each figure as .pdf and .png, what they show as
+figures.json, and report.html, one file that needs no network.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 from evaluations import evidence, figures, measured
 from evaluations.figures import Picture, inline_png
 from evaluations.results import Results
-from evaluations.table import COLUMNS, as_latex, as_markdown, notes, printed, table
+from evaluations.table import COLUMNS, as_latex, as_markdown, beside_the_paper, notes, printed, table
 from runtime import cli
 from runtime.cli import UserError
 from runtime.files import write_text
@@ -135,6 +135,7 @@ def write_report(
     write_text(out / "table.json", json.dumps(lines, indent=1) + "\n")
     write_text(out / "table.md", as_markdown(lines, text))
     write_text(out / "table.tex", as_latex(lines, text))
+    write_text(out / "beside.md", beside_the_paper(lines))
     shown = {name: (picture.caption, out / f"{name}.png") for name, picture in pictures.items()}
     behind = {name: {"caption": picture.caption, "numbers": picture.numbers} for name, picture in pictures.items()}
     write_text(out / "figures.json", json.dumps(behind) + "\n")

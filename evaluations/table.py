@@ -26,6 +26,7 @@ COLUMNS = {
     "degradation": "FID - teacher's",
     "ratio": "step distillation's / its",
 }
+WHERE = ("here", "there")  # in these runs, in the paper
 MEASURED = (*FIGURES, "degradation", "ratio")
 DECIMALS = {"precision": 3, "recall": 3, "ratio": 1}
 
@@ -156,6 +157,20 @@ def as_markdown(lines: list[dict[str, Any]], text: list[str]) -> str:
     """The table and its notes."""
     head = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * len(COLUMNS)]
     return "\n".join([*head, *("| " + " | ".join(row) + " |" for row in printed(lines, "±")), "", *text]) + "\n"
+
+
+def beside_the_paper(lines: list[dict[str, Any]]) -> str:
+    """Only the rows that repeat a published one, as Markdown: our figures beside the paper's."""
+    head = ["row", "loss", "S", "mask", "N here", "N there"]
+    head += [f"{what} {where}" for what in ("FID", COLUMNS["degradation"], COLUMNS["ratio"]) for where in WHERE]
+    rows = [head, ["---"] * len(head)]
+    for line in lines:
+        if paper := line["paper"]:
+            ours, theirs = (dict(zip(COLUMNS, cells(each, "±"), strict=True)) for each in (line, paper))
+            row = [ours["model"], *(ours[name] for name in ("loss", "steps", "mask"))]
+            row += [ours["history_layers"], theirs["history_layers"]]
+            rows.append(row + [each[name] for name in ("fid", "degradation", "ratio") for each in (ours, theirs)])
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
 def as_latex(lines: list[dict[str, Any]], text: list[str]) -> str:

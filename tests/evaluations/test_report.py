@@ -68,6 +68,8 @@ def test_the_tables_numbers_are_those_of_the_metric_files(runs, report):
     assert (rows[2]["paper"]["name"], rows[0]["paper"]["name"]) == ("step-s4", "teacher-25")
     assert rows[1]["paper"] is rows[3]["paper"] is None  # it stands once, below the longest training
     assert "| paper: ARD | R | x0 | M4 | 4 | 6 | - | 479.9 | 66.34 | 4.32 |" in markdown
+    beside = (report / "beside.md").read_text().splitlines()
+    assert len(beside) == 5 and beside[4].startswith("| ARD | R | 4 | M4 | 2 | 6 | ") and " | 4.32 | " in beside[4]
     assert rows[4]["ratio"] == pytest.approx(
         np.mean([a / b for a, b in zip(rows[2]["seeds"]["degradation"], rows[4]["seeds"]["degradation"], strict=True)])
     )
