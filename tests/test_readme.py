@@ -2,12 +2,15 @@
 
 import argparse
 import importlib
+import json
 import re
 import shlex
 
 import pytest
 import torch
 from helpers import ROOT, call
+
+from evaluations.table import beside_the_paper
 
 README = (ROOT / "README.md").read_text()
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,6 +44,16 @@ def test_the_pipelines_block_runs_as_printed(student_file, monkeypatch, tmp_path
 def test_the_files_that_a_page_links_to_exist(page):
     for path in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert path.startswith("https://") or (page.parent / path).exists(), path
+
+
+def test_the_table_beside_the_paper_is_the_studys():
+    study = ROOT / "assets" / "study"
+    assert (study / "beside.md").read_text() in README
+    lines = json.loads((study / "table.json").read_text())
+    assert beside_the_paper(lines) in README and all(len(line["seeds"]["fid"]) == 3 for line in lines)
+    four = {line["mask"]: line["degradation"] for line in lines if (line["steps"], line["target"], line["loss"]) == (
+        4, "x0", "R")}  # fmt: skip
+    assert f"already has the whole gain: {four['M1']:.1f} to {four['M3']:.1f} above the teacher" in README
 
 
 def all_options() -> set[str]:
