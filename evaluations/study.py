@@ -69,10 +69,10 @@ CHECKPOINTS = 6  # points of a curve
 UNSEEN = 1000  # seed of the trajectories on which errors are measured, and their number
 PLAN = ("iterations", "gan_iterations", "num_samples", "curve_samples", "num_trajectories")
 
-# Seconds of a core that has nothing else to do; on a busy machine twice as many were measured. START is that of a
+# Seconds of one of two busy cores of an AMD EPYC with AVX512, where all of it took 114 minutes. START is that of a
 # process; the others are a training step of batch 64 of a point without history, what a layer with history adds for
 # each pair of points; a step of R+D; a sample's step, a teacher's trajectory.
-START, POINT, PAIR, GAN_STEP, SAMPLED_POINT, TRAJECTORY = 6.0, 0.0165, 0.0003, 0.11, 0.00012, 0.011
+START, POINT, PAIR, GAN_STEP, SAMPLED_POINT, TRAJECTORY = 6.0, 0.037, 0.0003, 0.22, 0.00012, 0.011
 
 
 def students(folder: Path, iterations: int) -> list[Student]:
