@@ -153,13 +153,15 @@ def from_teachers_points(results: Results) -> Picture | None:
         k = r.model.about.get("teacher_steps") or 0
         if r.model.student and r.model.loss == "R" and (k or r.model.plain):
             groups[r.key()][k].append(r)
+
+    def model_of(points: dict[int, list[Result]]) -> Model:
+        return next(iter(points.values()))[0].model
+
     best = {}  # of each shape the most complete set, trained longest
-    for points in sorted(
-        groups.values(), key=lambda found: (len(found), next(iter(found.values()))[0].model.iteration)
-    ):
+    for points in sorted(groups.values(), key=lambda points: (len(points), model_of(points).iteration)):
         if any(points):
-            best[next(iter(points.values()))[0].model.shape] = points
-    models = {shape: next(iter(points.values()))[0].model for shape, points in sorted(best.items())}
+            best[model_of(points).shape] = points
+    models = {shape: model_of(best[shape]) for shape in sorted(best)}
     main, steps = main_layers(list(models.values())), most_steps(list(models.values()))
     several = len({model.target for model in models.values()}) > 1
     lines, used = [], []
@@ -236,8 +238,7 @@ def manipulation(results: Results, columns: int) -> Picture | None:
         with np.load(path) as file:
             rows.append((label, file["arr_0"][:columns]))
     columns = min(len(images) for _, images in rows)
-    text = (
-        f"Each source image takes the place of a prediction of {Model(results.samples[found[0][1]]).name}, which goes "
-    )
-    text += f"on from it to the labels {labels}." + ("" if is_file else f" The sources, {source}, are not shown here.")
+    name = Model(results.samples[found[0][1]]).name
+    text = f"Each source image takes the place of a prediction of {name}, which goes on "
+    text += f"from it to the labels {labels}." + ("" if is_file else f" The sources, {source}, are not shown here.")
     return Picture(figures.draw_images([(label, images[:columns]) for label, images in rows]), text)
