@@ -49,6 +49,7 @@ def test_the_files_that_a_page_links_to_exist(page):
 def test_the_table_beside_the_paper_is_the_studys():
     study = ROOT / "assets" / "study"
     assert (study / "beside.md").read_text() in README
+    assert (study / "rollout.md").read_text() in README
     lines = json.loads((study / "table.json").read_text())
     assert beside_the_paper(lines) in README and all(len(line["seeds"]["fid"]) == 3 for line in lines)
     four = {line["mask"]: line["degradation"] for line in lines if (line["steps"], line["target"], line["loss"]) == (
