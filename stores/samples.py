@@ -68,7 +68,7 @@ class SampleWriter(SharedWriter):
         self.folder = self.path.with_suffix(".partial")
         self.provenance = provenance | {"count": count}
         if "solver_indices" in provenance and "count" in provenance:  # a student's: of the trajectories it learned
-            self.provenance["trajectories"] = provenance["count"]
+            self.provenance.setdefault("trajectories", provenance["count"])
         self.complete = self.path.exists()
         self._note = self.folder / "provenance.json"
         if self.complete:
