@@ -99,8 +99,7 @@ def curves(results: Results) -> list[tuple[Model, dict[int, list[float]], str]]:
     for folder, config in results.runs.items():
         if config.get("kind") == "student" and config["training"].get("loss") == "R":
             model = Model(config["provenance"] | {"student": config["model"], "training": config["training"]})
-            training = {name: value for name, value in config["training"].items() if name != "seed"}
-            key = f"{model.shape} {config['provenance'].get('teacher_hash')} {training}"
+            key = f"{model.shape} {model.about.get('teacher_hash')} {model.training}"
             curve = found.setdefault(key, (model, defaultdict(list), "as logged by --eval-every"))
             log = folder / "log.txt"
             for line in log.read_text().splitlines() if log.is_file() else []:

@@ -4,7 +4,7 @@ Every line also has its marker, so that it can be read in grey. Nothing here kno
 """
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -104,6 +104,11 @@ def add_series(axis: Axes, series: Series) -> None:
         axis.fill_between(series.x, low, high, color=series.colour, alpha=0.15, lw=0)
 
 
+def labelled(axes: Iterable[Axes]) -> dict[str, Any]:
+    """What a legend of several panels shows: a line for each label."""
+    return {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels())}
+
+
 @drawn
 def draw_lines(
     series: Sequence[Series], xlabel: str, ylabel: str, teacher: float | None = None, whole: bool = False
@@ -158,7 +163,7 @@ def draw_attention(panels: Sequence[tuple[str, np.ndarray]]) -> Figure:
             if column == 0:
                 axis.set_ylabel(f"step {step + 1}\nshare")
         grid[-1, column].set_xlabel("layer")
-    handles = {label: line for row in grid for axis in row for line, label in zip(*axis.get_legend_handles_labels())}
+    handles = labelled(grid.flat)
     order = sorted(handles, key=lambda label: (label == "its own point", label != "noise", label))
     figure.legend([handles[o] for o in order], order, loc="outside upper center", ncols=min(4, len(order)))
     return figure
@@ -194,7 +199,7 @@ def draw_errors(panels: Sequence[tuple[str, Sequence[Series]]]) -> Figure:
         axis.set_xticks(series[0].x)
         axis.set_ylim(bottom=0)
     axes[0].set_ylabel("RMS error, units of latents")
-    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels())}
+    handles = labelled(axes)
     columns = 2 if len(handles) > 2 else 1
     figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=columns)
     return figure

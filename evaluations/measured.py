@@ -37,8 +37,7 @@ def trained_students(results: Results) -> list[Trained]:
         if config.get("kind") == "student" and files and "caption_channels" not in config["model"]:
             described = {"student": config["model"], "training": config["training"], "step": int(files[-1].stem)}
             one = Trained(files[-1], Model(config["provenance"] | described))
-            training = {name: value for name, value in config["training"].items() if name != "seed"}
-            same = [one.model.about.get("teacher_hash"), one.model.steps, one.model.iteration, training]
+            same = [one.model.about.get("teacher_hash"), one.model.steps, one.model.iteration, one.model.training]
             if one.model.loss == "R" and one.model.steps > 1:
                 found[json.dumps(same)].append(one)
     return max(found.values(), key=lambda some: (len(some), some[0].model.steps, some[0].model.iteration), default=[])

@@ -44,6 +44,11 @@ class Model:
         return self.about.get("student") or {}
 
     @property
+    def training(self) -> dict:
+        """How it was trained, but for the seed; {} for a teacher."""
+        return {name: value for name, value in self.about.get("training", {}).items() if name != "seed"}
+
+    @property
     def steps(self) -> int:
         """Steps of sampling."""
         return self.student["steps"] if self.student else self.about["solver_steps"]
@@ -151,8 +156,7 @@ class Result:
     def key(self, *without: str) -> str:
         """Equal for results that differ in their seeds alone, and in those values of the provenance named."""
         about = {name: self.model.about.get(name) for name in DECISIVE if name not in without}
-        training = self.model.about.get("training", {})
-        about["training"] = {name: value for name, value in training.items() if name != "seed"}
+        about["training"] = self.model.training
         return json.dumps([about, self.yardstick, self.figures["count"]], sort_keys=True)
 
     def alike(self, *without: str) -> str:

@@ -30,9 +30,9 @@ from runtime.cli import UserError
 from runtime.distributed import DistributedContext, keep_freed_memory
 from runtime.files import must_be_replaceable, read_json, write_text
 from runtime.provenance import require_same
-from runtime.randomness import labels, noise
 from runtime.timing import about_device
-from sampler import learned_ode
+from runtime.vae import Pixels
+from sampler import Sampler, learned_ode
 from stores import checkpoints
 from stores.images import digits_images, from_uint8, to_uint8
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
@@ -142,10 +142,10 @@ def way_named(name: str, state: TrainState, batch: dict[str, torch.Tensor], abou
 def fid(student: ARD, seed: int, count: int) -> float:
     """FID of ``count`` samples to the digits, in the features of evaluations.digits."""
     classifier, found = digits.load(), []
+    sampler = Sampler(lambda z, y: student.sample(z, y)[:, -1], student, Pixels(), CPU, seed=seed)
     for start in range(0, count, 500):
-        indices = range(start, min(start + 500, count))
-        z, y = noise(seed, "sample", indices, student.latent_shape), labels(seed, indices, student.num_classes)
-        found.append(classifier(from_uint8(to_uint8(student.sample(z, y)[:, -1])))[0])
+        images = sampler(range(start, min(start + 500, count))).images
+        found.append(classifier(from_uint8(to_uint8(images)))[0])
     real = classifier(from_uint8(digits_images()[0]))[0]
     return metrics.frechet_distance(*metrics.statistics(torch.cat(found).numpy()), *metrics.statistics(real.numpy()))
 

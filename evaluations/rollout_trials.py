@@ -11,6 +11,8 @@ import argparse
 import statistics
 from pathlib import Path
 
+import numpy as np
+
 from evaluations.experiments import CORES, Piece, run_pieces, write_table
 from evaluations.study import START
 from runtime import cli
@@ -99,10 +101,10 @@ def compared(trial: dict, trials: list[dict]) -> dict[str, float]:
 
 def at(curve: list[tuple], step: float) -> float:
     """A curve of (step, value) at a step between, in a straight line. ``ValueError`` outside of it."""
-    for (a, low), (b, high) in zip(curve, curve[1:]):
-        if a <= step <= b:
-            return low + (high - low) * (step - a) / (b - a)
-    raise ValueError(f"step {step:.0f} lies outside of the plain curve, {curve[0][0]} to {curve[-1][0]}")
+    if not curve[0][0] <= step <= curve[-1][0]:
+        raise ValueError(f"step {step:.0f} lies outside of the plain curve, {curve[0][0]} to {curve[-1][0]}")
+    steps, values = zip(*curve)
+    return float(np.interp(step, steps, values))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -75,9 +75,10 @@ def paper_row(name: str) -> dict[str, Any]:
     line |= {"target": "x0"} if row.mask and row.steps > 1 else {}
     line |= {"gflops": row.gflops, "ms_per_sample": row.latency_ms, "degradation": row.fid - teacher}
     line |= {figure: getattr(row, figure) for figure in FIGURES}
-    rival = {(2, "R"): "step-s2", (4, "R"): "step-s4", (4, "R+D"): "step-s4-gan"}.get((row.steps, row.loss))
-    better = rival and row.history_layers and line["degradation"] > 0
-    line["ratio"] = (TABLE_1[rival].fid - teacher) / line["degradation"] if rival and better else None
+    line["ratio"] = None
+    if row.history_layers and line["degradation"] > 0:
+        rivals = (r for r in TABLE_1.values() if (r.steps, r.loss, r.mask) == (row.steps, row.loss, "M1"))
+        line["ratio"] = (next(rivals).fid - teacher) / line["degradation"]
     return line | {"std": {}}
 
 
@@ -105,8 +106,8 @@ def by_seed(rows: list[Row]) -> dict[tuple, float]:
     return {
         result.seeds: degradation
         for row in rows
-        for result, degradation in zip(row.results, row.degradations, strict=False)
-        if len(row.results) == len(row.degradations)
+        if len(row.results) == len(row.degradations)  # each has its teacher's
+        for result, degradation in zip(row.results, row.degradations, strict=True)
     }
 
 
