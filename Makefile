@@ -15,11 +15,11 @@ demo-gan: .venv/ready
 
 # Text to image: two digits as captions say.
 demo-t2i: .venv/ready
-	$(BIN)/python -m evaluations.text_demo --seed $(SEED)
+	$(BIN)/python -m lab.text_demo --seed $(SEED)
 
 # The paper's Table 1 and ablations on digits, three seeds, hours: it continues what is there.
 study: .venv/ready
-	$(BIN)/python -m evaluations.study --out results/study
+	$(BIN)/python -m lab.study --out results/study
 
 test: .venv/ready-extra
 	$(MAKE) check

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from diffusion.teacher_ode import TARGETS
-from evaluations.experiments import (
+from lab.experiments import (
     CORES,
     TEACHER,
     Student,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from evaluations.plans import Plan
+from costs.plans import Plan
 from runtime import cli, distributed
 from runtime.checks import writable_folder
 from runtime.cli import RunError, UserError, existing_file
@@ -90,7 +90,7 @@ def plan_encoding(rows: list[str], encoder: TextEncoder, context: DistributedCon
 def run(args: argparse.Namespace) -> None:
     captions, text_hash = read_captions(args.text)
     writable_folder("--out", args.out)
-    context = distributed.stand_alone(args.device)
+    context = distributed.choose_device(args.device)
     encoder = load_encoder(args.encoder, context.device, args.encoder_precision, args.max_tokens)
     if isinstance(encoder, WordEncoder):
         encoder.require_known(captions)

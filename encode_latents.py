@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from evaluations.plans import Plan
+from costs.plans import Plan
 from runtime import cli, distributed
 from runtime.checks import writable_folder
 from runtime.cli import RunError, UserError
@@ -22,7 +22,7 @@ from runtime.distributed import DistributedContext
 from runtime.precision import DTYPES, STORED, add_precision_option
 from runtime.vae import load_vae, outline_vae, resolve_name
 from stores.image_folder import ImageFolder, add_skip_bad_option
-from stores.images import from_uint8, latent_shape, must_not_hold, summary
+from stores.images import from_uint8, latent_shape, require_outside_source, summary
 from stores.latents import KIND, row_bytes
 from stores.shards import ROWS_PER_SHARD, ShardWriter
 
@@ -68,12 +68,12 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--vae {args.vae}: images without an autoencoder need no encoding, train on them directly")
     writable_folder("--out", args.out)
     about_vae = outline_vae(args.vae)
-    context = distributed.stand_alone(args.device)
+    context = distributed.choose_device(args.device)
     if not args.dry_run:
         distributed.join(context)  # the main rank looks at the folder for all
     folder = args.data_path, args.image_size, args.unconditional
     source = ImageFolder(*folder, skip_bad=args.skip_bad, context=context)
-    must_not_hold(source, {"--out": args.out})
+    require_outside_source(source, {"--out": args.out})
     shape = latent_shape(source, about_vae)
     row = row_bytes(shape, args.dtype)
     shard = 2 * row * min(args.rows_per_shard, source.count)  # batches, and the shard of them
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
         {"weights": about_vae.weights_bytes, "batch": batch, "rows": shard},
         math.ceil(len(context.share(source.count)) / args.per_proc_batch_size),
         epochs=1,
-        fetch=[] if about_vae.here else [str(about_vae.name)],
+        fetch=[] if about_vae.downloaded else [str(about_vae.name)],
     )
     plan.check(args.out, context.device)
     vae = load_vae(args.vae, context.device, args.vae_precision)

@@ -22,9 +22,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from models import AttentionFn, DiT
-from models_pixart import PixArt
 
 MASKS = ("M1", "M2", "M3", "M4")
+STUDENTS: dict[type[DiT], type["ARD"]] = {}  # of each class of teachers; models_pixart.py adds its own
 
 
 def visible_steps(mask: str, step: int) -> list[int]:
@@ -148,8 +148,14 @@ class ARD(DiT):
     def from_teacher(
         cls, teacher: DiT, steps: int = 4, mask: str = "M4", history_layers: int = 6, level_embedding: bool = False
     ) -> "ARD":
-        """A student whose every weight, and every head, starts as the teacher's."""
-        student = student_type(teacher.config)(steps, mask, history_layers, level_embedding, **teacher.config)
+        """A student whose every weight, and every head, starts as the teacher's.
+
+        Raises ``TypeError`` for a class of teachers that ``STUDENTS`` does not know: its changes would be lost.
+        """
+        if type(teacher) not in STUDENTS:
+            known = ", ".join(kind.__name__ for kind in STUDENTS)
+            raise TypeError(f"no student is known for a teacher of class {type(teacher).__name__}, only for {known}")
+        student = STUDENTS[type(teacher)](steps, mask, history_layers, level_embedding, **teacher.config)
         missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
         new = {name for name in student.state_dict() if name.startswith(("heads.", "level"))}
         assert set(missing) == new and all(name.startswith("final_layer.") for name in unexpected)
@@ -227,10 +233,4 @@ class ARD(DiT):
             yield x
 
 
-class TextARD(ARD, PixArt):
-    """The student of a text-to-image teacher. The points of a trajectory read one caption, which is never repeated."""
-
-
-def student_type(config: dict) -> type[ARD]:
-    """The class of a student, or of a teacher's student, with this config."""
-    return TextARD if "caption_channels" in config else ARD
+STUDENTS[DiT] = ARD

@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from models import SIZES, Attention, AttentionFn, DiT, DiT_models, Mlp, modulate, sincos_positions
+from models_ard import ARD, STUDENTS
 
 
 class CaptionEmbedder(nn.Module):
@@ -131,6 +132,12 @@ class PixArt(DiT):
         return self.t_block(c).unflatten(1, (6, -1)), e, e.any(-1)[:, None, None]
 
 
+class TextARD(ARD, PixArt):
+    """The student of a text-to-image teacher. The points of a trajectory read one caption, which is never repeated."""
+
+
+STUDENTS[PixArt] = TextARD
+
 PixArt_models = {
     f"PixArt-{size}/{patch_size}": partial(PixArt, patch_size=patch_size, **shape)
     for size, shape in SIZES.items()
@@ -156,3 +163,8 @@ def model_name(config: dict) -> str:
         if build.keywords.items() <= config.items():
             return name.replace("DiT", kind)
     return kind
+
+
+def student_type(config: dict) -> type[ARD]:
+    """The class of a student, or of a teacher's student, with this config."""
+    return TextARD if "caption_channels" in config else ARD

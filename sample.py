@@ -5,8 +5,8 @@ python sample.py --teacher assets/digits_teacher.pt --num-samples 100 --out resu
 
 import argparse
 
+from costs.plans import SAMPLED_OPTIONS, SOLVER_OPTIONS, plan_samples
 from diffusion.teacher_ode import ODE_OPTIONS, TeacherODE, add_ode_options
-from evaluations.plans import SAMPLED_OPTIONS, SOLVER_OPTIONS, plan_samples
 from presets import preset
 from runtime import cli, distributed
 from runtime.cli import chosen
@@ -43,7 +43,7 @@ def plan_of_options(args: argparse.Namespace) -> dict:
 
 def run(args: argparse.Namespace) -> None:
     samples_path(args.teacher, **chosen(args, PLACE_OPTIONS))
-    context = distributed.stand_alone(args.device)
+    context = distributed.choose_device(args.device)
     teacher, config = checkpoints.load_teacher(
         args.teacher, weights=args.weights, heads=args.teacher_heads, vae=args.vae
     )
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     config["provenance"] |= ode.provenance
     job = SamplingJob(teacher, config, args.teacher, context, conditions=conditions, **chosen(args, SAMPLING_OPTIONS))
     options = chosen(args, SAMPLED_OPTIONS) | chosen(args, SOLVER_OPTIONS)
-    options |= {"vae": job.about_vae, "text_tokens": conditions.longest}
+    options |= {"vae": job.about_vae, "text_tokens": conditions.max_text_tokens}
     plan = plan_samples(teacher.config, context, **options)
     plan.check(job.out, context.device)
     if args.dry_run:

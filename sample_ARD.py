@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from costs.plans import SAMPLED_OPTIONS, plan_samples
 from diffusion.teacher_ode import pick_points
-from evaluations.files import Images
-from evaluations.plans import SAMPLED_OPTIONS, plan_samples
 from models_ard import ARD
 from models_pixart import named_shape
 from presets import TEXT_TEACHERS, preset
@@ -43,6 +42,7 @@ from sampler import (
 from stores import checkpoints
 from stores.captions import add_captions_option, open_conditions
 from stores.foreign_weights import shape_by_name
+from stores.image_arrays import Images
 from stores.image_folder import ImageFolder
 from stores.pictures import center_crop
 
@@ -124,7 +124,7 @@ def open_sources(path: str | None, step: int, student: ARD, provenance: dict) ->
 
 def run(args: argparse.Namespace) -> None:
     samples_path(args.ckpt_path, **chosen(args, PLACE_OPTIONS))
-    context = distributed.stand_alone(args.device)
+    context = distributed.choose_device(args.device)
     student, config = checkpoints.load_named_student(weights=args.weights, **chosen(args, checkpoints.STUDENT_OPTIONS))
     provenance = config["provenance"]
     conditions = open_conditions(args.captions, student, provenance)
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
         provenance["teacher_steps"] = args.teacher_steps
     options = chosen(args, SAMPLING_OPTIONS)
     job = SamplingJob(student, config, args.ckpt_path, context, conditions=conditions, **options)
-    options = chosen(args, SAMPLED_OPTIONS) | {"vae": job.about_vae, "text_tokens": conditions.longest}
+    options = chosen(args, SAMPLED_OPTIONS) | {"vae": job.about_vae, "text_tokens": conditions.max_text_tokens}
     plan = plan_samples(student.config, context, **options)
     plan.check(job.out, context.device)
     if args.dry_run:

@@ -10,8 +10,8 @@ import argparse
 
 import torch
 
+from costs.plans import SOLVER_OPTIONS, Plan, latent_shape_of, plan_sampling
 from diffusion.teacher_ode import GRIDS, ODE_OPTIONS, TARGETS, TeacherODE, add_ode_options, grid_steps, pick_points
-from evaluations.plans import SOLVER_OPTIONS, Plan, latent_shape_of, plan_sampling
 from presets import preset
 from runtime import cli, distributed
 from runtime.checks import writable_folder
@@ -104,7 +104,7 @@ def kept_targets(store: str) -> tuple[str, ...]:
 
 def run(args: argparse.Namespace) -> None:
     writable_folder("--out", args.out)
-    context = distributed.stand_alone(args.device)
+    context = distributed.choose_device(args.device)
     teacher, config = checkpoints.load_teacher(
         args.teacher, weights=args.teacher_weights, heads=args.teacher_heads, vae=args.vae
     )
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
     provenance = config["provenance"] | ode.provenance | {"solver_indices": solver_indices}
     provenance |= chosen(args, ("store", "dtype", "precision", "seed", "label_policy"))
     provenance |= {"count": args.num_trajectories, "rows_per_shard": args.rows_per_shard}
-    plan = plan_dump(teacher.config, context, args, conditions.longest)
+    plan = plan_dump(teacher.config, context, args, conditions.max_text_tokens)
     plan.check(args.out, context.device)
     if args.dry_run:
         ShardWriter(args.out, provenance, DistributedContext(), unit="trajectory")

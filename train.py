@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from costs.flops import meta_model
+from costs.plans import PLANNED_OPTIONS, plan_training
 from diffusion import create_diffusion
 from diffusion.teacher_ode import TeacherODE
-from evaluations.flops import outline
-from evaluations.plans import PLANNED_OPTIONS, plan_training
 from evaluations.quality import QUALITY_OPTIONS, PeriodicEvaluator, add_quality_options
 from models_pixart import MODELS, PixArt_models, teacher_type
 from runtime import cli, distributed
@@ -23,14 +23,13 @@ from runtime.cli import UserError, chosen
 from runtime.distributed import DistributedContext
 from runtime.precision import autocast, prepare_blocks
 from runtime.randomness import Classes, Conditions, Shuffle, generator, noise
-from runtime.training_options import RESULT_OPTIONS, RUN_OPTIONS, STATE_OPTIONS, add_training_options
 from sampler import Sampler
 from stores.captions import CaptionStore, add_captions_option
 from stores.image_folder import add_skip_bad_option
-from stores.images import Source, latent_shape, must_not_hold, open_source, open_vae, real_latents, summary
+from stores.images import Source, latent_shape, open_source, open_vae, real_latents, require_outside_source, summary
 from stores.runs import check_place
 from stores.tracking import check_wandb
-from trainer import Trainer, TrainState
+from trainer import RESULT_OPTIONS, RUN_OPTIONS, STATE_OPTIONS, Trainer, TrainState, add_training_options
 
 NAMES = ", ".join(MODELS)
 SIZES = {"depth": "depth", "width": "hidden_size", "heads": "num_heads", "patch": "patch_size"}  # option: argument
@@ -145,12 +144,13 @@ def run(args: argparse.Namespace) -> None:
     check_place(args.results_dir, args.run_dir)
     check_wandb(args.wandb)
     sizes, sizes_given = model_shape(**chosen(args, ("model", *SIZES)))
-    context = distributed.stand_alone(args.device)
+    context = distributed.choose_device(args.device)
     if not args.dry_run:
         distributed.join(context)  # the main rank looks at a folder for all
     images = chosen(args, ("data_path", "image_size", "unconditional", "channels", "skip_bad", "verify"))
     source = open_source(**images, context=context)
-    must_not_hold(source, {"--run-dir": args.run_dir, "--results-dir": None if args.run_dir else args.results_dir})
+    place = {"--run-dir": args.run_dir} if args.run_dir else {"--results-dir": args.results_dir}
+    require_outside_source(source, place)
     conditions = open_captions(args.captions, args.model, source, args.verify)
     vae, vae_name, vae_hash = open_vae(source, args.vae, context.device, bool(args.sample_every or args.eval_every))
     channels, side, _ = latent_shape(source, vae)
@@ -164,7 +164,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         shape["num_classes"] = source.num_classes
     try:
-        model = outline(shape)
+        model = meta_model(shape)
     except ValueError as error:
         raise UserError(f"{sizes_given}: does not fit --data-path {args.data_path}: {error}") from None
 
@@ -176,7 +176,7 @@ def run(args: argparse.Namespace) -> None:
         "provenance": source.fingerprint | conditions.about,
         "training": chosen(args, RESULT_OPTIONS) | {"label_dropout": args.label_dropout, "hflip": args.hflip},
     }
-    options = chosen(args, PLANNED_OPTIONS) | {"text_tokens": conditions.longest}
+    options = chosen(args, PLANNED_OPTIONS) | {"text_tokens": conditions.max_text_tokens}
     plan = plan_training(shape, context, rows=source.count, vae=vae, **options)
     folder = plan.check_run(config, context, **chosen(args, ("results_dir", "run_dir")))
 

@@ -10,6 +10,8 @@ import argparse
 from functools import partial
 from typing import Any
 
+from costs.flops import count_online_step, meta_model
+from costs.plans import PLANNED_OPTIONS, plan_training
 from diffusion.teacher_ode import (
     GRIDS,
     ODE_OPTIONS,
@@ -19,8 +21,6 @@ from diffusion.teacher_ode import (
     add_ode_options,
     grid_steps,
 )
-from evaluations.flops import count_online_step, outline
-from evaluations.plans import PLANNED_OPTIONS, plan_training
 from evaluations.quality import QUALITY_OPTIONS, PeriodicEvaluator, add_quality_options
 from losses import regression_losses
 from models import DiT
@@ -33,7 +33,6 @@ from runtime.distributed import DistributedContext
 from runtime.precision import autocast, cast_weights, prepare_blocks
 from runtime.provenance import require_same
 from runtime.randomness import Conditions
-from runtime.training_options import RESULT_OPTIONS, RUN_OPTIONS, STATE_OPTIONS, add_training_options
 from runtime.vae import Pixels, load_same_vae
 from sampler import student_previews
 from stores import checkpoints
@@ -42,7 +41,7 @@ from stores.foreign_weights import shape_by_name
 from stores.runs import check_place
 from stores.tracking import check_wandb
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
-from trainer import Trainer, TrainState
+from trainer import RESULT_OPTIONS, RUN_OPTIONS, STATE_OPTIONS, Trainer, TrainState, add_training_options
 
 
 def build_parser() -> cli.Parser:
@@ -127,7 +126,7 @@ def plan_of_options(args: argparse.Namespace) -> dict:
     try:
         if args.online:
             options["flops_per_sample"] = partial(count_online_step, teacher | shape, teacher, args.solver_steps)
-            options["frozen"] = outline(teacher)
+            options["frozen"] = meta_model(teacher)
         return plan_training(teacher | shape, DistributedContext(), rows=None, **options).describe()
     except (UserError, ValueError) as error:
         return {"not_counted": str(error)}
@@ -136,7 +135,7 @@ def plan_of_options(args: argparse.Namespace) -> dict:
 def run(args: argparse.Namespace) -> None:
     check_place(args.results_dir, args.run_dir)
     check_wandb(args.wandb)
-    context = distributed.stand_alone(args.device)
+    context = distributed.choose_device(args.device)
     names = ("teacher_heads", "online", "seed", "verify", "vae", "captions", *ODE_OPTIONS)
     teacher, teacher_config, provenance, source, conditions = open_teacher(
         args.data_path, args.teacher, **chosen(args, names)
@@ -178,11 +177,11 @@ def run(args: argparse.Namespace) -> None:
         vae=vae,
         frozen=teacher if args.online else None,
         flops_per_sample=partial(
-            count_online_step, student.config, teacher.config, args.solver_steps, conditions.longest
+            count_online_step, student.config, teacher.config, args.solver_steps, conditions.max_text_tokens
         )
         if args.online
         else None,
-        text_tokens=conditions.longest,
+        text_tokens=conditions.max_text_tokens,
         **chosen(args, PLANNED_OPTIONS),
     )
     folder = plan.check_run(config, context, **chosen(args, ("results_dir", "run_dir")))

@@ -11,12 +11,13 @@ To resume, run the same command again.
 import argparse
 from typing import Any
 
+import numpy as np
 import torch
+from torch.utils.data import Dataset
 
-from discriminator import Discriminator, FrozenFeatures
-from evaluations.plans import COST_OPTIONS, PLANNED_OPTIONS, plan_gan
+from costs.plans import COST_OPTIONS, PLANNED_OPTIONS, plan_gan
+from discriminator import AdversarialLosses, Discriminator, FrozenFeatures, own_history
 from evaluations.quality import QUALITY_OPTIONS, PeriodicEvaluator, add_quality_options
-from losses import AdversarialLosses, own_history
 from models import DiT, DiT_models
 from presets import preset
 from runtime import cli, distributed
@@ -24,18 +25,17 @@ from runtime.cli import UserError, chosen
 from runtime.distributed import DistributedContext
 from runtime.precision import autocast, cast_weights, compile_each, prepare_blocks
 from runtime.provenance import require_same
-from runtime.training_options import RESULT_OPTIONS, RUN_OPTIONS, STATE_OPTIONS, add_training_options
+from runtime.randomness import Shuffle, generator, noise
 from runtime.vae import Pixels, load_same_vae
 from sampler import student_previews
 from stores import checkpoints
-from stores.adversarial import GanBatches
 from stores.image_folder import add_skip_bad_option
-from stores.images import Source, latent_shape, must_not_hold, open_source, real_latents, summary
+from stores.images import Source, latent_shape, open_source, real_latents, require_outside_source, summary
 from stores.latents import is_store
 from stores.runs import check_place
 from stores.tracking import check_wandb
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
-from trainer import Trainer, TrainState
+from trainer import RESULT_OPTIONS, RUN_OPTIONS, STATE_OPTIONS, Trainer, TrainState, add_training_options
 
 # What trajectories must share with those that the student was trained on; seed and number may differ.
 SAME_TEACHER = ("teacher_hash", "vae", "solver", "solver_steps", "cfg_scale", "cfg_channels")
@@ -153,6 +153,35 @@ def plan_of_options(args: argparse.Namespace) -> dict:
         return {"not_counted": str(error)}
 
 
+class GanBatches(Dataset):
+    """Item n is this rank's share of step n: trajectories with labels, and real images with theirs, in orders apart."""
+
+    def __init__(
+        self,
+        trajectories: TrajectoryBatches,
+        source: Source,
+        shape: tuple[int, int, int],
+        *,
+        hflip: bool,
+        seed: int,
+        d_time: int,
+    ):
+        self.trajectories, self.source, self.shape = trajectories, source, shape
+        self.hflip, self.seed, self.d_time = hflip, seed, d_time
+        self.shuffle = Shuffle(source.count, seed, "real")
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        indices = self.trajectories.context.step_indices(step, self.trajectories.global_batch_size)
+        flips = [self.hflip and generator(self.seed, "augmentation", i).random() < 0.5 for i in indices]
+        real = self.source.read(self.shuffle.rows(indices.start, indices.stop), np.array(flips))
+        real["real_y"] = real.pop("y")
+        real["posterior_noise"] = noise(self.seed, "posterior", indices, self.shape)
+        if self.d_time:
+            real["real_noise"] = noise(self.seed, "discriminator", [2 * i for i in indices], self.shape)
+            real["fake_noise"] = noise(self.seed, "discriminator", [2 * i + 1 for i in indices], self.shape)
+        return self.trajectories[step] | real
+
+
 #################################################################################
 #                                   Training                                    #
 #################################################################################
@@ -171,7 +200,7 @@ def run(args: argparse.Namespace) -> None:
     if args.real_data_path != "digits":
         cli.existing_folder("--real-data-path", args.real_data_path)
     store = TrajectoryStore(args.data_path, verify=args.verify)
-    context = distributed.stand_alone(args.device)
+    context = distributed.choose_device(args.device)
     check_groups(args.global_batch_size, args.accumulation, args.bn_group, context)
     student, start = checkpoints.load_named_student(
         weights=args.init_weights, **chosen(args, checkpoints.STUDENT_OPTIONS)
@@ -201,7 +230,8 @@ def run(args: argparse.Namespace) -> None:
         needs_decoder=bool(args.sample_every or args.eval_every),
         **chosen(args, ("skip_bad", "verify")),
     )
-    must_not_hold(source, {"--run-dir": args.run_dir, "--results-dir": None if args.run_dir else args.results_dir})
+    place = {"--run-dir": args.run_dir} if args.run_dir else {"--results-dir": args.results_dir}
+    require_outside_source(source, place)
     hflip = teacher_config["training"].get("hflip", True) if args.hflip is None else args.hflip
     trajectories = TrajectoryBatches(
         store,

@@ -84,7 +84,7 @@ class TeacherODE:
         self.teacher = teacher
         if cfg_channels and cfg_channels > teacher.in_channels:
             raise UserError(f"--cfg-channels {cfg_channels}: this teacher has {teacher.in_channels}, give no more")
-        reads_text = bool(self.conditions.longest)
+        reads_text = bool(self.conditions.max_text_tokens)
         self.guidance = cfg_scale, cfg_channels or (teacher.in_channels if reads_text else min(3, teacher.in_channels))
         self.null = self.conditions(torch.tensor([self.conditions.count])) if reads_text else None  # (1, L, C)
         self.provenance = {

@@ -21,7 +21,7 @@ from runtime import cli
 from runtime.checks import writable_folder
 from runtime.cli import UserError, existing_file, existing_folder
 from runtime.distributed import DistributedContext
-from runtime.files import file_sha256, must_be_replaceable, must_lie_outside, write_text
+from runtime.files import file_sha256, require_outside, require_replaceable, write_text
 from runtime.randomness import generator
 from stores import pictures
 from stores.images import from_uint8
@@ -83,9 +83,9 @@ def run(args: argparse.Namespace) -> None:
         "image_size": args.image_size,
         "seed": args.seed,
     }
-    must_lie_outside("--out", args.out, "--images", folder)
+    require_outside("--out", args.out, "--images", folder)
     text, path = "".join(f"{caption}\n" for _, caption in pairs), writable_folder("--out", args.out) / "captions.txt"
-    must_be_replaceable("--out", path, "these captions", lambda path: path.read_text() == text)
+    require_replaceable("--out", path, "these captions", lambda path: path.read_text() == text)
     if args.dry_run:
         cli.show_plan(provenance | {"count": args.count, "first": pairs[0]}, args)
         return

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import trange
 
-from evaluations.files import Images, write_whole
 from runtime import cli
-from runtime.files import must_be_replaceable
-from stores.images import digits_images, from_uint8
+from runtime.files import require_replaceable
+from stores.digits import digits_images
+from stores.image_arrays import Images, write_whole
+from stores.images import from_uint8
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "assets" / "digits_classifier.pt"
 SEED = 0
@@ -126,7 +127,7 @@ def run_train(args: argparse.Namespace) -> None:
     if args.dry_run:
         cli.show_plan(provenance, args)
         return
-    must_be_replaceable("--out", args.out, "a classifier of this command", load)
+    require_replaceable("--out", args.out, "a classifier of this command", load)
     model, held_out = train(args.steps)
     provenance["held_out_accuracy"] = held_out
     saved = dict(model=model.state_dict(), config=model.config, provenance=provenance)
@@ -140,7 +141,7 @@ def run_reference(args: argparse.Namespace) -> None:
     if args.dry_run:
         cli.show_plan(dict(out=str(args.out), arr_0=rgb.shape, arr_1=labels.shape), args)
         return
-    must_be_replaceable("--out", args.out, "the digits", lambda path: Images("--out", path).shape == rgb.shape)
+    require_replaceable("--out", args.out, "the digits", lambda path: Images("--out", path).shape == rgb.shape)
     write_whole("--out", args.out, lambda file: np.savez(file, arr_0=rgb, arr_1=labels.numpy()))
     print(f"{len(rgb)} digits saved to {args.out}")
 

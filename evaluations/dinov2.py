@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from evaluations.flops import outlines
 from runtime.cli import UserError
-from stores.torch_files import why_not
+from runtime.precision import on_meta_device
+from stores.checkpoints import explain_load_error
 
 URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
 PUBLISHED = "d5383ea8"  # its SHA-256 starts so
@@ -31,8 +31,8 @@ def load(path: Path, width: int = 1024, depth: int = 24, heads: int = 16) -> Any
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the ways in which a wrong file fails to unpickle are not a closed list
-        raise UserError(f"{wrong} ({why_not(path, error)})") from None
-    with outlines():
+        raise UserError(f"{wrong} ({explain_load_error(path, error)})") from None
+    with on_meta_device():
         model = VisionTransformer(
             img_size=SIDE,
             patch_size=PATCH,

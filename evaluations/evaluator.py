@@ -29,14 +29,14 @@ import torch
 
 from evaluations.extraction import features
 from evaluations.features import FRECHET, NAMES, Extractor, extractor
-from evaluations.files import open_images, write_whole
 from evaluations.kid import kid
 from evaluations.metrics import frechet_distance, inception_score, precision_recall, statistics
 from runtime import cli, distributed
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
-from runtime.files import held, must_be_replaceable, must_differ, read_json
+from runtime.files import held, read_json, require_different, require_replaceable
 from runtime.provenance import with_current_keys
+from stores.image_arrays import open_images, write_whole
 
 K = 3  # neighbours, ADM's choice
 PUBLISHED_COUNT = 50_000  # FID falls with the number of samples; published values use this many
@@ -218,9 +218,9 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         inputs = {"REFERENCE": args.reference, "SAMPLES": args.samples}
         inputs |= {"--inception-weights": args.inception_weights, "--dinov2-weights": args.dinov2_weights}
-        must_differ("--json", args.json, inputs)
+        require_different("--json", args.json, inputs)
         ours = "figures of this command"
-        must_be_replaceable("--json", args.json, ours, lambda path: FRECHET.keys() & read_json(path).keys())
+        require_replaceable("--json", args.json, ours, lambda path: FRECHET.keys() & read_json(path).keys())
     context = distributed.setup(args.device)
     if not context.is_main:
         context.barrier()  # the main rank goes first, in case that the weights have to be fetched

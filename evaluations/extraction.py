@@ -13,11 +13,11 @@ import torch
 from tqdm import tqdm
 
 from evaluations.features import Extractor
-from evaluations.files import AnyImages, write_whole
 from evaluations.metrics import full_precision
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
-from runtime.files import must_be_replaceable, read_ahead
+from runtime.files import read_ahead, require_replaceable
+from stores.image_arrays import AnyImages, write_whole
 
 
 def extract(images: AnyImages, network: Extractor, batch_size: int, context: DistributedContext) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def features(
     table = extract(images, network, batch_size, context)
     if path and context.is_main:
         try:
-            must_be_replaceable("features", path, "a file of features", lambda path: not is_other_npz(path))
+            require_replaceable("features", path, "a file of features", lambda path: not is_other_npz(path))
             write_whole("features", path, lambda file: np.savez(file, key=np.array(key), **table))
         except (UserError, OSError) as error:  # a read-only folder or a full disk costs time, not the result
             print(f"warning: the features are not kept ({error})", file=sys.stderr)

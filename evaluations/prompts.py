@@ -20,13 +20,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from evaluations.files import Images
 from runtime import cli, distributed
 from runtime.checks import writable_folder
 from runtime.cli import UserError, existing_file
-from runtime.files import atomic_write, must_be_replaceable, read_json, write_text
+from runtime.files import atomic_write, read_json, require_replaceable, write_text
 from runtime.provenance import require_same
 from stores.captions import CaptionStore, add_captions_option
+from stores.image_arrays import Images
 from stores.samples import read_provenance
 
 LONGEST_NAME = 200  # bytes of a prompt in a file's name; systems allow 255 in all
@@ -136,7 +136,7 @@ def clip_score(
 
 def run_clip(args: argparse.Namespace) -> None:
     if args.json:
-        must_be_replaceable("--json", args.json, "a score of this command", lambda path: read_json(path)["clip_score"])
+        require_replaceable("--json", args.json, "a score of this command", lambda path: read_json(path)["clip_score"])
     prompted = Prompted(args.samples, args.captions)
     score = clip_score(prompted, args.clip_model, args.clip_weights, distributed.setup(args.device).device)
     found = {"clip_score": score, "clip_model": args.clip_model, "clip_weights": args.clip_weights}

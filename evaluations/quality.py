@@ -8,10 +8,10 @@ from pathlib import Path
 
 from evaluations.evaluator import evaluate
 from evaluations.features import FRECHET, NAMES, extractor
-from evaluations.files import Images
 from runtime.cli import Parser, UserError, file, not_negative, positive
 from runtime.distributed import DistributedContext
 from sampler import Sampler
+from stores.image_arrays import Images
 from stores.samples import SampleWriter
 
 QUALITY_OPTIONS = ("eval_reference", "eval_features", "eval_samples")  # what ``PeriodicEvaluator`` takes of the options

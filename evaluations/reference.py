@@ -19,13 +19,13 @@ from tqdm import tqdm
 
 from evaluations.extraction import extract
 from evaluations.features import Extractor, extractor
-from evaluations.files import FolderImages, Images
 from evaluations.metrics import statistics
 from runtime import cli, distributed
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
 from runtime.files import atomic_write, claim, release
 from runtime.provenance import require_same
+from stores.image_arrays import FolderImages, Images
 from stores.image_folder import add_skip_bad_option
 from stores.images import summary
 from stores.samples import read_provenance

@@ -138,7 +138,7 @@ class Parser(argparse.ArgumentParser):
         """Which of an option's names stands on the command line, the last of them; None if none does."""
         return next((name for word in reversed(self.words) if (name := word.split("=")[0]) in names), None)
 
-    def told(self, text: str, args: argparse.Namespace) -> str:
+    def mark_defaults(self, text: str, args: argparse.Namespace) -> str:
         """A message with a remark behind each value that nobody typed: it is the default, or that of the preset."""
         preset = getattr(args, "preset", None)
         for action in self._actions:
@@ -190,7 +190,7 @@ def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[s
         )
     except (UserError, RunError) as error:
         if getattr(args, "dry_run", False) and (getattr(args, "preset", None) or isinstance(error, AbsentError)):
-            show_plan({"not_checked": parser.told(str(error), args)} | parser.estimate(args), args)
+            show_plan({"not_checked": parser.mark_defaults(str(error), args)} | parser.estimate(args), args)
             return
         if getattr(args, "dry_run", False) and isinstance(error, ShortageError):
             show_plan(error.plan(), args)
@@ -198,7 +198,7 @@ def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[s
         text = str(error)
         if text.startswith("Caught "):
             text = text.splitlines()[-1].removeprefix(f"{__name__}.{type(error).__name__}: ")
-        fail(parser, parser.told(text, args), 2 if isinstance(error, UserError) else 1)
+        fail(parser, parser.mark_defaults(text, args), 2 if isinstance(error, UserError) else 1)
     finally:
         FETCHING.reset(fetching)
 

@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader, Dataset
 from runtime.cli import OptionGroup, RunError, UserError, name
 from runtime.sigterm import die_with_parent, held_back
 
-IMPATIENCE = timedelta(minutes=15)  # a rank that trains on without the others is hung after this
-PATIENCE = timedelta(hours=12)  # a rank that writes or hashes files may take this long
+TRAINING_TIMEOUT = timedelta(minutes=15)  # a rank that trains on without the others is hung after this
+FILE_TIMEOUT = timedelta(hours=12)  # a rank that writes or hashes files may take this long
 Result = TypeVar("Result")
 
 
@@ -45,7 +45,7 @@ class DistributedContext:
         return self.rank == 0
 
     @property
-    def has_met(self) -> bool:
+    def in_process_group(self) -> bool:
         """Whether there are others with whom to agree on anything (``join``)."""
         return self.world_size > 1 and dist.is_initialized()
 
@@ -65,7 +65,7 @@ class DistributedContext:
         return f"global batch {global_batch_size} = {each} on each of {self.world_size} x {self.device.type}"
 
     def barrier(self) -> None:
-        """Wait for all ranks. For file input and output only, which may take hours (``PATIENCE``)."""
+        """Wait for all ranks. For file input and output only, which may take hours (``FILE_TIMEOUT``)."""
         if self.world_size > 1:
             dist.barrier(group=_patient_group())
 
@@ -77,7 +77,7 @@ class DistributedContext:
 
     def on_main(self, work: Callable[[], Result]) -> Result:
         """What ``work()`` returns in the main rank, on every rank; its error about files and options is everybody's."""
-        if not self.has_met:
+        if not self.in_process_group:
             return work()
         outcome: tuple[bool, Any] = (True, None)
         if self.is_main:
@@ -99,7 +99,7 @@ class DistributedContext:
 
     def broadcast_object(self, value: Any) -> Any:
         """The main rank's value (any small Python object) on every rank."""
-        if not self.has_met:
+        if not self.in_process_group:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0, group=_patient_group())
@@ -108,12 +108,12 @@ class DistributedContext:
 
 def setup(device: str = "auto") -> DistributedContext:
     """Choose this process's device and join the other ranks."""
-    context = stand_alone(device)
+    context = choose_device(device)
     join(context)
     return context
 
 
-def stand_alone(device: str = "auto") -> DistributedContext:
+def choose_device(device: str = "auto") -> DistributedContext:
     """Choose this process's device, and wait for nobody: what can be refused, each rank refuses by itself.
 
     ``device`` is "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1". Raises ``UserError`` if it is not there.
@@ -146,17 +146,18 @@ def join(context: DistributedContext) -> None:
     if context.world_size > 1 and not dist.is_initialized():
         die_with_launcher()
         find_launcher()
-        watchdog = threading.Timer(IMPATIENCE.total_seconds(), _give_up)  # torch's own timeout does not always fire
+        # torch's own timeout does not always fire
+        watchdog = threading.Timer(TRAINING_TIMEOUT.total_seconds(), _give_up)
         watchdog.daemon = True
         watchdog.start()
         backend = "nccl" if context.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method="env://", timeout=IMPATIENCE)
+        dist.init_process_group(backend, init_method="env://", timeout=TRAINING_TIMEOUT)
         _patient_group()
         watchdog.cancel()
 
 
 def _give_up() -> None:
-    minutes = IMPATIENCE.total_seconds() / 60
+    minutes = TRAINING_TIMEOUT.total_seconds() / 60
     print(
         f"the other ranks have not come in {minutes:g} minutes; run the same command again", file=sys.stderr, flush=True
     )
@@ -183,7 +184,7 @@ def find_launcher() -> None:
 @cache
 def _patient_group() -> Any:
     """All ranks, over gloo on the processors: waits for a rank that is at work on files, where training would not."""
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
+    return dist.new_group(backend="gloo", timeout=FILE_TIMEOUT)
 
 
 def keep_freed_memory() -> None:

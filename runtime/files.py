@@ -77,20 +77,20 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def must_differ(option: str, path: str | Path, inputs: dict[str, str | Path | None]) -> None:
+def require_different(option: str, path: str | Path, inputs: dict[str, str | Path | None]) -> None:
     """``UserError`` where ``path``, to be written, is one of the ``inputs`` (paths by options); links are followed."""
     for name, given in inputs.items():
         if given is not None and Path(path).resolve() == Path(given).resolve():
             raise UserError(f"{option} {path}: would be written over {name}, give another file")
 
 
-def must_lie_outside(option: str, path: str | Path, folder_option: str, folder: str | Path) -> None:
+def require_outside(option: str, path: str | Path, folder_option: str, folder: str | Path) -> None:
     """``UserError`` where ``path``, to be written, is or lies in a folder that is read as a whole."""
     if Path(path).resolve().is_relative_to(Path(folder).resolve()):
         raise UserError(f"{option} {path}: lies in {folder_option} {folder}, of which all is read; give another place")
 
 
-def must_be_replaceable(option: str, path: str | Path, what: str, is_ours: Callable[[Path], object]) -> None:
+def require_replaceable(option: str, path: str | Path, what: str, is_ours: Callable[[Path], object]) -> None:
     """``UserError`` where ``path`` cannot be, or exists and is not ``what`` we write: ``is_ours`` is false or fails."""
     path = Path(path)
     if not path.exists():

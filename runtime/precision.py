@@ -2,12 +2,13 @@
 
 import argparse
 import copy
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
+from torch.overrides import TorchFunctionMode
 
 from models import DiT
 from runtime.cli import OptionGroup
@@ -130,3 +131,19 @@ def prepare_blocks(model: DiT, *, compile: bool, checkpoint_activations: bool) -
     model.checkpoint_activations = checkpoint_activations
     if compile:
         compile_blocks(model)
+
+
+class SkipInit(TorchFunctionMode):
+    """Leaves out what ``torch.nn.init`` would do."""
+
+    def __torch_function__(self, func: Any, types: Any, inputs: tuple = (), named: dict | None = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return inputs[0] if inputs else (named or {})["tensor"]
+        return func(*inputs, **(named or {}))
+
+
+@contextmanager
+def on_meta_device() -> Iterator[None]:
+    """Modules made in here have shapes and no numbers. Nor are any drawn: for that torch would import its compiler."""
+    with torch.device("meta"), SkipInit():
+        yield

@@ -16,7 +16,7 @@ ADDED_KEYS: list[tuple[str, str, Callable[[dict], Any]]] = [
     ("ema_decay", "ema_warmup", lambda training: False),
 ]
 # What does not decide which images they are, where the hash of their listing is known.
-BESIDE_THE_LISTING = {"data", "class_names"}
+IGNORED_IF_LISTING_MATCHES = {"data", "class_names"}
 
 
 def with_current_keys(config: dict) -> dict:
@@ -50,7 +50,7 @@ def differences(found: dict, wanted: dict, prefix: str = "") -> str:
     parts, keys = [], found.keys() | wanted.keys()
     hashes = found.get("vae_hash"), wanted.get("vae_hash")
     if wanted.get("listing"):
-        keys = keys - BESIDE_THE_LISTING if found.get("listing") else found.keys() - {"listing", "class_names"}
+        keys = keys - IGNORED_IF_LISTING_MATCHES if found.get("listing") else found.keys() - {"listing", "class_names"}
     for key in sorted(keys - {"vae_hash"}):
         a, b = found.get(key), wanted.get(key)
         if key == "vae" and all(hashes):

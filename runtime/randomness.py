@@ -59,7 +59,7 @@ class Conditions(Protocol):
 
     count: int
     about: dict  # what artefacts made with them say of them in their provenance
-    longest: int  # tokens of y, 0 for classes
+    max_text_tokens: int  # tokens of y, 0 for classes
 
     def __call__(self, label: torch.Tensor) -> torch.Tensor:
         """label: (B,) int64 -> the model's y, (B, ...)."""
@@ -69,7 +69,7 @@ class Classes:
     """Classes stand for themselves. (The other conditions are captions, stores/captions.py.)"""
 
     def __init__(self, count: int):
-        self.count, self.about, self.longest = count, dict[str, Any](), 0
+        self.count, self.about, self.max_text_tokens = count, dict[str, Any](), 0
 
     def __call__(self, label: torch.Tensor) -> torch.Tensor:
         """(B,) int64 -> the same."""

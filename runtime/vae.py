@@ -30,7 +30,7 @@ class Pixels:
     """The latent space of a model that works on pixels: images in [-1, 1] as they are."""
 
     name, hash, scale, factor, channels, image_channels = None, None, 1.0, 1, None, None
-    weights_bytes, here = 0, True
+    weights_bytes, downloaded = 0, True
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """images: (B, C, H, W) in [-1, 1] -> mean and standard deviation of the latent: the image, and zero."""
@@ -51,7 +51,7 @@ class Outline:
     channels: int
     image_channels: int
     weights_bytes: int
-    here: bool = True  # False: it would be fetched
+    downloaded: bool = True  # False: it would be fetched
     hash: str | None = None
 
 
@@ -79,7 +79,7 @@ def outline_vae(name: str | None, option: str = "--vae") -> Outline | Pixels:
             config = Path(str(found[0]))
         elif path in NAMES.values():
             scale = SDXL_SCALE if path == NAMES["sdxl"] else 0.18215
-            return Outline(path, scale, 8, 4, 3, VAE_BYTES, here=False)
+            return Outline(path, scale, 8, 4, 3, VAE_BYTES, downloaded=False)
         else:
             raise AbsentError(f"{option} {name}: would be fetched from the Hugging Face hub")
     try:
@@ -124,7 +124,7 @@ class VAE:
         self.scale = self.model.config.scaling_factor
         self.factor = 2 ** (len(self.model.config.block_out_channels) - 1)
         self.channels, self.image_channels = self.model.config.latent_channels, self.model.config.in_channels
-        self.weights_bytes, self.here = sum(p.nbytes for p in self.model.parameters()), True
+        self.weights_bytes, self.downloaded = sum(p.nbytes for p in self.model.parameters()), True
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,8 +23,7 @@ from runtime import cli
 from runtime.cli import OptionGroup, UserError
 from runtime.provenance import require_same
 from runtime.randomness import Classes, Conditions
-from stores.commands import store_parser
-from stores.shards import ShardStore
+from stores.shards import ShardStore, store_parser
 
 KIND = "captions"  # the manifest's word for this format
 NEEDED = ("text_sha256", "encoder", "encoder_hash", "channels", "max_tokens")  # of its provenance, by those who read it
@@ -73,14 +72,14 @@ class CaptionStore(ShardStore):
             if arrays["tokens"].shape != (starts[-1], self.channels) or arrays["text"].shape != (letters,):
                 raise UserError(f"{option} {self.folder / shard['file']}: its lengths do not add up; make it again")
         self.cut = int(sum((arrays["uncut"] > arrays["length"]).sum() for arrays in self.arrays))
-        self.longest = int(max(arrays["length"].max() for arrays in self.arrays))
+        self.max_text_tokens = int(max(arrays["length"].max() for arrays in self.arrays))
         found = {name: self.provenance[name] for name in NEEDED}
-        self.about = {"captions": found | {"count": self.count, "longest": self.longest}}
+        self.about = {"captions": found | {"count": self.count, "longest": self.max_text_tokens}}
 
     def __call__(self, label: torch.Tensor) -> torch.Tensor:
         """label: (B,) numbers of captions -> (B, L, C) float32 with L of the longest caption; padding is zero."""
         rows = label.numpy()
-        out = np.zeros((len(rows), self.longest, self.channels), np.float16)
+        out = np.zeros((len(rows), self.max_text_tokens, self.channels), np.float16)
         for i, (shard, row) in enumerate(self.locate(rows)):
             start, end = self._starts[shard][row : row + 2]
             out[i, : end - start] = self.arrays[shard]["tokens"][start:end]
@@ -138,7 +137,7 @@ def verify(args: argparse.Namespace) -> None:
     size, tokens = store.verify("DIR"), sum(len(tensors["tokens"]) for tensors in store.tensors)
     print(
         f"{args.folder}: ok, {store.count} captions by {store.provenance['encoder']}, {tokens} tokens of "
-        f"{store.channels} channels, {store.longest} at most, {store.cut} captions cut, {size / 1e6:.1f} MB"
+        f"{store.channels} channels, {store.max_text_tokens} at most, {store.cut} captions cut, {size / 1e6:.1f} MB"
     )
 
 

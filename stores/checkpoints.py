@@ -20,15 +20,14 @@ import torch.nn as nn
 from safetensors.torch import load_file
 
 from models import DiT
-from models_ard import ARD, MASKS, student_type
-from models_pixart import MODELS, teacher_type
+from models_ard import ARD, MASKS
+from models_pixart import MODELS, student_type, teacher_type
 from runtime import cli
 from runtime.checks import writable_file
 from runtime.cli import OptionGroup, UserError, existing_file, not_negative, positive, shortened
 from runtime.files import atomic_write
 from runtime.provenance import require_same, weights_hash, with_current_keys
 from stores import foreign_pixart, foreign_weights
-from stores.torch_files import damaged_member, why_not
 
 HEADS = "--teacher-heads"
 Model = TypeVar("Model", bound=DiT)
@@ -60,7 +59,7 @@ def load(path: str | Path, option: str) -> dict:
             mapped = zipfile.is_zipfile(path)  # then what is not looked at takes no memory
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds for truncated, foreign and pickled files
-        raise UserError(f"{option} {path}: not a readable checkpoint ({why_not(path, error)})") from None
+        raise UserError(f"{option} {path}: not a readable checkpoint ({explain_load_error(path, error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{option} {path}: holds a {type(content).__name__}, a checkpoint is a dictionary")
     if isinstance(content.get("config"), dict):
@@ -307,3 +306,40 @@ run = cli.run_command
 
 if __name__ == "__main__":
     cli.main(build_parser(), run)
+
+
+#################################################################################
+#                          What is wrong with a file                            #
+#################################################################################
+
+
+def explain_load_error(path: Path, error: Exception) -> str:
+    """Why a file cannot be read. torch's own words are codes, and advice to load what may run code."""
+    with path.open("rb") as file:
+        begin = file.read(2)
+    if not begin:
+        return "it is empty"
+    if path.suffix == ".safetensors":
+        return f"damaged, or another format than its name says: {error}".splitlines()[0]
+    if isinstance(error, (ValueError, zipfile.BadZipFile, EOFError)):
+        return (str(error) or "it is truncated").splitlines()[0]
+    if begin == b"PK":
+        return "it holds Python objects, which are never loaded" if zipfile.is_zipfile(path) else "it is truncated"
+    if begin[:1] == b"\x80":  # torch's format before 1.6, or a plain pickle
+        return "it is truncated, or holds Python objects, which are never loaded"
+    return "it is no file of torch.save or safetensors"
+
+
+def damaged_member(path: Path) -> str | None:
+    """The first part of a torch file whose content differs from the checksum beside it, which torch does not look at.
+
+    None where all is well, and for files in torch's format before 1.6, which have no checksums. ``ValueError`` for a
+    packed part: nobody knows how large it is.
+    """
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        for part in archive.infolist():
+            if part.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"its part {part.filename} is packed, which PyTorch does not do")
+        return archive.testzip()

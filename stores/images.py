@@ -1,4 +1,4 @@
-"""Real images: the bundled UCI digits, folders of images (image_folder.py), stores of their latents (latents.py).
+"""Real images: digits (digits.py), emoji (emoji.py), folders (image_folder.py), stores of latents (latents.py).
 
 Pixels are uint8 outside the models and float32 in [-1, 1] inside; ``from_uint8`` and ``to_uint8`` are the only two ways
 between them, and a uint8 image survives the round trip exactly.
@@ -17,15 +17,15 @@ so that trainers say ``real_latents(batch, vae)`` and need not know which it is.
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from runtime.cli import UserError, shortened
 from runtime.distributed import DistributedContext
-from runtime.files import must_lie_outside
-from runtime.randomness import generator
+from runtime.files import require_outside
 from runtime.vae import VAE, Outline, Pixels, load_same_vae, load_vae, resolve_name
-from stores.image_folder import ImageFolder, mirrored
+from stores.digits import DigitImages, DigitScenes
+from stores.emoji import EmojiImages
+from stores.image_folder import ImageFolder
 from stores.latents import LatentStore, is_store
 
 
@@ -39,75 +39,7 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
-def digits_images() -> tuple[torch.Tensor, torch.Tensor]:
-    """scikit-learn's UCI digits: images (1797, 1, 8, 8) uint8 and labels (1797,) int64. Nothing is downloaded."""
-    from sklearn.datasets import load_digits  # two seconds to import, needed for digits only
-
-    digits = load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    return torch.from_numpy(images)[:, None], torch.from_numpy(digits.target.astype(np.int64))
-
-
-class DigitImages:
-    """The UCI digits as a source of images: one channel, 8x8, ten classes."""
-
-    size, channels, num_classes, vae, vae_hash = 8, 1, 10, None, None
-
-    def __init__(self) -> None:
-        self.images, self.labels = digits_images()
-        self.count = len(self.labels)
-        self.fingerprint: dict[str, Any] = {"data": "digits", "images": self.count, "image_size": self.size}
-
-    def read(self, rows: np.ndarray, flips: np.ndarray) -> dict[str, torch.Tensor]:
-        """See above; images (B, 1, 8, 8)."""
-        return {"images": mirrored(self.images[rows], flips), "y": self.labels[rows]}
-
-
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# Relation, first and second digit, shuffled: what never stands together in training is the last fifth.
-SCENES = [
-    (("above", "beside")[i // 100], i // 10 % 10, i % 10) for i in np.random.default_rng(0).permutation(200).tolist()
-]
-SEEN_SCENES = 160  # are trained on
-
-
-def scene_caption(scene: int) -> str:
-    """The caption of one of ``SCENES``, "a three above a seven"."""
-    relation, first, second = SCENES[scene]
-    return f"a {NUMBERS[first]} {relation} a {NUMBERS[second]}"
-
-
-def scene_places(scene: int) -> list[tuple[slice, slice]]:
-    """Rows and columns of the first and of the second digit of a scene."""
-    low, middle, high = slice(0, 8), slice(4, 12), slice(8, 16)
-    return [(low, middle), (high, middle)] if SCENES[scene][0] == "above" else [(middle, low), (middle, high)]
-
-
-class DigitScenes:
-    """Two of the UCI digits above or beside each other on 16x16 pixels, as captions say: the data of `make demo-t2i`.
-
-    A label is the number of a scene, which is that of its caption in a store of captions in this order.
-    """
-
-    size, channels, num_classes, vae, vae_hash = 16, 1, SEEN_SCENES, None, None
-
-    def __init__(self, count: int = 100 * SEEN_SCENES) -> None:
-        digits, classes = digits_images()
-        self.digits = [digits[classes == number, 0] for number in range(10)]
-        self.count, self.labels = count, torch.arange(count) % SEEN_SCENES
-        self.fingerprint: dict[str, Any] = {"data": "digit-scenes", "images": count, "image_size": self.size}
-
-    def read(self, rows: np.ndarray, flips: np.ndarray) -> dict[str, torch.Tensor]:
-        """See above; images (B, 1, 16, 16). Which digits an image shows is a function of its row."""
-        images = torch.zeros(len(rows), 1, self.size, self.size, dtype=torch.uint8)
-        for image, row in zip(images, rows.tolist(), strict=True):
-            scene, draw = int(self.labels[row]), generator(0, "scene", row)
-            for place, number in zip(scene_places(scene), SCENES[scene][1:], strict=True):
-                image[0][place] = self.digits[number][draw.integers(len(self.digits[number]))]
-        return {"images": mirrored(images, flips), "y": self.labels[rows]}
-
-
-Source = DigitImages | DigitScenes | ImageFolder | LatentStore
+Source = DigitImages | DigitScenes | EmojiImages | ImageFolder | LatentStore
 
 
 def open_source(
@@ -121,7 +53,7 @@ def open_source(
     verify: bool = False,
     context: DistributedContext | None = None,
 ) -> Source:
-    """The source that an option names: the word "digits" or "digit-scenes", a store of latents, a folder of images.
+    """The source that an option names: the word digits, emoji or digit-scenes, a store of latents, a folder of images.
 
     ``image_size`` is needed for images; a latent store knows its own and a contradiction is refused. ``unconditional``
     leaves out the classes. ``channels``: 3 for folders unless told otherwise; the others know their own. ``skip_bad``
@@ -130,6 +62,8 @@ def open_source(
     source: Source
     if data_path == "digits":
         source = DigitImages()
+    elif data_path == "emoji":
+        source = EmojiImages()
     elif data_path == "digit-scenes":
         source = DigitScenes()
     elif is_store(data_path):
@@ -160,11 +94,11 @@ def summary(source: Source) -> str:
     return "; ".join([text, *getattr(source, "notes", [])])
 
 
-def must_not_hold(source: Source, outputs: dict[str, str | None]) -> None:
+def require_outside_source(source: Source, outputs: dict[str, str | None]) -> None:
     """``UserError`` where one of the paths to be written, by their options, lies in the folder that a source reads."""
     for option, path in outputs.items():
         if path and isinstance(source, ImageFolder):
-            must_lie_outside(option, path, source.option, source.root)
+            require_outside(option, path, source.option, source.root)
 
 
 def open_vae(

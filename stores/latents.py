@@ -19,8 +19,7 @@ import torch
 from runtime import cli
 from runtime.cli import UserError
 from runtime.precision import DTYPES
-from stores.commands import store_parser
-from stores.shards import ShardStore
+from stores.shards import ShardStore, store_parser
 
 KIND = "latents"  # the manifest's word for this format
 

@@ -22,9 +22,9 @@ from runtime.checks import writable_file
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
 from runtime.files import SharedWriter, atomic_write, claim, release, write_text
-from runtime.npz import DAMAGED_NPZ, npy_header, npz_member
 from runtime.provenance import require_same, with_current_keys
 from stores.images import to_uint8
+from stores.npz import DAMAGED_NPZ, npy_header, npz_member
 
 INDEX_BYTES = 40  # that a rank needs for each sample, to know which are missing
 

@@ -7,10 +7,12 @@ Row i of the store is row i modulo rows-per-shard of shard i // rows-per-shard, 
 ranks writes the same files, and a run that broke off is continued. The manifest comes last and says that all is there.
 """
 
+import argparse
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
+from runtime import cli
 from runtime.cli import RunError, UserError, existing_folder
 from runtime.distributed import DistributedContext
 from runtime.files import LOCK, SharedWriter, atomic_write, claim, file_sha256, release, write_text
@@ -296,3 +299,32 @@ class ShardStore:
         if len(self) != self.provenance["count"]:
             raise UserError(f"{option} {self.folder}: {len(self)} rows, the manifest says {self.provenance['count']}")
         return sum(shard["bytes"] for shard in self.shards)
+
+
+#################################################################################
+#                    The commands that every store of shards has                #
+#################################################################################
+
+
+def store_parser(doc: str | None, name: str, verify: Callable[..., None]) -> tuple[cli.Parser, Any]:
+    """The parser of the module stores.NAME with both commands, and the place to add others to.
+
+    ``doc`` is that module's, ``verify`` checks a store of its kind.
+    """
+    parser = cli.Parser(doc, prog=f"stores.{name}", description=f"Look after a store of {name}.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=cli.Parser)
+    command = commands.add_parser("verify", help="Check counts, checksums and finiteness.")
+    command.add_argument("folder", metavar="DIR", help="Folder of the store.")
+    command.set_defaults(run=verify)
+    command = commands.add_parser("repair", help="Remove damaged shards, for the command that made them to make anew.")
+    command.add_argument("folder", metavar="DIR", help="Folder of the store.")
+    command.set_defaults(run=run_repair)
+    return parser, commands
+
+
+def run_repair(args: argparse.Namespace) -> None:
+    bad = repair(args.folder, "DIR")
+    if not bad:
+        print(f"{args.folder}: ok, nothing to repair")
+    else:
+        print(f"{args.folder}: {', '.join(bad)} removed; run the command that made the store to make them anew")

@@ -31,9 +31,8 @@ from runtime.provenance import require_same
 from runtime.randomness import Classes, Conditions, Shuffle
 from runtime.vae import load_same_vae
 from stores import checkpoints
-from stores.commands import store_parser
 from stores.samples import SampleWriter
-from stores.shards import ShardStore
+from stores.shards import ShardStore, store_parser
 
 
 def row_bytes(shape: tuple[int, ...], points: int, targets: int, dtype: str) -> int:

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from models_ard import ARD
 from runtime import cli
 from runtime.files import file_sha256
 from stores import checkpoints
-from stores.images import digits_images
+from stores.digits import digits_images
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests/golden"
@@ -39,9 +40,15 @@ NANO_TEACHER = ("--model", "DiT-Nano/2", *SMALL[2:])  # of train.py, as SMALL is
 #################################################################################
 
 
+def module_of(script: str) -> Any:
+    """The module that a script, or a command behind ``python -m``, is; of a package that is its ``__main__``."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    return module if hasattr(module, "build_parser") else importlib.import_module(f"{script}.__main__")
+
+
 def call(script: str, *argv) -> None:
     """Run a script's command line in this process: its parser and its ``run``, as its last lines do."""
-    module = importlib.import_module(script.removesuffix(".py"))
+    module = module_of(script)
     cli.main(module.build_parser(), module.run, [str(argument) for argument in argv])
 
 

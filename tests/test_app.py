@@ -15,7 +15,7 @@ from runtime.randomness import noise
 from runtime.vae import Pixels
 from sampler import learned_ode
 from stores import checkpoints
-from stores.images import digits_images
+from stores.digits import digits_images
 
 
 def free_port() -> int:

@@ -10,7 +10,7 @@ from text_helpers import save_t5
 
 from runtime.text import WordEncoder
 from stores.captions import CaptionStore
-from stores.images import NUMBERS
+from stores.digits import NUMBERS
 
 CAPTIONS = [f"a {a} {r} a {b}" for r in ("above", "beside") for a in NUMBERS for b in NUMBERS[:2]]
 
@@ -73,7 +73,7 @@ def test_lines_end_as_on_any_system_and_nowhere_else(tmp_path):
 def test_long_captions_are_cut_with_a_count(tmp_path, capsys):
     out = encode(tmp_path, tmp_path / "store", captions=["a " * 10_000, "a three"])
     assert "2 captions, 1 of them cut to 16 tokens" in capsys.readouterr().out
-    assert CaptionStore(out).longest == 16 and CaptionStore(out).cut == 1
+    assert CaptionStore(out).max_text_tokens == 16 and CaptionStore(out).cut == 1
 
 
 def test_bad_captions_are_one_sentence_and_nothing_is_written(tmp_path, capsys):

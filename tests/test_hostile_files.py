@@ -14,8 +14,8 @@ from helpers import SHIPPED_TEACHER, call, draw_digits, memory_limit, refused, s
 from safetensors.torch import save_file
 
 from runtime.cli import UserError
-from runtime.npz import npz_member
 from stores import checkpoints
+from stores.npz import npz_member
 
 
 class Touch:

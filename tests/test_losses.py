@@ -7,8 +7,16 @@ import torch
 import torch.nn.functional as F
 from helpers import random_teacher
 
-from discriminator import Discriminator, FrozenFeatures
-from losses import AdversarialLosses, adaptive_weight, generator_losses, hinge_losses, own_history, regression_losses
+from discriminator import (
+    AdversarialLosses,
+    Discriminator,
+    FrozenFeatures,
+    adaptive_weight,
+    generator_losses,
+    hinge_losses,
+    own_history,
+)
+from losses import regression_losses
 from models_ard import ARD
 
 

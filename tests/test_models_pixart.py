@@ -7,10 +7,10 @@ import pytest
 import torch
 from text_helpers import random_text_teacher, save_pixart
 
+from costs.flops import count_by_blocks, meta_model, sampling_gflops, training_flops
 from diffusion import create_diffusion
-from evaluations.flops import count_by_blocks, outline, sampling_gflops, training_flops
-from models_ard import ARD, MASKS, TextARD
-from models_pixart import PixArt, PixArt_models, model_name
+from models_ard import ARD, MASKS
+from models_pixart import PixArt, PixArt_models, TextARD, model_name
 from stores import checkpoints
 
 LENGTHS = (7, 3, 1, 5)
@@ -101,7 +101,7 @@ def test_work_is_counted_with_the_captions_that_are_read():
     teacher, width = random_text_teacher().config, 32
     for config, count in ((student, training_flops), (teacher, partial(sampling_gflops, steps=5))):
         few, many = (count_by_blocks(config, partial(count, text_tokens=tokens)) for tokens in (5, 10))
-        assert many == pytest.approx(count(outline(config), text_tokens=10), rel=1e-12) and few < many
+        assert many == pytest.approx(count(meta_model(config), text_tokens=10), rel=1e-12) and few < many
     # The embedding of a token, and in each of three blocks its keys and values, and the queries of 16 tokens at both.
     token = width * (12 + width) + 3 * (2 * width * width + 2 * 16 * width)
     assert 1e9 * (many - few) == pytest.approx(5 * 2 * 5 * token)  # five steps on two halves, five tokens more

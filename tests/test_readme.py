@@ -8,11 +8,12 @@ import shlex
 
 import pytest
 import torch
-from helpers import ROOT, call
+from helpers import ROOT, call, module_of
 
-from evaluations.table import beside_the_paper
+from lab.report.table import beside_the_paper
 
 README = (ROOT / "README.md").read_text()
+ROOMS = ("bench", "costs", "evaluations", "lab", "stores")
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -60,7 +61,7 @@ def test_the_table_beside_the_paper_is_the_studys():
 def all_options() -> set[str]:
     """The options of all our commands."""
     found: set[str] = set()
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("stores/*.py"), *ROOT.glob("evaluations/*.py")]:
+    for path in [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]:
         if "def build_parser" in path.read_text():
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
             parsers = [importlib.import_module(name).build_parser()]
@@ -99,13 +100,13 @@ def test_every_command_on_a_page_is_one_that_its_own_parser_takes(page):
     assert len(found) > 20 or page.name != "README.md"
     for name, *words in found:
         if words and "..." not in words:
-            importlib.import_module(name).build_parser().parse_args(words)
+            module_of(name).build_parser().parse_args(words)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options, page, count", [([], "README.md", 7), (["--rows"], "docs/reproducing.md", 14)])
 def test_the_tables_of_costs_are_what_the_command_counts(options, page, count, capsys):
-    call("evaluations.costs", *options)
+    call("costs.stages", *options)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     text = (ROOT / page).read_text()
     assert len(rows) == count and all(row in text for row in rows)

@@ -20,14 +20,13 @@ from helpers import (
 from text_helpers import encode_captions, random_text_teacher, save_pixart
 
 import train
+from costs.flops import meta_model, sampling_gflops
 from diffusion.teacher_ode import TeacherODE
-from evaluations.flops import outline, sampling_gflops
-from models_ard import TextARD
-from models_pixart import PixArt
+from models_pixart import PixArt, TextARD
 from runtime.distributed import DistributedContext
 from stores import checkpoints
 from stores.captions import CaptionStore
-from stores.images import SCENES, SEEN_SCENES, DigitScenes, digits_images, scene_caption, scene_places
+from stores.digits import SCENES, SEEN_SCENES, DigitScenes, digits_images, scene_caption, scene_places
 from stores.samples import read_provenance
 from stores.trajectories import TrajectoryStore
 
@@ -111,14 +110,14 @@ def test_a_report_has_the_rows_of_text_models(room, digit_files, tmp_path):
     for path in folder.glob("*.npz"):
         call("evaluations.evaluator", digit_files[0], path, "--features", "digits", "--no-cache", "--json",
              path.with_suffix(".json"))  # fmt: skip
-    call("evaluations.report", folder, "--out", tmp_path / "report")
+    call("lab.report", folder, "--out", tmp_path / "report")
     rows = json.loads((tmp_path / "report/table.json").read_text())
     assert sorted((row["model"], row["steps"]) for row in rows) == [("ARD", 3), ("teacher", 3), ("teacher", 6)]
     student = next(row for row in rows if row["model"] == "ARD")
     teacher = next(row for row in rows if row["steps"] == 6)
     assert student["degradation"] == pytest.approx(student["fid"] - teacher["fid"]) and not student["paper"]
     config = checkpoints.load_student(folder / "run/checkpoints/0000003.pt")[1]["model"]
-    assert student["gflops"] == sampling_gflops(outline(config), 3, text_tokens=6) < teacher["gflops"]
+    assert student["gflops"] == sampling_gflops(meta_model(config), 3, text_tokens=6) < teacher["gflops"]
     assert (tmp_path / "report/fig5_samples.png").exists() and not (tmp_path / "report/fig4_attention.png").exists()
 
 

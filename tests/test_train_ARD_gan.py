@@ -26,7 +26,8 @@ from discriminator import Discriminator, FrozenFeatures
 from models_ard import ARD
 from runtime.randomness import Shuffle
 from stores import checkpoints
-from stores.images import DigitImages, from_uint8
+from stores.digits import DigitImages
+from stores.images import from_uint8
 from stores.trajectories import TrajectoryStore
 
 

@@ -14,10 +14,10 @@ import train
 from diffusion.teacher_ode import OnlineBatches, TeacherODE
 from runtime.distributed import DistributedContext
 from stores import checkpoints
-from stores.adversarial import GanBatches
 from stores.images import open_source
 from stores.runs import RunFolder
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
+from train_ARD_gan import GanBatches
 
 
 @pytest.mark.parametrize("more", [(), ("--ema-warmup",)], ids=["plain", "warm average"])

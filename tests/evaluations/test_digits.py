@@ -8,7 +8,8 @@ from helpers import ROOT, arrays, call, refused
 
 from evaluations import digits
 from runtime.cli import UserError
-from stores.images import digits_images, from_uint8
+from stores.digits import digits_images
+from stores.images import from_uint8
 
 
 def test_the_shipped_classifier_reaches_the_accuracy_that_it_states():

@@ -10,8 +10,8 @@ from helpers import arrays, call, draw_digits, refused, spawn, state_of, write_i
 
 from evaluations import digits, features
 from evaluations.evaluator import evaluate
-from evaluations.files import Images
 from evaluations.metrics import precision_recall
+from stores.image_arrays import Images
 
 CPU = ("--device", "cpu")
 DIGITS = ("--features", "digits", *CPU)

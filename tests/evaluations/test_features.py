@@ -10,7 +10,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from evaluations import features
 from evaluations.metrics import frechet_distance, statistics
-from stores.images import digits_images
+from stores.digits import digits_images
 
 
 def pictures(count, size=40):

@@ -9,9 +9,9 @@ from PIL import Image
 
 from evaluations.evaluator import evaluate
 from evaluations.extraction import extract
-from evaluations.files import FolderImages, Images
 from evaluations.metrics import statistics
 from runtime.distributed import DistributedContext
+from stores.image_arrays import FolderImages, Images
 from stores.pictures import center_crop
 
 

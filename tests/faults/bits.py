@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 
 from evaluations.evaluator import features
 from evaluations.features import Extractor
-from evaluations.files import Images
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
 from runtime.files import file_sha256, release
 from stores import checkpoints
 from stores.captions import CaptionStore
+from stores.image_arrays import Images
 from stores.latents import LatentStore
 from stores.runs import RunFolder, begin, find_run, read_config
 from stores.samples import SampleWriter, read_provenance

@@ -15,7 +15,7 @@ from pathlib import Path
 from helpers import ROOT, call, words
 from soak_stages import Stage
 
-PATIENCE = 60  # seconds in which the other processes of a job must end when one is killed
+FILE_TIMEOUT = 60  # seconds in which the other processes of a job must end when one is killed
 
 
 def look(folder: Path) -> dict[str, tuple[int, int]]:
@@ -141,7 +141,7 @@ class Job:
     def kill(self, how: str, draw: random.Random) -> tuple[float, int | None]:
         """kill -9 of "all", of the one that was "started", or of a "rank"; seconds until all had ended, and the rank.
 
-        ``TimeoutError`` where somebody is still there after ``PATIENCE``.
+        ``TimeoutError`` where somebody is still there after ``FILE_TIMEOUT``.
         """
         pids = family(self.pid)
         ranks = {rank_of(pid): pid for pid in pids[1:]}
@@ -151,13 +151,13 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         begun = time.monotonic()
-        if not wait(lambda: self.code is not None and not any(map(is_alive, pids)), PATIENCE):
+        if not wait(lambda: self.code is not None and not any(map(is_alive, pids)), FILE_TIMEOUT):
             left = [pid for pid in pids if is_alive(pid)]
             about = [Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")[:300] for pid in left]
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
             self.end(10)
-            raise TimeoutError(f"{len(left)} processes are left {PATIENCE} s after a kill of {how}: {about}")
+            raise TimeoutError(f"{len(left)} processes are left {FILE_TIMEOUT} s after a kill of {how}: {about}")
         return time.monotonic() - begun, number
 
     @property

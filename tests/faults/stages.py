@@ -31,7 +31,7 @@ from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from stores import checkpoints  # noqa: E402
-from stores.images import NUMBERS  # noqa: E402
+from stores.digits import NUMBERS  # noqa: E402
 
 torch.set_num_threads(1)
 EQUAL = "equal"

@@ -233,8 +233,8 @@ def test_the_help_says_what_an_option_takes_what_is_required_and_how_it_is_used(
 
 
 PARSERS = ("train", "train_ARD", "train_ARD_gan", "sample", "sample_ARD", "sample_trajectory", "encode_latents", "demo",
-           "encode_captions", "evaluations.evaluator", "evaluations.flops", "evaluations.costs", "evaluations.coco",
-           "evaluations.text_demo")  # fmt: skip
+           "encode_captions", "evaluations.evaluator", "costs.flops", "costs.stages", "evaluations.coco",
+           "lab.text_demo")  # fmt: skip
 
 
 @pytest.mark.parametrize("script", PARSERS)

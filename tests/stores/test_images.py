@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from runtime.cli import UserError
+from stores.digits import DigitImages
 from stores.image_folder import mirrored
-from stores.images import DigitImages, from_uint8, open_source, summary, to_uint8
+from stores.images import from_uint8, open_source, summary, to_uint8
 
 
 def test_uint8_survives_the_round_trip():

@@ -1,0 +1,1 @@
+"""Times: what each stage takes on this machine."""

@@ -1,0 +1,1 @@
+"""Counts: what a command needs and what a model costs, from shapes alone."""

@@ -1,0 +1,251 @@
+"""What a command will need, counted from shapes before anything is loaded or made.
+
+A run is refused by its plan where it cannot work, and ``--dry-run`` prints it, in every script alike:
+
+    "disk_bytes"             what the run writes, at its peak
+    "memory_bytes_per_rank"  by parts, and in "total": at least so much, for a few small things are not counted
+    "steps"                  how often the script's loop goes round: optimiser steps, or batches of a rank
+    "epochs"                 passes over the data; null where they are made, or not known yet
+    "flops"                  operations of all ranks together, two for a multiply-accumulate; null where not counted
+    "fetch"                  what would be downloaded first
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from costs.flops import (
+    count_by_blocks,
+    count_gan_step,
+    meta_model,
+    on_meta_device,
+    sampling_gflops,
+    text_shape,
+    training_flops,
+)
+from discriminator import Discriminator
+from runtime.checks import require_disk, require_memory, size_of
+from runtime.cli import ShortageError, UserError
+from runtime.distributed import DistributedContext
+from runtime.precision import DTYPES
+from runtime.vae import Outline, Pixels, outline_vae
+from stores import samples
+from stores.checkpoints import moments_bytes, weights_bytes
+from stores.runs import find_run, run_bytes
+
+COST_OPTIONS = ("d_time", "d_width", "bn_group", "rollout")  # what ``count_gan_step`` takes of the options
+# What ``plan_training`` takes of the options.
+PLANNED_OPTIONS = ("global_batch_size", "accumulation", "iterations", "ckpt_every", "keep")
+SAMPLED_OPTIONS = ("num_samples", "per_proc_batch_size", "precision", "save_latents")  # of ``plan_samples``
+SOLVER_OPTIONS = ("solver_steps", "cfg_scale")  # of ``plan_sampling``, for a teacher
+PIXELS = Pixels()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See above. ``flops`` counts when it is called; ``amount`` and ``batch`` are the options to name in a message."""
+
+    amount: str
+    batch: str
+    disk_bytes: int
+    memory: dict[str, int]
+    steps: int
+    epochs: float | None = None
+    flops: Callable[[], float] | None = None
+    fetch: list[str] = field(default_factory=list)
+    more: Callable[[], dict] = dict  # to tell
+
+    def check(self, path: str | Path, device: torch.device) -> None:
+        """``ShortageError`` where disk or memory are too small; what lies at ``path`` is a part of it."""
+        path = Path(path)
+        there = path.with_suffix(".partial") if path.suffix == ".npz" else path
+        try:
+            if not path.is_file():
+                require_disk(self.amount, path, self.disk_bytes - size_of(there))
+            require_memory(self.batch, self.memory.get("batch", 0), torch.device("cpu"))  # it is made there
+            require_memory(f"{self.batch}, with this model", sum(self.memory.values()), device)
+        except UserError as error:
+            raise ShortageError(str(error), self.describe) from None
+
+    def check_run(self, config: dict, context: DistributedContext, results_dir: str, run_dir: str | None) -> str:
+        """The same for a run of this config; the folder that it has, or will have."""
+        folder = find_run(config, results_dir, run_dir)
+        self.check(folder, context.device)
+        return str(folder)
+
+    def describe(self) -> dict:
+        """As JSON has it."""
+        return {
+            "disk_bytes": self.disk_bytes,
+            "memory_bytes_per_rank": self.memory | {"total": sum(self.memory.values())},
+            "steps": self.steps,
+            "epochs": self.epochs,
+            "flops": round(self.flops()) if self.flops else None,
+            "fetch": self.fetch,
+            **self.more(),
+        }
+
+
+def latent_shape_of(config: dict) -> tuple[int, int, int]:
+    """(C, H, W) of what a model of that config makes; DiT's own defaults where it does not say."""
+    side = config.get("input_size", 32)
+    return config.get("in_channels", 4), side, side
+
+
+def text_numbers(config: dict, text_tokens: int) -> int:
+    """How many numbers a caption is to a text model of that config; 0 for a model of classes."""
+    shape = text_shape(config, text_tokens)
+    return math.prod(shape) if shape else 0
+
+
+def plan_training(
+    config: dict,
+    context: DistributedContext,
+    *,
+    rows: int | None,
+    global_batch_size: int,
+    accumulation: int,
+    iterations: int,
+    ckpt_every: int,
+    keep: int,
+    vae: Outline | Pixels = PIXELS,
+    frozen: nn.Module | None = None,
+    heads: Sequence[nn.Module] = (),
+    flops_per_sample: Callable[[], float] | None = None,
+    text_tokens: int = 0,
+) -> Plan:
+    """Of a trainer, whose model has this ``config``, on ``rows`` of data.
+
+    ``frozen`` is a model that is used besides, ``heads`` are more in training, without an average. ``text_tokens`` are
+    those of the longest caption of a text model.
+    """
+    model = meta_model(config)
+    trained = [model, *heads]
+    moments = sum(moments_bytes(each) for each in trained)
+    weights, average = sum(weights_bytes(each) for each in trained), weights_bytes(model)
+    share, points = len(context.share(global_batch_size)), getattr(model, "steps", 1)
+    tokens = points * model.pos_embed.shape[1] * model.pos_embed.shape[2]  # numbers between two blocks, of a sample
+    memory = {
+        "weights": weights + vae.weights_bytes + (weights_bytes(frozen) if frozen else 0),
+        "gradients": moments // 2,
+        "adam": moments,
+        "ema": average,
+        "order": 8 * (rows or 0),
+        "batch": 4 * share * ((points + 1) * math.prod(model.latent_shape) + text_numbers(config, text_tokens)),
+        "activations": 4 * math.ceil(share / accumulation) * tokens * len(model.blocks),
+    }
+    samples = iterations * global_batch_size
+    one = partial(training_flops, text_tokens=text_tokens)
+    return Plan(
+        f"--iterations {iterations} with --ckpt-every {ckpt_every}",
+        f"--global-batch-size {global_batch_size}",
+        run_bytes(weights + average + moments, iterations, ckpt_every, keep),
+        memory,
+        iterations,
+        samples / rows if rows else None,
+        lambda: samples * (flops_per_sample() if flops_per_sample else count_by_blocks(config, one)),
+        [] if vae.downloaded else [str(vae.name)],
+    )
+
+
+def plan_gan(
+    student: dict,
+    teacher: dict,
+    context: DistributedContext,
+    *,
+    d_time: int,
+    d_width: int | None,
+    bn_group: int,
+    rollout: bool,
+    **options: Any,
+) -> Plan:
+    """Of R+D with models of these configs; the options are those of ``count_gan_step`` and of ``plan_training``."""
+    cost = cache(
+        partial(count_gan_step, student, teacher, d_time=d_time, d_width=d_width, bn_group=bn_group, rollout=rollout)
+    )
+    frozen = meta_model(teacher)
+    with on_meta_device():
+        head = Discriminator(1, frozen.config["hidden_size"], d_width, bn_group)
+    heads = [head] * len(frozen.blocks)  # all alike: making one spares seconds
+    plan = plan_training(
+        student,
+        context,
+        frozen=frozen,
+        heads=heads,
+        flops_per_sample=lambda: 1e12 * cost()["tflops_per_sample"]["R+D"],
+        **options,
+    )
+    return replace(plan, more=cost)
+
+
+def plan_samples(
+    config: dict,
+    context: DistributedContext,
+    *,
+    num_samples: int,
+    per_proc_batch_size: int,
+    precision: str,
+    save_latents: bool,
+    vae: Any = None,
+    **solver: Any,
+) -> Plan:
+    """Of a sampler, whose options these are; parts and the file made of them lie on the disk side by side."""
+    channels, side, _ = latent = latent_shape_of(config)
+    vae = outline_vae("ema" if channels == 4 else None) if vae is None else vae
+    row = samples.row_bytes(side * vae.factor, latent if save_latents else ())
+    return plan_sampling(
+        config,
+        context,
+        amount=f"--num-samples {num_samples}",
+        count=num_samples,
+        batch_size=per_proc_batch_size,
+        row_bytes=2 * row,
+        held_bytes=samples.INDEX_BYTES * num_samples,
+        precision=precision,
+        vae=vae,
+        **solver,
+    )
+
+
+def plan_sampling(
+    config: dict,
+    context: DistributedContext,
+    *,
+    amount: str,
+    count: int,
+    batch_size: int,
+    row_bytes: int,
+    held_bytes: int = 0,
+    solver_steps: int = 0,
+    cfg_scale: float = 1.5,
+    precision: str = "fp32",
+    vae: Outline | Pixels = PIXELS,
+    text_tokens: int = 0,
+) -> Plan:
+    """Of what draws ``count`` samples or trajectories, ``row_bytes`` each on the disk.
+
+    ``held_bytes``: what a rank holds of them in memory beside a batch. ``solver_steps`` of a teacher; a student has its
+    own.
+    """
+    model: Any = meta_model(config)
+    rows = min(batch_size, count)
+    held = rows * math.prod(model.latent_shape) * 4
+    memory = {
+        "weights": weights_bytes(model) * DTYPES[precision].itemsize // 4 + vae.weights_bytes,
+        "batch": held * (2 * solver_steps + 1 if solver_steps else model.steps + 1)
+        + 4 * rows * text_numbers(config, text_tokens),
+        "rows": held_bytes,
+    }
+    steps = math.ceil(len(context.share(count)) / batch_size)
+    one = partial(sampling_gflops, steps=solver_steps, cfg_scale=cfg_scale, text_tokens=text_tokens)
+    fetch = [] if vae.downloaded else [str(vae.name)]
+    batch = f"--per-proc-batch-size {batch_size}"
+    return Plan(
+        amount, batch, count * row_bytes, memory, steps, None, lambda: 2e9 * count * count_by_blocks(config, one), fetch
+    )
