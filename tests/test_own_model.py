@@ -73,7 +73,7 @@ def turned() -> Image.Exif:
 
 
 def in_pixels(lines: list[list[str]]) -> list[list[str]]:
-    """The same without an autoencoder, as the README says below the block."""
+    """The same without an autoencoder, as docs/own-model.md says."""
     kept = [line for line in lines if line[0] != "encode_latents.py"]
     return [[word.replace("data/photos", "photos") for word in line] for line in kept]
 

@@ -1,4 +1,4 @@
-"""What the README shows runs, and prints what the README says."""
+"""README and docs/: their Python runs, their commands parse, their tables are those that our commands print."""
 
 import argparse
 import importlib
@@ -13,8 +13,10 @@ from helpers import ROOT, call, module_of
 from lab.report.table import beside_the_paper
 
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "docs/results.md").read_text()
 ROOMS = ("bench", "costs", "evaluations", "lab", "stores")
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LEAST_COMMANDS = {"README.md": 12, "reproducing.md": 15, "text-to-image.md": 6}
 
 
 def test_the_ten_lines_of_python_run_as_printed(monkeypatch):
@@ -49,13 +51,38 @@ def test_the_files_that_a_page_links_to_exist(page):
 
 def test_the_table_beside_the_paper_is_the_studys():
     study = ROOT / "assets" / "study"
-    assert (study / "beside.md").read_text() in README
-    assert (study / "rollout.md").read_text() in README
+    assert (study / "beside.md").read_text() in RESULTS
+    assert (study / "rollout.md").read_text() in RESULTS
     lines = json.loads((study / "table.json").read_text())
-    assert beside_the_paper(lines) in README and all(len(line["seeds"]["fid"]) == 3 for line in lines)
+    assert beside_the_paper(lines) in RESULTS and all(len(line["seeds"]["fid"]) == 3 for line in lines)
     four = {line["mask"]: line["degradation"] for line in lines if (line["steps"], line["target"], line["loss"]) == (
         4, "x0", "R")}  # fmt: skip
-    assert f"already has the whole gain: {four['M1']:.1f} to {four['M3']:.1f} above the teacher" in README
+    gain = f"already has the whole gain: {four['M1']:.1f} to {four['M3']:.1f} above the teacher"
+    assert gain in " ".join(RESULTS.split())
+
+
+def rows_of(text: str) -> list[dict[str, str]]:
+    """The rows of a page's first table that begins with the column "row", by their columns' names."""
+    table = text[text.index("| row |") :].split("\n\n")[0]
+    names, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def test_the_readmes_table_is_an_excerpt_of_the_studys():
+    rows = rows_of(RESULTS)
+    shown = rows_of(README)
+    assert len(shown) == 6 and all(any(row.items() <= whole.items() for whole in rows) for row in shown)
+
+
+def test_the_readme_is_short_and_links_to_every_page():
+    assert len(README.splitlines()) <= 200
+    assert {f"docs/{page.name}" for page in DOCS[1:]} <= set(re.findall(r"\]\(([^)#]+)\)", README))
+
+
+@pytest.mark.parametrize("page", DOCS[1:], ids=lambda page: page.name)
+def test_a_page_begins_with_what_it_is_for(page):
+    title, blank, purpose = page.read_text().splitlines()[:3]
+    assert title.startswith("# ") and not blank and re.match(r"[A-Z][a-z]", purpose), page
 
 
 def all_options() -> set[str]:
@@ -97,16 +124,25 @@ def commands(text: str) -> list[list[str]]:
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_every_command_on_a_page_is_one_that_its_own_parser_takes(page):
     found = commands(page.read_text())
-    assert len(found) > 20 or page.name != "README.md"
+    assert len(found) >= LEAST_COMMANDS.get(page.name, 0)
     for name, *words in found:
         if words and "..." not in words:
             module_of(name).build_parser().parse_args(words)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options, page, count", [([], "README.md", 7), (["--rows"], "docs/reproducing.md", 14)])
-def test_the_tables_of_costs_are_what_the_command_counts(options, page, count, capsys):
+@pytest.mark.parametrize("options, count", [([], 7), (["--rows"], 14)])
+def test_the_tables_of_costs_are_what_the_command_counts(options, count, capsys):
     call("costs.stages", *options)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    text = (ROOT / page).read_text()
+    text = (ROOT / "docs/reproducing.md").read_text()
     assert len(rows) == count and all(row in text for row in rows)
+    if not options:
+        columns, *stages = ([cell.strip() for cell in row.strip("| ").split("|")] for row in rows)
+        by_stage = {stage[0]: dict(zip(columns, stage, strict=True)) for stage in stages}
+        dump, regression, gan = (by_stage[f"{verb}.py"] for verb in ("sample_trajectory", "train_ARD", "train_ARD_gan"))
+        hours = "GPU hours (estimate)"
+        counted = (
+            f"the dump {dump[hours]} GPU hours and {dump['disk']}, once for all rows; this row {regression[hours]}"
+        )
+        assert f"{counted} hours, R+D on top of it {gan[hours]}." in " ".join(README.split())
