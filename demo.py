@@ -20,7 +20,6 @@ import numpy as np
 from diffusion.teacher_ode import TARGETS
 from lab.experiments import (
     CORES,
-    TEACHER,
     Student,
     call,
     distance,
@@ -34,6 +33,7 @@ from lab.experiments import (
     train_command,
     write_table,
 )
+from lab.worlds import DIGITS
 from models import DiT
 from runtime import cli
 from runtime.files import atomic_write
@@ -91,7 +91,9 @@ def make_students(
     folder: Path, target: str, *, seed: int, iterations: int, gan_iterations: int, num_samples: int
 ) -> list[Student]:
     """Both methods with one target, at the same budget: regression, and fine-tuning after it if that has steps."""
-    students = [Student(folder, f"{name}-{target}", iterations, target=target, **METHODS[name]) for name in METHODS]
+    students = [
+        Student(DIGITS, folder, f"{name}-{target}", iterations, target=target, **METHODS[name]) for name in METHODS
+    ]
     call([train_command(student, seed) for student in students])
     if gan_iterations:
         tuned = [student.tuned(gan_iterations) for student in students]
@@ -103,8 +105,10 @@ def make_students(
 
 def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
-    folder = own_folder(args.out, "results/demo", args.seed, "trajectories")
-    make_reference_and_teacher(folder, args.seed, args.num_trajectories, args.num_samples)
+    folder = own_folder(args.out, DIGITS.folder("demo"), args.seed, "trajectories")
+    reference, teacher_samples, same_noise = make_reference_and_teacher(
+        DIGITS, folder, args.seed, args.num_trajectories, args.num_samples
+    )
     students: list[Student] = []
     for target in args.targets:
         students += make_students(
@@ -116,11 +120,10 @@ def run(args: argparse.Namespace) -> None:
             num_samples=args.num_samples,
         )
 
-    reference, same_noise = folder / "digits.npz", folder / "teacher-same-noise.npz"
-    call([evaluate_command(reference, folder / "teacher.npz", "--floor")])
-    call([evaluate_command(reference, student.samples) for student in students])
-    teacher = figures_of(folder / "teacher.npz")
-    models: dict[str, DiT] = {"teacher": checkpoints.load_teacher(TEACHER)[0]}
+    call([evaluate_command(DIGITS, reference, teacher_samples, "--floor")])
+    call([evaluate_command(DIGITS, reference, student.samples) for student in students])
+    teacher = figures_of(teacher_samples)
+    models: dict[str, DiT] = {"teacher": checkpoints.load_teacher(DIGITS.teacher)[0]}
     models |= {str(student): checkpoints.load_student(student.weights)[0] for student in students}
     speed = time_per_sample(models)
 

@@ -1,4 +1,4 @@
-"""What the demos and the study of the digits share: our own commands as processes, and a student with its files."""
+"""What the demos and the studies share: our own commands as processes, and a student with its files."""
 
 import json
 import os
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from diffusion import create_diffusion
+from lab.worlds import World
 from models import DiT
 from models_ard import ARD
 from runtime import cli
@@ -26,11 +27,6 @@ from runtime.sigterm import die_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-TEACHER = "assets/digits_teacher.pt"
-OPTIMISER = ["--lr", "2e-3", "--ema-decay", "0.99"]
-GAN_WARMUP = 150  # steps, or all of a run that is shorter
-GAN = ["--gan-weight", "0.5", "--d-time", "100", "--d-lr", "2e-3"]
-GAN += ["--lr", "1e-3", "--clip", "0.06", "--d-clip", "0.06", "--ema-decay", "0.99"]
 
 
 def own_folder(out: str | None, default: str, seed: int, holds: str) -> Path:
@@ -146,8 +142,9 @@ def run_pieces(pieces: list[Piece], jobs: int = CORES) -> list[str]:
 
 @dataclass(frozen=True)
 class Student:
-    """A student of the digits teacher, and where its files lie: its run, and beside it its samples and figures."""
+    """A student of a world's teacher, and where its files lie: its run, and beside it its samples and figures."""
 
+    world: World
     folder: Path
     name: str
     iterations: int
@@ -191,39 +188,56 @@ class Student:
         return replace(self, name=f"{self.name}-gan", iterations=iterations, loss="R+D")
 
 
-def dump_command(store: Path, num_trajectories: int, seed: int, ranks: int) -> list:
+def reference_command(world: World, out: Path) -> list:
+    """The world's real images, as the evaluator reads them."""
+    return [*world.reference.split(), "--out", out]
+
+
+def dump_command(world: World, store: Path, num_trajectories: int, seed: int, ranks: int) -> list:
     """The teacher's trajectories, by so many processes."""
     launcher = ["torchrun", f"--nproc_per_node={ranks}"] if ranks > 1 else ["python"]
-    dump = [*launcher, "sample_trajectory.py", "--teacher", TEACHER, "--out", store]
+    dump = [*launcher, "sample_trajectory.py", "--teacher", world.teacher, "--out", store]
     return [*dump, "--num-trajectories", num_trajectories, "--rows-per-shard", 500, "--seed", seed]
 
 
-def make_reference_and_teacher(folder: Path, seed: int, num_trajectories: int, num_samples: int) -> None:
-    """Real digits, the store of the teacher's trajectories, its samples, and some from the students' noise."""
-    store, same_noise = folder / "trajectories", min(200, num_samples)
-    call([dump_command(store, num_trajectories, seed, CORES)], threads=1)
-    reference = ["python", "-m", "evaluations.digits", "reference", "--out", folder / "digits.npz"]
-    # The teacher's samples are the last points of its trajectories: they come free.
-    export = ["python", "-m", "stores.trajectories", "export", store, "--out", folder / "teacher.npz"]
-    export += ["--num-samples", min(num_samples, num_trajectories)]  # FID falls with their number
-    sample = ["python", "sample.py", "--teacher", TEACHER, "--num-samples", same_noise, "--seed", seed]
-    sample += ["--out", folder / "teacher-same-noise.npz"]
-    call([reference, export, sample])
+def export_command(store: Path, out: Path, num_samples: int) -> list:
+    """The teacher's samples: the last points of its trajectories, which come free."""
+    return ["python", "-m", "stores.trajectories", "export", store, "--out", out, "--num-samples", num_samples]
+
+
+def teacher_command(world: World, out: Path, num_samples: int, seed: int) -> list:
+    """Samples of the teacher from the noise that the students start from."""
+    command = ["python", "sample.py", "--teacher", world.teacher, "--num-samples", num_samples]
+    return [*command, "--seed", seed, "--out", out]
+
+
+def make_reference_and_teacher(
+    world: World, folder: Path, seed: int, num_trajectories: int, num_samples: int
+) -> tuple[Path, Path, Path]:
+    """The files of real images, of the teacher's samples, and of some from the students' noise; its trajectories."""
+    store, reference = folder / "trajectories", folder / f"{world.name}.npz"
+    teacher, same_noise = folder / "teacher.npz", folder / "teacher-same-noise.npz"
+    call([dump_command(world, store, num_trajectories, seed, CORES)], threads=1)
+    export = export_command(store, teacher, min(num_samples, num_trajectories))  # FID falls with their number
+    sample = teacher_command(world, same_noise, min(200, num_samples), seed)
+    call([reference_command(world, reference), export, sample])
+    return reference, teacher, same_noise
 
 
 def train_command(student: Student, seed: int, *options: object) -> list:
     """Regression on the trajectories in the student's folder."""
     command = ["python", "train_ARD.py", "--data-path", student.folder / "trajectories", "--target", student.target]
     command += ["--steps", student.steps, "--mask", student.mask, "--stack", student.stack]
-    command += ["--iterations", student.iterations, *OPTIMISER, *options]
+    command += ["--iterations", student.iterations, *student.world.optimiser.split(), *options]
     return [*command, "--sample-every", 0, "--seed", seed, "--run-dir", student.run_dir]
 
 
 def fine_tune_command(start: Student, tuned: Student, seed: int) -> list:
     """R+D from a regression-trained student."""
     command = ["python", "train_ARD_gan.py", "--data-path", tuned.folder / "trajectories", "--ckpt-path", start.weights]
-    command += ["--real-data-path", "digits", "--iterations", tuned.iterations, *GAN]
-    command += ["--gan-warmup", min(GAN_WARMUP, tuned.iterations)]
+    world = tuned.world
+    command += ["--real-data-path", world.data, "--iterations", tuned.iterations, *world.gan.split()]
+    command += ["--gan-warmup", min(world.gan_warmup, tuned.iterations)]
     return [*command, "--sample-every", 0, "--seed", seed, "--run-dir", tuned.run_dir]
 
 
@@ -233,9 +247,9 @@ def sample_command(weights: Path, out: Path, num_samples: int, seed: int, *optio
     return [*command, "--per-proc-batch-size", 256, "--seed", seed, "--out", out]
 
 
-def evaluate_command(reference: Path, samples: Path, *options: str) -> list:
-    """The comparison of samples with real digits, which leaves its figures beside them."""
-    command = ["python", "-m", "evaluations.evaluator", reference, samples, "--features", "digits"]
+def evaluate_command(world: World, reference: Path, samples: Path, *options: str) -> list:
+    """The comparison of samples with real images, which leaves its figures beside them."""
+    command = ["python", "-m", "evaluations.evaluator", reference, samples, "--features", world.features]
     return [*command, "--json", samples.with_suffix(".json"), *options]
 
 

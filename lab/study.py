@@ -1,4 +1,4 @@
-"""The structure of the paper's Table 1 and of its ablations, on digits, with several seeds: `make study`.
+"""The structure of the paper's Table 1 and of its ablations, in a small world, with several seeds: `make study`.
 
     python -m lab.study --out results/study            # the same command continues where it broke off
     python -m lab.study --out results/study --dry-run  # what it would run, and how long that takes
@@ -27,25 +27,27 @@ its own points is exposure bias.
 
 import argparse
 import json
-from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
 from diffusion.teacher_ode import TARGETS
 from lab.experiments import (
     CORES,
-    TEACHER,
     Piece,
     Student,
     dump_command,
     evaluate_command,
+    export_command,
     fine_tune_command,
+    reference_command,
     run_pieces,
     sample_command,
+    teacher_command,
     time_per_sample,
     train_command,
 )
 from lab.report.page import write_report
+from lab.worlds import WORLDS, World
 from models import DiT
 from runtime import cli
 from runtime.cli import UserError, chosen
@@ -53,15 +55,10 @@ from runtime.files import write_text
 from runtime.provenance import require_same
 from stores import checkpoints
 
-LAYERS = 6  # of the digits teacher: "N = L"
-BOTH = [(2, "M1", 0), (2, "M4", 2), (2, "M4", LAYERS), (4, "M1", 0), (4, "M2", 2), (4, "M3", 2), (4, "M4", 2)]
-BOTH += [(4, "M4", LAYERS)]  # (S, mask, N) with both targets
-ONCE = [
-    (1, "M1", 0),
-    (4, "M4", 1),
-    (4, "M4", 3),
-    (4, "M4", 4),
-]  # with x0 alone; the first is KD, the others are Fig. 6c
+ALL = -1  # layers: "N = L"
+BOTH = [(2, "M1", 0), (2, "M4", 2), (2, "M4", ALL), (4, "M1", 0), (4, "M2", 2), (4, "M3", 2), (4, "M4", 2)]
+BOTH += [(4, "M4", ALL)]  # (S, mask, N) with both targets
+ONCE = [(1, "M1", 0), (4, "M4", 1), (4, "M4", 3), (4, "M4", 4)]  # with x0 alone: KD, and the others of Fig. 6c
 CURVES = [(4, "M1", 0), (4, "M4", 2)]  # with both targets, evaluated while they are trained and from teacher's points
 CURVES_X0 = [(4, "M2", 2), (4, "M3", 2)]
 GAN = [(4, "M1", 0), (4, "M4", 2)]  # R+D, with x0
@@ -69,18 +66,19 @@ CHECKPOINTS = 6  # points of a curve
 UNSEEN = 1000  # seed of the trajectories on which errors are measured, and their number
 PLAN = ("iterations", "gan_iterations", "num_samples", "curve_samples", "num_trajectories")
 
-# Seconds of one of two busy cores of an AMD EPYC with AVX512, where all of it took 114 minutes. START is that of a
+# Seconds of digits on one of two busy cores of an AMD EPYC with AVX512, where all took 114 minutes. START is that of a
 # process; the others are a training step of batch 64 of a point without history, what a layer with history adds for
 # each pair of points; a step of R+D; a sample's step, a teacher's trajectory.
 START, POINT, PAIR, GAN_STEP, SAMPLED_POINT, TRAJECTORY = 6.0, 0.037, 0.0003, 0.22, 0.00012, 0.011
 
 
-def students(folder: Path, iterations: int) -> list[Student]:
+def students(world: World, folder: Path, iterations: int) -> list[Student]:
     """All regression-trained students of one seed."""
     shapes = [(shape, target) for shape in BOTH for target in TARGETS] + [(shape, "x0") for shape in ONCE]
+    full = [(s, mask, world.layers if n == ALL else n, target) for (s, mask, n), target in shapes]
     return [
-        Student(folder, f"s{s}-{mask}-n{n}-{target}".lower(), iterations, s, mask, n, target)
-        for (s, mask, n), target in sorted(shapes)
+        Student(world, folder, f"s{s}-{mask}-n{n}-{target}".lower(), iterations, s, mask, n, target)
+        for s, mask, n, target in sorted(full)
     ]
 
 
@@ -88,23 +86,30 @@ def training_seconds(student: Student) -> float:
     """An estimate from the constants above: each point costs, and each pair of points in a layer with history."""
     pairs = student.steps * (student.steps - 1) / 2 if student.mask == "M4" else student.steps - 1
     step = POINT * student.steps + PAIR * student.stack * pairs
-    return START + student.iterations * (step if student.loss == "R" else GAN_STEP)
+    return START + student.world.load * student.iterations * (step if student.loss == "R" else GAN_STEP)
 
 
-def sampled(
-    weights: Path, out: Path, count: int, seed: int, reference: Path, steps: int, *options: object
-) -> list[Piece]:
-    """Samples and their figures; ``options`` of sample_ARD.py."""
-    draw = Piece(
-        sample_command(weights, out, count, seed, *options), out, (weights,), START + count * steps * SAMPLED_POINT
-    )
-    return [
-        draw,
-        Piece(evaluate_command(reference, out), out.with_suffix(".json"), (out, reference), START + count / 5e3),
-    ]
+def dumped(world: World, store: Path, count: int, seed: int) -> Piece:
+    """The teacher's trajectories."""
+    seconds = START + world.load * count * TRAJECTORY
+    return Piece(dump_command(world, store, count, seed, 1), store / "manifest.json", (), seconds)
+
+
+def judged(world: World, samples: Path, count: int, reference: Path, *options: str) -> Piece:
+    """The figures of samples; ``options`` of the evaluator."""
+    command = evaluate_command(world, reference, samples, *options)
+    return Piece(command, samples.with_suffix(".json"), (samples, reference), START + count / 5e3)
+
+
+def sampled(student: Student, weights: Path, out: Path, count: int, seed: int, *options: object) -> Piece:
+    """Samples of a student; ``options`` of sample_ARD.py."""
+    given = TRAJECTORY if "--teacher-steps" in options else 0
+    seconds = START + student.world.load * count * (student.steps * SAMPLED_POINT + given)
+    return Piece(sample_command(weights, out, count, seed, *options), out, (weights,), seconds)
 
 
 def pieces_of_seed(
+    world: World,
     out: Path,
     seed: int,
     only: list[str],
@@ -116,69 +121,67 @@ def pieces_of_seed(
     num_trajectories: int,
 ) -> list[Piece]:
     """Everything with one seed: trajectories, teacher, students, samples and figures of each."""
-    folder, reference = out / f"seed{seed}", out / "digits.npz"
+    folder, reference = out / f"seed{seed}", out / f"{world.name}.npz"
     store, teacher, same = (folder / name for name in ("trajectories", "teacher.npz", "teacher-same-noise.npz"))
-    manifest = store / "manifest.json"
-    export = ["python", "-m", "stores.trajectories", "export", store, "--num-samples", num_samples, "--out", teacher]
-    alike = ["python", "sample.py", "--teacher", TEACHER, "--num-samples", 100, "--seed", seed, "--out", same]
+    dump = dumped(world, store, num_trajectories, seed)
     pieces = [
-        Piece(dump_command(store, num_trajectories, seed, 1), manifest, (), START + num_trajectories * TRAJECTORY),
-        Piece(export, teacher, (manifest,), START),
-        Piece(
-            evaluate_command(reference, teacher, "--floor"), teacher.with_suffix(".json"), (teacher, reference), START
-        ),
-        Piece(alike, same, (), START + 100 * TRAJECTORY),
+        dump,
+        Piece(export_command(store, teacher, num_samples), teacher, (dump.makes,), START),
+        judged(world, teacher, num_samples, reference, "--floor"),
+        Piece(teacher_command(world, same, 100, seed), same, (), START + world.load * 100 * TRAJECTORY),
     ]
+
+    def measure(student: Student, weights: Path, samples: Path, count: int, *options: object) -> list[Piece]:
+        draw = sampled(student, weights, samples, count, seed, *options)
+        return [draw, judged(world, samples, count, reference)]
+
     every = max(1, iterations // CHECKPOINTS)
     trained, tuned, measured = [], [], []
-    for student in students(folder, iterations):
+    for student in students(world, folder, iterations):
         if only and not any(fnmatch(student.name, pattern) for pattern in only):
             continue
-        shape = student.steps, student.mask, student.stack
-        x0, draw = student.target == "x0", (seed, reference, student.steps)
+        shape, x0 = (student.steps, student.mask, student.stack), student.target == "x0"
         curve = shape in CURVES or (shape in CURVES_X0 and x0)
-        options = ["--ckpt-every", every] if curve else []
-        command = train_command(student, seed, *options)
-        trained.append(Piece(command, student.weights, (manifest,), training_seconds(student)))
-        measured += sampled(student.weights, student.samples, num_samples, *draw)
+        command = train_command(student, seed, *(["--ckpt-every", every] if curve else []))
+        trained.append(Piece(command, student.weights, (dump.makes,), training_seconds(student)))
+        measured += measure(student, student.weights, student.samples, num_samples)
         if curve:
             for step in sorted({*range(every, iterations + 1, every), iterations}):
                 samples = folder / "curves" / f"{student.name}-{step:07d}.npz"
-                measured += sampled(student.weights_at(step), samples, curve_samples, *draw)
+                measured += measure(student, student.weights_at(step), samples, curve_samples)
         if shape in CURVES:
             for k in range(1, student.steps):
                 samples = folder / "teacher-steps" / f"{student.name}-{k}.npz"
-                first, figures = sampled(student.weights, samples, curve_samples, *draw, "--teacher-steps", k)
-                measured += [replace(first, seconds=first.seconds + curve_samples * TRAJECTORY), figures]
+                measured += measure(student, student.weights, samples, curve_samples, "--teacher-steps", k)
         if shape in GAN and x0:
             best = student.tuned(gan_iterations)
             fine_tuning = fine_tune_command(student, best, seed)
             tuned.append(Piece(fine_tuning, best.weights, (student.weights,), training_seconds(best)))
-            measured += sampled(best.weights, best.samples, num_samples, *draw)
-            if seed == 0 and best.stack:  # Fig. 10: digits 0 .. 7 become eights
-                sources = ["--source-images", reference, "--source-step", 1, "--class-labels", 8]
-                measured.append(sampled(best.weights, folder / "manipulation" / "to-eights.npz", 8, *draw, *sources)[0])
+            measured += measure(best, best.weights, best.samples, num_samples)
+            if seed == 0 and best.stack:  # Fig. 10: on digits, 0 .. 7 become eights
+                sources = ["--source-images", reference, "--source-step", 1, "--class-labels", world.label]
+                samples = folder / "manipulation" / f"to-class-{world.label}.npz"
+                measured.append(sampled(best, best.weights, samples, 8, seed, *sources))
     return pieces + trained + tuned + measured
 
 
-def plan(out: Path, seeds: int, only: list[str], **sizes: int) -> list[Piece]:
+def plan(world: World, out: Path, seeds: int, only: list[str], **sizes: int) -> list[Piece]:
     """All pieces, in an order in which each finds what it needs."""
-    reference, unseen = out / "digits.npz", out / "unseen"
-    count = min(UNSEEN, sizes["num_trajectories"])
+    reference = out / f"{world.name}.npz"
     pieces = [
-        Piece(["python", "-m", "evaluations.digits", "reference", "--out", reference], reference, (), START),
-        Piece(dump_command(unseen, count, UNSEEN, 1), unseen / "manifest.json", (), START + count * TRAJECTORY),
+        Piece(reference_command(world, reference), reference, (), START),
+        dumped(world, out / "unseen", min(UNSEEN, sizes["num_trajectories"]), UNSEEN),
     ]
-    return pieces + [piece for seed in range(seeds) for piece in pieces_of_seed(out, seed, only, **sizes)]
+    return pieces + [piece for seed in range(seeds) for piece in pieces_of_seed(world, out, seed, only, **sizes)]
 
 
-def measure_speed(folder: Path, found: list[Student]) -> None:
+def measure_speed(world: World, folder: Path, found: list[Student]) -> None:
     """table.json: milliseconds for a sample of each shape, alone on the machine; once for the same shapes."""
     path = folder / "table.json"
     by_shape = {(s.steps, s.mask, s.stack): s for s in found if s.weights.exists()}
     if path.exists() and len(json.loads(path.read_text())) == 1 + len(by_shape):
         return
-    models: dict[str, DiT] = {"teacher": checkpoints.load_teacher(TEACHER)[0]}
+    models: dict[str, DiT] = {"teacher": checkpoints.load_teacher(world.teacher)[0]}
     models |= {str(shape): checkpoints.load_student(s.weights)[0] for shape, s in by_shape.items()}
     speed = time_per_sample(models)
     rows = [{"model": "teacher", "ms_per_sample": speed["teacher"]}]
@@ -189,16 +192,17 @@ def measure_speed(folder: Path, found: list[Student]) -> None:
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(prog="lab.study", description="The paper's Table 1 and ablations, on digits.")
-    parser.add_argument("--out", type=Path, default=Path("results/study"), help="Folder of all that is made.")
+    parser = cli.Parser(prog="lab.study", description="The paper's Table 1 and ablations, in a small world.")
+    parser.add_argument("--world", choices=WORLDS, default="digits", help="The data, its teacher and who judges.")
+    parser.add_argument("--out", type=Path, help="Folder of all that is made; without it, results/study.")
     parser.add_argument("--seeds", type=cli.positive, default=3, help="So many runs of everything, seeds 0, 1, ...")
     parser.add_argument("--jobs", type=cli.positive, default=CORES, help="Processes side by side, one thread each.")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="Students to make, by name; * stands for anything."
     )
     group = parser.add_argument_group("sizes")
-    group.add_argument("--iterations", type=cli.positive, default=1200, help="Training steps of batch 64 by R.")
-    group.add_argument("--gan-iterations", type=cli.positive, default=1000, help="Steps of R+D after them.")
+    group.add_argument("--iterations", type=cli.positive, help="Training steps by R; without it, the world's.")
+    group.add_argument("--gan-iterations", type=cli.positive, help="Steps of R+D after them; without it, the world's.")
     group.add_argument("--num-samples", type=cli.positive, default=10_000, help="Samples of a row of the table.")
     group.add_argument("--curve-samples", type=cli.positive, default=2000, help="Samples of a point of a curve.")
     group.add_argument("--num-trajectories", type=cli.positive, default=10_000, help="Trajectories of a seed.")
@@ -207,28 +211,32 @@ def build_parser() -> cli.Parser:
 
 
 def run(args: argparse.Namespace) -> None:
+    world = WORLDS[args.world]
+    out = args.out or Path(world.folder("study"))
     sizes = chosen(args, PLAN)
+    sizes["iterations"] = args.iterations or world.iterations
+    sizes["gan_iterations"] = args.gan_iterations or world.gan_iterations
     if min(args.curve_samples, args.num_samples) < 64:
-        raise UserError(f"--curve-samples {args.curve_samples}: FID on digits needs 64 samples at least")
+        raise UserError(f"--curve-samples {args.curve_samples}: FID needs 64 samples at least")
     if args.num_samples > args.num_trajectories:
         raise UserError(f"--num-samples {args.num_samples}: the teacher's are its --num-trajectories, as many at least")
-    note = args.out / "study.json"
+    note, about = out / "study.json", {"world": world.name} | sizes
     if note.exists():
-        require_same(f"--out {args.out}: holds a study of other sizes", json.loads(note.read_text()), sizes)
-    pieces = plan(args.out, args.seeds, args.only, **sizes)
+        require_same(f"--out {out}: holds a study of other sizes", json.loads(note.read_text()), about)
+    pieces = plan(world, out, args.seeds, args.only, **sizes)
     left = [piece for piece in pieces if not piece.makes.exists()]
     minutes = round(sum(piece.seconds for piece in left) / args.jobs / 60)
+    found = students(world, out / "seed0", sizes["iterations"])
     if args.dry_run:
-        names = [student.name for student in students(args.out, args.iterations)]
-        about = {"pieces": len(pieces), "left": len(left), "minutes_estimated": minutes, "students": names}
-        cli.show_plan(about, args)
+        counted = {"pieces": len(pieces), "left": len(left), "minutes_estimated": minutes}
+        cli.show_plan(counted | {"students": [student.name for student in found]}, args)
         return
-    write_text(note, json.dumps(sizes) + "\n")
+    write_text(note, json.dumps(about) + "\n")
     print(f"{len(left)} of {len(pieces)} pieces to make, about {minutes} minutes with {args.jobs} cores for themselves")
     failed = run_pieces(pieces, args.jobs)
-    measure_speed(args.out / "seed0", students(args.out / "seed0", args.iterations))
-    pictures = write_report([str(args.out)], args.out / "report", stores=[str(args.out / "unseen")])
-    print(f"{args.out}/report/report.html: {', '.join(pictures)}")
+    measure_speed(world, out / "seed0", found)
+    pictures = write_report([str(out)], out / "report", stores=[str(out / "unseen")])
+    print(f"{out}/report/report.html: {', '.join(pictures)}")
     if failed:
         raise cli.RunError(f"{len(failed)} pieces were not made; the same command tries them again; {failed[0]}")
 

@@ -23,10 +23,12 @@ from lab.experiments import (
     evaluate_command,
     figures_of,
     own_folder,
+    reference_command,
     sample_command,
     write_table,
 )
 from lab.scenes import accuracy, write_captions, write_crops
+from lab.worlds import DIGITS
 from runtime import cli
 from runtime.cli import UserError
 from runtime.files import atomic_write
@@ -86,7 +88,7 @@ def measure(files: dict[str, Path], reference: Path) -> dict[str, dict[str, floa
     parts = {name: path.with_name("digits") / path.name for name, path in files.items()}
     for name, path in files.items():
         write_crops(path, parts[name])
-    call([evaluate_command(reference, path) for path in parts.values()])
+    call([evaluate_command(DIGITS, reference, path) for path in parts.values()])
     teacher = next(iter(files.values()))
     return {
         name: {"fid": figures_of(parts[name])["fid"], "distance": distance(path, teacher)} | accuracy(path)
@@ -148,7 +150,7 @@ def run(args: argparse.Namespace) -> None:
     call([[*sample, "--solver-steps", steps, "--out", files[f"teacher-{steps}"]] for steps in (48, 3)])
     weights = {name: path / f"checkpoints/{args.iterations:07d}.pt" for name, path in runs.items()}
     call([sample_command(weights[name], files[name], args.num_samples, args.seed, *draw) for name in runs])
-    call([["python", "-m", "evaluations.digits", "reference", "--out", reference]])
+    call([reference_command(DIGITS, reference)])
     figures = measure(files, reference)
 
     rows: list[dict[str, Any]] = [

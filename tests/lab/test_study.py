@@ -9,6 +9,7 @@ import pytest
 from helpers import call, refused, spawn, start, state_of
 
 from lab.study import plan, students
+from lab.worlds import DIGITS
 
 SIZES = {"iterations": 12, "gan_iterations": 2, "num_samples": 70, "curve_samples": 70, "num_trajectories": 80}
 OPTIONS = [part for name, value in SIZES.items() for part in (f"--{name.replace('_', '-')}", value)]
@@ -16,7 +17,7 @@ OPTIONS = [part for name, value in SIZES.items() for part in (f"--{name.replace(
 
 def test_every_piece_finds_what_it_needs_among_those_before_it_and_no_file_is_made_twice(tmp_path):
     made: set[Path] = set()
-    for piece in plan(tmp_path, 2, [], **SIZES):
+    for piece in plan(DIGITS, tmp_path, 2, [], **SIZES):
         # A checkpoint of a curve is made on the way to the last one, which is a piece.
         missing = {need for need in piece.needs if not any(need.parent == path.parent for path in made)} - made
         assert not missing and piece.makes not in made, piece
@@ -27,7 +28,7 @@ def test_every_piece_finds_what_it_needs_among_those_before_it_and_no_file_is_ma
 
 def test_our_scripts_take_every_command(tmp_path):
     parsers = {}
-    for piece in plan(tmp_path, 1, [], **SIZES):
+    for piece in plan(DIGITS, tmp_path, 1, [], **SIZES):
         words = [str(word) for word in piece.command][1:]
         words = words[1:] if words[0] == "-m" else words
         name = words[0].removesuffix(".py")
@@ -41,7 +42,7 @@ def test_our_scripts_take_every_command(tmp_path):
 
 
 def test_the_rows_have_the_structure_of_the_papers_table():
-    found = {(s.steps, s.mask, s.stack, s.target) for s in students(Path(), 1)}
+    found = {(s.steps, s.mask, s.stack, s.target) for s in students(DIGITS, Path(), 1)}
     assert (1, "M1", 0, "x0") in found and (1, "M1", 0, "xt") not in found and len(found) == 20
     for target in ("x0", "xt"):
         assert {(2, "M1", 0, target), (2, "M4", 2, target), (2, "M4", 6, target)} < found
@@ -59,7 +60,7 @@ def test_the_plan_can_be_seen_and_other_sizes_are_refused(tmp_path, capsys):
     call("lab.study", "--out", tmp_path / "study", *OPTIONS, "--dry-run")
     shown = json.loads(capsys.readouterr().out)
     assert shown["pieces"] == shown["left"] > 400 and shown["minutes_estimated"] > 10 and not list(tmp_path.iterdir())
-    (tmp_path / "study.json").write_text(json.dumps(SIZES | {"iterations": 13}))
+    (tmp_path / "study.json").write_text(json.dumps({"world": "digits"} | SIZES | {"iterations": 13}))
     error = refused(capsys, "lab.study", "--out", tmp_path, *OPTIONS)
     assert "holds a study of other sizes: iterations is 13 there and 12 here" in error
     error = refused(capsys, "lab.study", "--out", tmp_path / "x", "--curve-samples", 10)
