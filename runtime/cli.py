@@ -18,6 +18,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
 
+from runtime.paths import missing
 from runtime.sigterm import Terminated, sigterm_as_error
 from runtime.values import METAVARS
 from runtime.values import file as file
@@ -270,7 +271,7 @@ def existing_file(option: str, path: str | Path) -> Path:
     """The path, or a ``UserError`` that names the option when no such file exists."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{option} {path}: " + ("is a folder, give a file" if path.is_dir() else "no such file"))
+        raise UserError(f"{option} {path}: " + ("is a folder, give a file" if path.is_dir() else missing(path, "file")))
     if not os.access(path, os.R_OK):
         raise UserError(f"{option} {path}: this user may not read the file")
     return path
@@ -280,7 +281,9 @@ def existing_folder(option: str, path: str | Path) -> Path:
     """The path, or a ``UserError`` that names the option when the folder is missing or empty."""
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{option} {path}: " + ("is a file, give a folder" if path.exists() else "no such folder"))
+        raise UserError(
+            f"{option} {path}: " + ("is a file, give a folder" if path.exists() else missing(path, "folder"))
+        )
     if not os.access(path, os.R_OK | os.X_OK):
         raise UserError(f"{option} {path}: this user may not read the folder")
     if not any(path.iterdir()):

@@ -7,7 +7,6 @@ many tokens each has before it is cut to ``max_tokens``. It also has ``name``, `
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ import numpy as np
 import torch
 
 from runtime.cli import FETCHING, AbsentError, UserError
+from runtime.paths import is_hub_id, missing
 from runtime.precision import DTYPES
 from runtime.provenance import weights_hash
-from runtime.vae import HUB_ID
 
 WORDS = "words"  # the name of the demo's encoder
 T5 = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"  # PixArt-Sigma's: T5-XXL v1.1 with its tokenizer
@@ -142,8 +141,8 @@ class T5Outline:
 
 def _is_folder(name: str) -> bool:
     """Whether an encoder's name is that of a folder, or else a hub id. ``UserError`` where it is neither."""
-    if not Path(name).is_dir() and not re.fullmatch(HUB_ID, name):
-        raise UserError(f"--encoder {name}: no such folder; give {WORDS}, a hub id or a folder")
+    if not Path(name).is_dir() and name != T5 and not is_hub_id(name):
+        raise UserError(f"--encoder {name}: {missing(name, 'folder')}; give {WORDS}, a hub id or a folder")
     return Path(name).is_dir()
 
 

@@ -1,7 +1,6 @@
 """Between pixels and latents: Stable Diffusion's autoencoder through diffusers, or nothing for pixel-space models."""
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 
 from runtime.cli import FETCHING, AbsentError, UserError, shortened
 from runtime.files import DIFFUSERS_STEM, cached_snapshot
+from runtime.paths import is_hub_id, missing
 from runtime.precision import DTYPES
 from runtime.provenance import weights_hash
 
@@ -21,7 +21,6 @@ NAMES = {
 SDXL_SCALE = 0.13025  # of the autoencoders that overflow in fp16, unless their config says that they are mended
 WEIGHTS = (f"{DIFFUSERS_STEM}.safetensors", f"{DIFFUSERS_STEM}.bin")
 EXPECTED = f"give {', '.join(NAMES)}, none or a folder in diffusers' layout (config.json and {WEIGHTS[0]})"
-HUB_ID = r"[\w.-]+/[\w.-]+"  # of a Hugging Face repository, as opposed to a path
 VAE_BYTES = 4 * 83_653_863  # of the weights of each of these
 IMAGES_AT_ONCE = 16  # what an encoder or decoder takes at a time: 16 images of 512 pixels need about 10 GB in fp32
 
@@ -67,8 +66,7 @@ def outline_vae(name: str | None, option: str = "--vae") -> Outline | Pixels:
     if (Path(path) / "vae" / "config.json").is_file():  # a whole pipeline's folder
         config = Path(path) / "vae" / "config.json"
     elif not Path(path).is_dir():
-        if not re.fullmatch(HUB_ID, path):
-            raise UserError(f"{option} {name}: no such folder; give {', '.join(NAMES)}, none, a hub id or a folder")
+        require_hub_id(path, option)
         from huggingface_hub import try_to_load_from_cache
 
         places = "", "vae/"  # at the top, or in a pipeline's repository
@@ -94,6 +92,13 @@ def outline_vae(name: str | None, option: str = "--vae") -> Outline | Pixels:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"its config lacks {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{option} {name}: cannot load the autoencoder; {EXPECTED} ({reason})") from None
+
+
+def require_hub_id(path: str, option: str) -> None:
+    """``UserError`` where a name that is no folder is no hub id either."""
+    if path not in NAMES.values() and not is_hub_id(path):
+        known = f"give {', '.join(NAMES)}, none, a hub id or a folder"
+        raise UserError(f"{option} {path}: {missing(path, 'folder')}; {known}")
 
 
 class VAE:
@@ -147,8 +152,7 @@ def load_autoencoder(name: str) -> Any:
     """diffusers' AutoencoderKL of that name (of ``NAMES``, a hub id or a folder), in float32; ``UserError`` if not."""
     path, fetch = NAMES.get(name, name), ""
     if not Path(path).is_dir():
-        if not re.fullmatch(HUB_ID, path):
-            raise UserError(f"--vae {name}: no such folder; give {', '.join(NAMES)}, none, a hub id or a folder")
+        require_hub_id(path, "--vae")
         fetch = f", or fetch it where there is a network: hf download {path} --local-dir FOLDER"
     from diffusers import AutoencoderKL  # seconds to import, not needed for pixels
     from diffusers.utils import logging

@@ -17,10 +17,11 @@ import torch
 
 from models import DiT_models, sincos_positions
 from models_pixart import named_shape
-from runtime.cli import FETCHING, AbsentError, UserError
+from runtime.cli import FETCHING, AbsentError, UserError, shortened
 from runtime.files import DIFFUSERS_STEM as STEM
 from runtime.files import cached_download, cached_snapshot
-from runtime.vae import HUB_ID, NAMES
+from runtime.paths import is_hub_id, missing
+from runtime.vae import NAMES
 
 State = dict[str, torch.Tensor]
 
@@ -45,11 +46,11 @@ def find(source: str | Path, option: str) -> Path:
         # No checksum of Meta's files is published. What stands in for one is the strict load (every name, shape and
         # finite value) and the hash of the weights, which all artefacts record as teacher_hash.
         return cached_download(URL + str(source), f"{option} {source}")
-    if re.fullmatch(HUB_ID, str(source)) and path.suffix not in (".pt", ".pth", ".safetensors"):
+    if shape_by_name(str(source)) or is_hub_id(str(source)):
         return _snapshot(str(source), option)
     raise UserError(
-        f"{option} {source}: no such file; give a checkpoint, a folder in diffusers' layout, a hub id such as "
-        f"facebook/DiT-XL-2-256, or {' or '.join(OFFICIAL)}"
+        f"{option} {source}: {missing(path, 'file')}; give a checkpoint, a folder in diffusers' layout, a hub id such "
+        f"as facebook/DiT-XL-2-256, or {' or '.join(OFFICIAL)}"
     )
 
 
@@ -70,7 +71,9 @@ def _snapshot(repository: str, option: str) -> Path:
         return cached_snapshot(repository, "transformer")
     except Exception as error:  # huggingface_hub raises many kinds for no network, no repository, no permission
         if not FETCHING.get():
-            raise AbsentError(f"{option} {repository}: would be fetched from the Hugging Face hub") from None
+            raise AbsentError(
+                f"{option} {repository}: nothing here is called so, it would be fetched from the Hugging Face hub"
+            ) from None
         raise UserError(
             f"{option} {repository}: no such folder, and not to be had from the Hugging Face hub; fetch it where there "
             f"is a network, hf download {repository} --include 'transformer/*' --local-dir FOLDER, and give FOLDER "
@@ -93,10 +96,37 @@ def official_state(content: dict, weights: str, what: str) -> State:
     }
     state = (sets or {"ema": content}).get(weights)
     if state is None:
-        raise UserError(f"{what}: has no {weights} weights")
-    if "x_embedder.proj.weight" not in state:
-        raise UserError(f"{what}: holds no model of this project, nor a DiT (no x_embedder.proj.weight)")
-    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        raise UserError(f"{what}: has no {weights} weights, only {', '.join(sets)}")
+    return unwrapped_state(state, what)
+
+
+FIRST = "x_embedder.proj.weight"  # every DiT has it
+STATE_KEYS = ("state_dict", "model_state_dict", "model", "module")  # under which other trainers save all weights
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # torch's own
+
+
+def unwrapped_state(content: dict, what: str) -> State:
+    """The weights without what wraps them: a dictionary that holds them all, a prefix that all names share
+    ("module." of DDP, "model." of Lightning), and the names that torch.compile and FSDP put between.
+
+    ``UserError`` names the prefixes where there are several models, or says that there is no DiT.
+    """
+    key = next((key for key in STATE_KEYS if isinstance(content.get(key), dict)), None)
+    if key is not None:
+        return unwrapped_state(content[key], what)
+    state = {WRAPPERS.sub("", str(name)): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    prefixes = sorted(name.removesuffix(FIRST) for name in state if name == FIRST or name.endswith(f".{FIRST}"))
+    if not prefixes:
+        raise UserError(f"{what}: holds no model of this project, nor a DiT (no {FIRST})")
+    prefix = prefixes[0]
+    others = [name for name in state if not name.startswith(prefix)]
+    if others:
+        raise UserError(
+            f"{what}: holds a model under {' and under '.join(prefixes)} and other weights ({shortened(others, 2)}); "
+            f"save one model's alone: {{name.removeprefix({prefix!r}): value for name, value in state.items() "
+            f"if name.startswith({prefix!r})}}"
+        )
+    return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
 def heads_of_size(shape: dict) -> int | None:

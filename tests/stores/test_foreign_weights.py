@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import Timesteps
-from helpers import call, save_teacher, spawn
+from helpers import call, refused, save_teacher, spawn
 
 from models import DiT, DiT_models
 from models_ard import ARD
@@ -299,3 +299,60 @@ def test_the_authors_student_is_sampled_by_the_authors_command(authors_state, tm
     call("sample_ARD.py", f"--ckpt_path={path}", "--stack=2", "--mask=M3", "--num-samples=3", "--dry-run")
     plan = json.loads(capsys.readouterr().out)
     assert plan["student"]["mask"] == "M3" and plan["student"]["steps"] == 4 and plan["count"] == 3
+
+
+WRAPPED = {
+    "DDP": lambda s: {"ema": {f"module.{k}": v for k, v in s.items()}},
+    "compiled": lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
+    "compiled in DDP": lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
+    "compiled by blocks": lambda s: {k.replace("blocks.1.", "blocks.1._orig_mod."): v for k, v in s.items()},
+    "FSDP": lambda s: {f"_fsdp_wrapped_module.{k.replace('attn.', 'attn._checkpoint_wrapped_module.')}": v
+                       for k, v in s.items()},
+    "a state_dict": lambda s: {"state_dict": s, "epoch": 3},
+    "Lightning": lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}, "global_step": 7,
+                            "pytorch-lightning_version": "2.4.0", "hyper_parameters": {"lr": 1e-4}},
+    "a trainer within a trainer": lambda s: {"model_state_dict": {f"net.dit.{k}": v for k, v in s.items()}},
+    "DeepSpeed": lambda s: {"module": s},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_what_wraps_a_state_dict_is_taken_off(case, state, folder, tmp_path):
+    path = saved(tmp_path / "wrapped.ckpt", WRAPPED[case](state))
+    model, config = checkpoints.load_teacher(path)
+    assert config["provenance"]["teacher_hash"] == checkpoints.load_teacher(folder)[1]["provenance"]["teacher_hash"]
+    assert torch.equal(model.state_dict()["blocks.1.attn.qkv.weight"], state["blocks.1.attn.qkv.weight"])
+
+
+def test_several_models_in_a_file_are_named_with_the_way_out(state, tmp_path):
+    both = {f"{part}.{k}": v for part in ("net", "average") for k, v in state.items()}
+    beside = {f"net.{k}": v for k, v in state.items()} | {"loss.scale": torch.ones(1)}
+    for content, words in ((both, "under average. and under net. and"), (beside, r"other weights \(loss.scale\)")):
+        path = saved(tmp_path / "several.ckpt", {"state_dict": content})
+        with pytest.raises(UserError, match=rf"{words}.*save one model's alone: .*name.startswith\('"):
+            checkpoints.load_teacher(path)
+
+
+@pytest.mark.parametrize(
+    "typed, said",
+    [
+        ("assets/digits_teacher.ckpt", "no such file"),
+        ("assetts/digits_teacher.CKPT", "no such file"),
+        ("assets/digits-teacher", "no such file"),
+        ("../digits_teacher", "no such file"),
+        ("gone/student", "gone is a link to /nowhere/at/all, which is not there"),
+        ("circle/student", "circle is a link that leads back to itself"),
+        ("gone.pt", "gone.pt is a link to /nowhere/at/all, which is not there"),
+    ],
+)
+def test_a_misspelt_path_is_no_hub_id(typed, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "assets").mkdir()
+    for name in ("gone", "gone.pt"):
+        (tmp_path / name).symlink_to("/nowhere/at/all")
+    (tmp_path / "circle").symlink_to("circle")
+    monkeypatch.chdir(tmp_path)
+    dump = ("--out", "store", "--num-trajectories", 1, "--dry-run")
+    assert f"--teacher {typed}: {said}; give a checkpoint" in refused(
+        capsys, "sample_trajectory.py", "--teacher", typed, *dump
+    )
+    assert not (tmp_path / "store").exists()
