@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> None:
     order: dict[str, Any] = {"global_batch_size": args.global_batch_size, "seed": args.seed, "context": context}
     batches: OnlineBatches | TrajectoryBatches
     if isinstance(source, TeacherODE):
-        batches = OnlineBatches(source, solver_indices, args.target, precision=args.precision, **order)
+        batches = OnlineBatches(student.latent_shape, conditions, **order)
     else:
         batches = TrajectoryBatches(source, solver_indices, args.target, conditions=conditions, **order)
     vae: Any = Pixels()
@@ -213,8 +213,9 @@ def run(args: argparse.Namespace) -> None:
     )
 
     for batch in trainer.steps(batches):
-        if isinstance(batches, OnlineBatches):
-            batch = batches.complete(batch)
+        if isinstance(source, TeacherODE):
+            with autocast(args.precision, context.device):
+                batch = source.complete(batch, solver_indices, args.target)
         for part in state.micro_batches(batch):
             with autocast(args.precision, context.device):
                 predictions = state.ddp_model(part["trajectory"][:, :-1], part["y"])

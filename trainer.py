@@ -34,6 +34,7 @@ from stores.runs import RunFolder
 
 # The options that every trainer has and that change its result; they are part of a run's config.
 RESULT_OPTIONS = ("global_batch_size", "lr", "clip", "ema_decay", "ema_warmup", "precision", "seed")
+GPU_WORKERS = 4  # of a rank with a GPU, which must not wait for data; a CPU's cores have enough to do
 # What ``TrainState`` and ``Trainer`` take of the options.
 STATE_OPTIONS = ("lr", "clip", "ema_decay", "ema_warmup", "global_batch_size", "accumulation")
 RUN_OPTIONS = (
@@ -70,7 +71,8 @@ def add_training_options(parser: cli.Parser, *, lr: float, batch: int, iteration
     group.add_argument("--snapshot-minutes", type=cli.not_negative_number, default=10.0, help=minutes)
     group.add_argument("--snapshot-every", type=not_negative, default=0, help="Steps between more of them, 0 for none.")
     group.add_argument("--keep", type=not_negative, default=0, help="Checkpoints that are kept, 0 for all.")
-    group.add_argument("--num-workers", type=cli.workers, default=0, help="Processes of a rank that read data ahead.")
+    workers = f"Processes of a rank that read data ahead; without it, {GPU_WORKERS} for a GPU and none for a CPU."
+    group.add_argument("--num-workers", type=cli.workers, help=workers)
     group.add_argument("--verify", action="store_true", help="Compare each shard's checksum when it is first read.")
     group.add_argument("--max-bad-steps", type=positive, default=20, help="Non-finite steps in a row that end the run.")
     cli.add_dry_run_option(group)
@@ -215,7 +217,7 @@ class Trainer:
         snapshot_every: int = 0,
         eval_every: int = 0,
         keep: int = 0,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         max_bad_steps: int = 20,
         wandb: str | None = None,
         options: dict | None = None,
@@ -230,7 +232,9 @@ class Trainer:
         """
         self.context, self.states, self.iterations = context, states, iterations
         self.batch_sizes = context.describe_batch(global_batch_size)
-        self.log_every, self.max_bad_steps, self.num_workers = log_every, max_bad_steps, num_workers
+        self.log_every, self.max_bad_steps = log_every, max_bad_steps
+        on_gpu = context.device.type == "cuda"
+        self.num_workers = num_workers if num_workers is not None else GPU_WORKERS if on_gpu else 0
         self.sample_every, self.ckpt_every = sample_every, ckpt_every
         self.snapshot_seconds, self.snapshot_every = 60 * snapshot_minutes, snapshot_every
         self.eval_every, self.preview, self.evaluate = eval_every, preview, evaluate

@@ -12,5 +12,5 @@
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" .venv/bin/torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 \
     --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$MASTER_ADDR:29500" \
-    train_ARD.py --preset ard-n6-m4-s4 --precision bf16 --num-workers 4 \
+    train_ARD.py --preset ard-n6-m4-s4 --precision bf16 --compile \
     --data-path data/trajectories --run-dir results/ard-n6-m4-s4

@@ -137,7 +137,7 @@ def plan_training(
         "adam": moments,
         "ema": average,
         "order": 8 * (rows or 0),
-        "batch": 4 * share * ((points + 1) * math.prod(model.latent_shape) + text_numbers(config, text_tokens)),
+        "batch": share * (4 * (points + 1) * math.prod(model.latent_shape) + 2 * text_numbers(config, text_tokens)),
         "activations": 4 * math.ceil(share / accumulation) * tokens * len(model.blocks),
     }
     samples = iterations * global_batch_size
@@ -239,7 +239,7 @@ def plan_sampling(
     memory = {
         "weights": weights_bytes(model) * DTYPES[precision].itemsize // 4 + vae.weights_bytes,
         "batch": held * (2 * solver_steps + 1 if solver_steps else model.steps + 1)
-        + 4 * rows * text_numbers(config, text_tokens),
+        + 2 * rows * text_numbers(config, text_tokens),
         "rows": held_bytes,
     }
     steps = math.ceil(len(context.share(count)) / batch_size)

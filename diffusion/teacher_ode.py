@@ -10,7 +10,6 @@ from diffusion import create_diffusion
 from models import DiT
 from runtime.cli import OptionGroup, UserError, not_negative_number, positive
 from runtime.distributed import DistributedContext
-from runtime.precision import autocast
 from runtime.randomness import Classes, Conditions, labels, noise
 
 TARGETS = ("x0", "xt")
@@ -53,8 +52,11 @@ def pick_points(x: torch.Tensor, x0: torch.Tensor, solver_indices: list[int]) ->
     which the points lie -> {"xt", "x0"}: (B, K, C, H, W) each. The predicted x_0 at a point is the one made from that
     state; at the end it is the sample.
     """
-    predicted = torch.cat([x0, x[:, -1:]], dim=1)
-    return {"xt": x[:, solver_indices], "x0": predicted[:, solver_indices]}
+
+    def picked(points: torch.Tensor) -> torch.Tensor:
+        return torch.stack([points[:, i] for i in solver_indices], dim=1)  # a list as index would wait for the device
+
+    return {"xt": picked(x), "x0": picked(torch.cat([x0, x[:, -1:]], dim=1))}
 
 
 class TeacherODE:
@@ -98,44 +100,46 @@ class TeacherODE:
     def __call__(self, noise: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """noise: (B, C, H, W), y: (B, ...) -> states (B, n+1, C, H, W), noise first, predictions of x_0 (B, n, ...)."""
         if self.null is not None:
-            self.null = self.null.to(y.device)  # once: a recorded graph cannot copy
+            y = y.float()  # autocast to bf16 cannot join float16
+            self.null = self.null.to(y)  # once: a recorded graph cannot copy
         return self.diffusion.ddim_trajectory(self.teacher, noise, y, *self.guidance, self.null)
 
     def sample(self, noise: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """noise: (B, C, H, W), y: (B, ...) -> the last states (B, C, H, W)."""
         return self(noise, y)[0][:, -1]
 
+    def complete(
+        self, batch: dict[str, torch.Tensor], solver_indices: list[int], target: str
+    ) -> dict[str, torch.Tensor]:
+        """A batch of ``OnlineBatches`` -> "trajectory" (B, S+1, C, H, W), noisiest first, and the same "y".
+
+        ``solver_indices`` and ``target`` as a student has them.
+        """
+        points = pick_points(*self(batch["noise"], batch["y"]), solver_indices)[target]
+        return {"trajectory": torch.cat([batch["noise"][:, None], points], dim=1), "y": batch["y"]}
+
 
 class OnlineBatches(Dataset):
-    """Training batches without a store: item n is this rank's share of step n, noise and labels only.
+    """Training batches without a store: item n is this rank's share of step n, "noise" (B, C, H, W) and "y" (B, ...).
 
-    ``complete`` then solves the teacher's ODE for them, in the training process. Every step has trajectories that were
-    never seen before: those that a dump with this seed would go on to write.
+    ``TeacherODE.complete`` then solves the ODE for them, in the training process: workers hold no teacher. Every step
+    has trajectories that were never seen before: those that a dump with this seed would go on to write.
     """
 
     def __init__(
         self,
-        ode: TeacherODE,
-        solver_indices: list[int],
-        target: str,
+        shape: tuple[int, int, int],
+        conditions: Conditions,
         *,
         global_batch_size: int,
         seed: int,
         context: DistributedContext,
-        precision: str = "fp32",
     ):
-        """``solver_indices`` and ``target`` as a student has them, ``precision`` of the teacher."""
-        self.ode, self.solver_indices, self.target = ode, solver_indices, target
-        self.global_batch_size, self.seed, self.context, self.precision = global_batch_size, seed, context, precision
+        """``shape`` (C, H, W) of the teacher's latents; ``conditions`` are the ODE's."""
+        self.shape, self.conditions = shape, conditions
+        self.global_batch_size, self.seed, self.context = global_batch_size, seed, context
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        indices, teacher = self.context.step_indices(step, self.global_batch_size), self.ode.teacher
-        z = noise(self.seed, "trajectory", indices, teacher.latent_shape)
-        conditions = self.ode.conditions
-        return {"noise": z, "y": conditions(labels(self.seed, indices, conditions.count))}
-
-    def complete(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Noise (B, C, H, W) and y (B, ...) -> "trajectory" (B, S+1, C, H, W), noisiest first, and the same "y"."""
-        with autocast(self.precision, self.context.device):
-            points = pick_points(*self.ode(batch["noise"], batch["y"]), self.solver_indices)[self.target]
-        return {"trajectory": torch.cat([batch["noise"][:, None], points], dim=1), "y": batch["y"]}
+        indices = self.context.step_indices(step, self.global_batch_size)
+        z = noise(self.seed, "trajectory", indices, self.shape)
+        return {"noise": z, "y": self.conditions(labels(self.seed, indices, self.conditions.count))}

@@ -4,7 +4,6 @@ import json
 import sys
 import zipfile
 from collections.abc import Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ import torch
 from tqdm import tqdm
 
 from evaluations.features import Extractor
-from evaluations.metrics import full_precision
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
 from runtime.files import read_ahead, require_replaceable
+from runtime.precision import own_products
 from stores.image_arrays import AnyImages, write_whole
 
 
@@ -28,7 +27,7 @@ def extract(images: AnyImages, network: Extractor, batch_size: int, context: Dis
     table = {name: np.zeros((images.count, width), dtype=np.float32) for name, width in network.widths.items()}
     rows = context.share(images.count)
     progress = tqdm(total=len(rows), desc=images.path.name, disable=None if context.is_main else True)
-    with nullcontext() if network.tf32 else full_precision(), progress:
+    with own_products("tf32" if network.tf32 else "fp32", context.device), progress:
         for start, batch in read_ahead(images.batches(rows, batch_size)):
             outputs = network(batch)
             for name, values in table.items():

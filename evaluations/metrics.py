@@ -3,14 +3,12 @@
 Numpy arrays in, floats out. N and M count images, D is the width of the features, K the number of classes.
 """
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any
-
 import numpy as np
 import torch
 from scipy.linalg import lapack
 from tqdm import tqdm
+
+from runtime.precision import own_products
 
 # How far, relative to the largest variance, a covariance may be from symmetric and positive semi-definite: room for one
 # that somebody computed or stored in float32.
@@ -19,20 +17,6 @@ TOLERANCE = 1e-5
 # Distances come from |a|^2 + |b|^2 - 2ab in float32, which is this exact relative to |a|^2 + |b|^2. A distance that
 # exceeds a radius by less counts as equal to it, so that a point lies in the ball of its own copy of radius zero.
 ROUNDING = 8 * torch.finfo(torch.float32).eps
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """All of float32 in products on GPUs, not TF32's 10 bits, so that every device gives the same figures."""
-    backends: tuple[Any, Any] = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = False
-        yield
-    finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
 
 
 def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -131,7 +115,7 @@ def precision_recall(
     ref, sam = (torch.from_numpy((f - centre).astype(np.float32)).to(device) for f in (reference, samples))
     if not (ref.isfinite().all() and sam.isfinite().all()):
         raise ValueError("features hold a value that is not finite")
-    with full_precision():
+    with own_products("fp32", ref.device):
         return _precision_recall(ref, sam, k, block)
 
 

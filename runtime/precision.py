@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -21,10 +22,33 @@ STORED = ("fp16", "fp32")  # formats of latents on disk
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """The context in which a model runs: products in bf16 or fp16, or as they are; on GPUs also TF32 or all of fp32."""
+    """The context in which a model runs: products in bf16 or fp16, or as they are; on GPUs also TF32 or all of fp32.
+
+    TF32 stays as it is said here when the context ends: a backward pass comes after it.
+    """
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+        _allow_tf32(precision != "fp32")
     return nullcontext() if DTYPES[precision] == torch.float32 else torch.autocast(device.type, DTYPES[precision])
+
+
+def _allow_tf32(*allowed: bool) -> None:
+    """For matrix products and for cuDNN's convolutions, alike or each."""
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = allowed[0], allowed[-1]
+
+
+@contextmanager
+def own_products(precision: str, device: torch.device) -> Iterator[None]:
+    """A context in which products are as ``precision`` says, whatever is said outside; afterwards it holds again.
+
+    For weights that are in that format already: nothing is cast.
+    """
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        _allow_tf32(precision != "fp32")
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        _allow_tf32(*before)
 
 
 def add_precision_option(
@@ -122,8 +146,10 @@ class CUDAGraph:
             with torch.cuda.graph(graph):
                 self.output = self.function(*self.inputs)
             self.graph = graph
-        except RuntimeError:  # something in the function waits for the device
+        except RuntimeError as error:  # something in the function waits for the device
             self.possible = False
+            reason = str(error).splitlines()[0]
+            print(f"--cuda-graph: nothing is recorded, drawing goes on without it ({reason})", file=sys.stderr)
 
 
 def prepare_blocks(model: DiT, *, compile: bool, checkpoint_activations: bool) -> None:

@@ -10,7 +10,7 @@ import torch
 from runtime.cli import FETCHING, AbsentError, UserError, shortened
 from runtime.files import DIFFUSERS_STEM, cached_snapshot
 from runtime.paths import is_hub_id, missing
-from runtime.precision import DTYPES
+from runtime.precision import DTYPES, own_products
 from runtime.provenance import weights_hash
 
 NAMES = {
@@ -110,22 +110,22 @@ class VAE:
         if precision == "fp16" and model.config.scaling_factor == SDXL_SCALE and model.config.force_upcast:
             raise UserError(f"--vae {name}: SDXL's autoencoder overflows in fp16, give --vae-precision bf16 or fp32")
         self.hash: str | None = latent_space_hash(model)
-        self._wrap(model.to(device, DTYPES[precision]))
+        self._wrap(model.to(device, DTYPES[precision]), precision)
         self.name, self.compiled = NAMES.get(name, name), compile
         if compile:
             self.model.decoder.compile(dynamic=False)
 
     @classmethod
     def of(cls, model: Any) -> "VAE":
-        """Around an AutoencoderKL that is there already, on its device and in its number format."""
+        """Around an AutoencoderKL that is there already, on its device and in its number format; fp32 is not TF32."""
         vae = cls.__new__(cls)
-        vae._wrap(model)
+        vae._wrap(model, next(name for name, dtype in DTYPES.items() if dtype == model.dtype))
         vae.name, vae.hash, vae.compiled = model.config.get("_name_or_path", ""), None, False
         return vae
 
-    def _wrap(self, model: Any) -> None:
+    def _wrap(self, model: Any, precision: str) -> None:
         self.model = model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-        self.dtype = model.dtype
+        self.dtype, self.precision = model.dtype, precision
         self.scale = self.model.config.scaling_factor
         self.factor = 2 ** (len(self.model.config.block_out_channels) - 1)
         self.channels, self.image_channels = self.model.config.latent_channels, self.model.config.in_channels
@@ -134,7 +134,7 @@ class VAE:
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """images: (B, 3, H, W) in [-1, 1] -> mean and deviation of the scaled latents, (B, C, H/f, W/f) float32."""
-        with torch.autocast(images.device.type, enabled=False):  # a trainer's --precision is not the autoencoder's
+        with own_products(self.precision, images.device):  # a trainer's --precision is not the autoencoder's
             parts = [self.model.encode(x).latent_dist for x in images.to(self.dtype).split(IMAGES_AT_ONCE)]
         mean, std = torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts])
         return mean.float() * self.scale, std.float() * self.scale
@@ -145,7 +145,9 @@ class VAE:
         z = (latents / self.scale).to(self.dtype)
         if self.compiled:  # made for one size: the last part is filled up
             z = torch.cat([z, z.new_zeros(-len(z) % IMAGES_AT_ONCE, *z.shape[1:])])
-        return torch.cat([self.model.decode(part).sample.float() for part in z.split(IMAGES_AT_ONCE)])[: len(latents)]
+        with own_products(self.precision, latents.device):
+            parts = [self.model.decode(part).sample.float() for part in z.split(IMAGES_AT_ONCE)]
+        return torch.cat(parts)[: len(latents)]
 
 
 def load_autoencoder(name: str) -> Any:

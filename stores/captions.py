@@ -77,14 +77,14 @@ class CaptionStore(ShardStore):
         self.about = {"captions": found | {"count": self.count, "longest": self.max_text_tokens}}
 
     def __call__(self, label: torch.Tensor) -> torch.Tensor:
-        """label: (B,) numbers of captions -> (B, L, C) float32 with L of the longest caption; padding is zero."""
+        """label: (B,) numbers of captions -> (B, L, C) float16 with L of the longest caption; padding is zero."""
         rows = label.numpy()
         out = np.zeros((len(rows), self.max_text_tokens, self.channels), np.float16)
         for i, (shard, row) in enumerate(self.locate(rows)):
             start, end = self._starts[shard][row : row + 2]
             out[i, : end - start] = self.arrays[shard]["tokens"][start:end]
         self.require_finite(rows, out)
-        return torch.from_numpy(out).float()  # autocast to bf16 cannot join float16
+        return torch.from_numpy(out)
 
     def text(self, label: int) -> str:
         """A caption by its number."""

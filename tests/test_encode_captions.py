@@ -32,7 +32,7 @@ def test_a_store_gives_the_encoders_tokens_and_the_null_caption_last(tmp_path, c
     )
     y = store(torch.tensor([39, 40, 0]))
     tokens, _ = WordEncoder()([CAPTIONS[39], "", CAPTIONS[0]])
-    assert y.shape == (3, 6, 64) and y.dtype == torch.float32
+    assert y.shape == (3, 6, 64) and y.dtype == torch.float16
     assert torch.equal(y[0], tokens[0].half().float()) and torch.equal(y[2], tokens[2].half().float())
     assert torch.equal(y[1, :1], tokens[1].half().float()) and not y[1, 1:].any()
     call("stores.captions", "verify", out)

@@ -41,7 +41,7 @@ def test_the_text_rows_cost_what_was_counted_beforehand(capsys):
         call("train_ARD.py", "--preset", name, "--dry-run")
         plan = json.loads(capsys.readouterr().out)
         per_sample[side] = plan["flops"] / (15_000 * 64)
-        assert plan["memory_bytes_per_rank"]["batch"] == 4 * 64 * (4 * 4 * side**2 + 300 * 4096)
+        assert plan["memory_bytes_per_rank"]["batch"] == 64 * (4 * 4 * 4 * side**2 + 2 * 300 * 4096)
     assert 125e12 < per_sample[64] < 145e12 and 600e12 < per_sample[128] < 750e12
 
 

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from helpers import SMALL, assert_equal, call, checkpoint, losses, scalars, spawn, start
 
 import encode_latents
@@ -18,6 +19,7 @@ from stores.images import open_source
 from stores.runs import RunFolder
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
 from train_ARD_gan import GanBatches
+from trainer import Trainer
 
 
 @pytest.mark.parametrize("more", [(), ("--ema-warmup",)], ids=["plain", "warm average"])
@@ -88,7 +90,7 @@ def test_a_killed_run_is_continued_by_the_same_command(tmp_path, store, blow, ev
 
 
 def test_every_data_set_gives_a_data_worker_the_same_items(store, image_folder, teacher_file):
-    """Workers that are spawned, or come from a fork server, get it pickled; forked ones as it is."""
+    """Spawned workers, and those of a fork server, get it pickled; forked ones as it is. No model goes along."""
     teacher, context = checkpoints.load_teacher(teacher_file)[0], DistributedContext(1, 2)
     order = {"global_batch_size": 6, "seed": 3, "context": context}
     trajectories = TrajectoryBatches(TrajectoryStore(store), [6, 12, 19, 25], "x0", **order)
@@ -96,13 +98,30 @@ def test_every_data_set_gives_a_data_worker_the_same_items(store, image_folder, 
     options = {"label_dropout": 0.5, "hflip": True}
     for batches, item in (
         (trajectories, 2),
-        (OnlineBatches(TeacherODE(teacher), [6, 12, 19, 25], "x0", **order), 2),
+        (OnlineBatches(teacher.latent_shape, TeacherODE(teacher).conditions, **order), 2),
         (GanBatches(trajectories, digits, (1, 8, 8), hflip=True, seed=3, d_time=5), 2),
         (train.TeacherBatches(digits, (1, 8, 8), **order, **options), 2),
         (train.TeacherBatches(images, (3, 8, 8), **order, **options), 2),
         (encode_latents.ImageBatches(images), (1, 4)),
     ):
-        assert_equal(pickle.loads(pickle.dumps(batches))[item], batches[item])
+        pickled = pickle.dumps(batches)
+        assert_equal(pickle.loads(pickled)[item], batches[item])
+        assert len(pickled) < 2**20 and b"embedder" not in pickled
+
+
+def test_data_are_read_ahead_for_a_gpu_unless_told_otherwise(tmp_path):
+    def workers(device: str, **given) -> int:
+        context, run = DistributedContext(device=torch.device(device)), {"iterations": 1, "global_batch_size": 1}
+        trainer = Trainer(context, {"model": {}}, {}, run_dir=tmp_path, **run, **given)
+        trainer.folder.release()
+        return trainer.num_workers
+
+    assert [workers("cpu"), workers("cuda"), workers("cuda", num_workers=0), workers("cpu", num_workers=2)] == [
+        0,
+        4,
+        0,
+        2,
+    ]
 
 
 @pytest.mark.slow

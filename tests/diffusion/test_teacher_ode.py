@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion.teacher_ode import OnlineBatches, TeacherODE, grid_steps, pick_points
 from runtime.cli import UserError
@@ -30,6 +31,20 @@ def test_a_points_x0_is_predicted_from_its_state_and_the_last_is_the_sample():
     assert points["x0"].flatten().tolist() == [-6, -12, -19, 25]
 
 
+def test_points_are_picked_without_waiting_for_the_device():
+    """An index that is a list, or a tensor of the host, is copied to a GPU, which the host waits for."""
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.add(func.__name__.split(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    names: set[str] = set()
+    with Operations():
+        pick_points(torch.zeros(2, 26, 1, 2, 2), torch.zeros(2, 25, 1, 2, 2), [6, 12, 19, 25])
+    assert "stack" in names and not any("index" in name for name in names)
+
+
 def test_impossible_steps_are_refused_and_channels_are_those_there_are(official_model):
     with pytest.raises(UserError, match="--solver-steps 2000"):
         TeacherODE(official_model, solver_steps=2000)
@@ -42,8 +57,9 @@ def test_online_trajectories_are_those_of_a_dump(store, teacher_file):
     teacher, _ = checkpoints.load_teacher(teacher_file)
     opened = TrajectoryStore(store)
     order = {"global_batch_size": 8, "seed": 0, "context": DistributedContext()}
-    online = OnlineBatches(TeacherODE(teacher), opened.solver_indices, "x0", **order)
-    batch = online.complete(online[2])
+    ode = TeacherODE(teacher)
+    online = OnlineBatches(teacher.latent_shape, ode.conditions, **order)
+    batch = ode.complete(online[2], opened.solver_indices, "x0")
     trajectory, y = opened.read(torch.arange(16, 24).numpy(), "x0", [0, 1, 2, 3])
     assert torch.equal(batch["y"], y)
     assert ((batch["trajectory"] - trajectory).abs() / trajectory.abs().clamp(min=1)).max() < 2e-3  # fp16 on disk

@@ -1,13 +1,14 @@
 """What is there for speed changes no result: compiled blocks, recomputed activations."""
 
 import copy
+import re
 
 import pytest
 import torch
 from helpers import random_teacher
 
 from models_ard import ARD
-from runtime.precision import autocast, compile_blocks, prepare_blocks
+from runtime.precision import CUDAGraph, autocast, compile_blocks, prepare_blocks
 
 
 def student(mask: str = "M4") -> ARD:
@@ -60,6 +61,14 @@ def test_compiled_sampling_is_the_same(mask, quick_compiler):
     assert quick_compiler() >= 2
     with torch._dynamo.config.patch(error_on_recompile=True):
         torch.testing.assert_close(compiled.sample(noise, y), plain.sample(noise, y), rtol=0, atol=1e-6)
+
+
+def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once(capsys):
+    """With a GPU, because the function waits for it; without one, because there is none."""
+    x = torch.ones(3, device="cuda" if torch.cuda.is_available() else "cpu")
+    draw = CUDAGraph(lambda x: x * x.sum().item(), torch.device("cuda"))
+    assert draw(x).tolist() == draw(x).tolist() == [3, 3, 3]
+    assert re.fullmatch(r"--cuda-graph: nothing is recorded, .* \(.+\)\n", capsys.readouterr().err)
 
 
 def test_autocast_computes_products_in_bf16_and_fp32_as_they_are():

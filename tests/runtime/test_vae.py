@@ -112,6 +112,30 @@ def test_a_trainers_autocast_does_not_reach_the_autoencoder(autoencoder):
     assert all(torch.equal(a, b) for a, b in zip(inside, vae.encode(x)))
 
 
+@pytest.mark.parametrize("outside", ["fp32", "bf16"])
+def test_products_on_gpus_are_those_of_the_autoencoders_own_precision(outside, autoencoder):
+    """--vae-precision fp32 is fp32 in a run in bf16, whose own products may be TF32; tf32 is TF32 without any run."""
+    backends, found = (torch.backends.cuda.matmul, torch.backends.cudnn), []
+
+    def note(*_):
+        found.append([backend.allow_tf32 for backend in backends])
+
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = outside != "fp32"
+        for precision in ("fp32", "tf32"):
+            vae = VAE(str(autoencoder), CPU, precision)
+            vae.model.encoder.register_forward_hook(note)
+            vae.model.decoder.register_forward_hook(note)
+            vae.decode(vae.encode(torch.rand(1, 3, 8, 8))[0])
+        note()
+    finally:
+        for backend, allowed in zip(backends, before):
+            backend.allow_tf32 = allowed
+    assert found == [[False] * 2] * 2 + [[True] * 2] * 2 + [[outside != "fp32"] * 2]
+
+
 def test_pixels_are_their_own_latents():
     pixels, x = load_vae("none", CPU), torch.randn(2, 1, 8, 8)
     assert isinstance(pixels, Pixels) and isinstance(load_vae(None, CPU), Pixels)
