@@ -10,18 +10,16 @@ the same command again: finished shards are kept.
 
 import argparse
 import hashlib
-import math
 from pathlib import Path
 
 import torch
 
-from costs.plans import Plan
+from costs.commands import check_plan, plan_captions
 from runtime import cli, distributed
 from runtime.checks import writable_folder
 from runtime.cli import RunError, UserError, existing_file
-from runtime.distributed import DistributedContext
-from runtime.text import T5, T5Outline, TextEncoder, WordEncoder, load_encoder
-from stores.captions import KIND, CaptionStore, row_bytes, shard_tensors
+from runtime.text import T5, T5Outline, WordEncoder, load_encoder
+from stores.captions import KIND, CaptionStore, shard_tensors
 from stores.shards import ROWS_PER_SHARD, ShardWriter
 
 
@@ -71,22 +69,6 @@ def read_captions(path: str) -> tuple[list[str], str]:
     return captions, hashlib.sha256(content).hexdigest()[:16]
 
 
-def plan_encoding(rows: list[str], encoder: TextEncoder, context: DistributedContext, args: argparse.Namespace) -> Plan:
-    """What it takes to encode these rows, counted as if each word were a token: T5's are more."""
-    words = [min(len(row.split()) + 1, encoder.max_tokens) for row in rows]
-    needed = [row_bytes(count, encoder.channels, row) for count, row in zip(words, rows, strict=True)]
-    shard = 2 * max(sum(needed[i : i + args.rows_per_shard]) for i in range(0, len(rows), args.rows_per_shard))
-    batch = 4 * min(args.per_proc_batch_size, len(rows)) * max(words) * encoder.channels
-    return Plan(
-        f"--out {args.out}",
-        f"--per-proc-batch-size {args.per_proc_batch_size}",
-        sum(needed),
-        {"weights": encoder.weights_bytes, "batch": batch, "rows": shard},
-        math.ceil(len(context.share(len(rows))) / args.per_proc_batch_size),
-        epochs=1,
-    )
-
-
 def run(args: argparse.Namespace) -> None:
     captions, text_hash = read_captions(args.text)
     writable_folder("--out", args.out)
@@ -95,8 +77,6 @@ def run(args: argparse.Namespace) -> None:
     if isinstance(encoder, WordEncoder):
         encoder.require_known(captions)
     rows_and_null = [*captions, ""]
-    plan = plan_encoding(rows_and_null, encoder, context, args)
-    plan.check(args.out, context.device)
     provenance = {
         "kind": KIND,
         "text": Path(args.text).name,
@@ -110,14 +90,15 @@ def run(args: argparse.Namespace) -> None:
         "count": len(rows_and_null),
         "rows_per_shard": args.rows_per_shard,
     }
-    if args.dry_run or isinstance(encoder, T5Outline):
-        if encoder.hash:
-            ShardWriter(args.out, provenance, DistributedContext(), unit="caption")
-        cli.show_plan(provenance | plan.describe(), args)
-        return
     distributed.join(context)
+    plan = plan_captions(vars(args), context, rows=rows_and_null, encoder=encoder)
+    if isinstance(encoder, T5Outline):  # of a dry run: its hash, by which a store is known, would take loading it
+        check_plan(plan, provenance, vars(args), context)
+        return
+    writer = ShardWriter(args.out, provenance, context, unit="caption")
+    check_plan(plan, provenance, vars(args), context)
 
-    with ShardWriter(args.out, provenance, context, unit="caption") as writer:
+    with writer:
         for rows in writer.missing_shards():
             tokens: list[torch.Tensor] = []
             uncut: list[int] = []

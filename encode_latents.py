@@ -8,22 +8,20 @@ command again: finished shards are kept.
 """
 
 import argparse
-import math
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from costs.plans import Plan
+from costs.commands import check_plan, plan_latents
 from runtime import cli, distributed
 from runtime.checks import writable_folder
 from runtime.cli import RunError, UserError
-from runtime.distributed import DistributedContext
 from runtime.precision import DTYPES, STORED, add_precision_option
 from runtime.vae import load_vae, outline_vae, resolve_name
 from stores.image_folder import ImageFolder, add_skip_bad_option
 from stores.images import from_uint8, latent_shape, require_outside_source, summary
-from stores.latents import KIND, row_bytes
+from stores.latents import KIND
 from stores.shards import ROWS_PER_SHARD, ShardWriter
 
 
@@ -69,25 +67,11 @@ def run(args: argparse.Namespace) -> None:
     writable_folder("--out", args.out)
     about_vae = outline_vae(args.vae)
     context = distributed.choose_device(args.device)
-    if not args.dry_run:
-        distributed.join(context)  # the main rank looks at the folder for all
+    distributed.join(context)  # the main rank looks at the folder for all
     folder = args.data_path, args.image_size, args.unconditional
     source = ImageFolder(*folder, skip_bad=args.skip_bad, context=context)
     require_outside_source(source, {"--out": args.out})
     shape = latent_shape(source, about_vae)
-    row = row_bytes(shape, args.dtype)
-    shard = 2 * row * min(args.rows_per_shard, source.count)  # batches, and the shard of them
-    batch = 3 * 4 * min(args.per_proc_batch_size, source.count) * args.image_size**2
-    plan = Plan(
-        f"--out {args.out}",
-        f"--per-proc-batch-size {args.per_proc_batch_size}",
-        source.count * row,
-        {"weights": about_vae.weights_bytes, "batch": batch, "rows": shard},
-        math.ceil(len(context.share(source.count)) / args.per_proc_batch_size),
-        epochs=1,
-        fetch=[] if about_vae.downloaded else [str(about_vae.name)],
-    )
-    plan.check(args.out, context.device)
     vae = load_vae(args.vae, context.device, args.vae_precision)
     provenance = {
         "kind": KIND,
@@ -105,12 +89,11 @@ def run(args: argparse.Namespace) -> None:
         "count": source.count,
         "rows_per_shard": args.rows_per_shard,
     }
-    if args.dry_run:
-        ShardWriter(args.out, provenance, DistributedContext(), unit="image")
-        cli.show_plan(provenance | {"latent_shape": shape} | plan.describe(), args)
-        return
+    writer = ShardWriter(args.out, provenance, context, unit="image")
+    plan = plan_latents(vars(args), context, count=source.count, shape=shape, vae=about_vae)
+    check_plan(plan, provenance | {"latent_shape": shape}, vars(args), context)
 
-    with ShardWriter(args.out, provenance, context, unit="image") as writer:
+    with writer:
         if context.is_main:
             print(f"{args.data_path}: {summary(source)}")
         for rows in writer.missing_shards():

@@ -5,21 +5,18 @@ python sample.py --teacher assets/digits_teacher.pt --num-samples 100 --out resu
 
 import argparse
 
-from costs.plans import SAMPLED_OPTIONS, SOLVER_OPTIONS, plan_samples
+from costs.commands import add_presets, check_plan, plan_command
 from diffusion.teacher_ode import ODE_OPTIONS, TeacherODE, add_ode_options
-from presets import preset
 from runtime import cli, distributed
 from runtime.cli import chosen
-from runtime.distributed import DistributedContext
 from sampler import PLACE_OPTIONS, SAMPLING_OPTIONS, SamplingJob, add_sampling_options, samples_path
 from stores import checkpoints
 from stores.captions import add_captions_option, open_conditions
-from stores.foreign_weights import shape_by_name
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, description="Sample the teacher to .npz.")
-    parser.add_presets(preset("sample.py"), plan_of_options)
+    add_presets(parser, "sample.py")
     group = parser.add_argument_group("teacher and its ODE")
     group.add_argument("--teacher", type=cli.file, required=True, help="Checkpoint, official name or hub id.")
     checkpoints.add_heads_option(group)
@@ -27,18 +24,6 @@ def build_parser() -> cli.Parser:
     add_ode_options(group)
     add_sampling_options(parser)
     return parser
-
-
-def plan_of_options(args: argparse.Namespace) -> dict:
-    """The plan for the size that a name or a preset says, where the weights are not here yet."""
-    config = shape_by_name(args.teacher)
-    return (
-        plan_samples(
-            config, DistributedContext(), **chosen(args, SAMPLED_OPTIONS) | chosen(args, SOLVER_OPTIONS)
-        ).describe()
-        if config
-        else {}
-    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -51,13 +36,9 @@ def run(args: argparse.Namespace) -> None:
     ode = TeacherODE(teacher, conditions=conditions, **chosen(args, ODE_OPTIONS))
     config["provenance"] |= ode.provenance
     job = SamplingJob(teacher, config, args.teacher, context, conditions=conditions, **chosen(args, SAMPLING_OPTIONS))
-    options = chosen(args, SAMPLED_OPTIONS) | chosen(args, SOLVER_OPTIONS)
-    options |= {"vae": job.about_vae, "text_tokens": conditions.max_text_tokens}
-    plan = plan_samples(teacher.config, context, **options)
-    plan.check(job.out, context.device)
-    if args.dry_run:
-        cli.show_plan(job.plan | plan.describe(), args)
-        return
+    about = teacher.config, vars(args), context
+    plan = plan_command("sample.py", *about, vae=job.about_vae, text_tokens=conditions.max_text_tokens)
+    check_plan(plan, job.plan, vars(args), context, job.out)
     distributed.join(context)
     sampler, writer = job.start(ode.sample)
     with writer:

@@ -20,14 +20,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from costs.plans import SAMPLED_OPTIONS, plan_samples
+from costs.commands import add_presets, check_plan, plan_command
 from diffusion.teacher_ode import pick_points
 from models_ard import ARD
-from models_pixart import named_shape
-from presets import TEXT_TEACHERS, preset
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
-from runtime.distributed import DistributedContext
 from runtime.files import file_sha256
 from runtime.vae import VAE, Pixels
 from sampler import (
@@ -41,7 +38,6 @@ from sampler import (
 )
 from stores import checkpoints
 from stores.captions import add_captions_option, open_conditions
-from stores.foreign_weights import shape_by_name
 from stores.image_arrays import Images
 from stores.image_folder import ImageFolder
 from stores.pictures import center_crop
@@ -49,7 +45,7 @@ from stores.pictures import center_crop
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, description="Sample a student to .npz.")
-    parser.add_presets(preset("sample_ARD.py"), plan_of_options)
+    add_presets(parser, "sample_ARD.py")
     group = parser.add_argument_group("student")
     checkpoints.add_student_options(group)
     add_captions_option(group)
@@ -71,15 +67,6 @@ def build_parser() -> cli.Parser:
     group.add_argument("--teacher", type=cli.file, help="Find that teacher here instead of where the checkpoint says.")
     add_sampling_options(parser)
     return parser
-
-
-def plan_of_options(args: argparse.Namespace) -> dict:
-    """The plan for the size that a name or a preset says, where the weights are not here yet."""
-    shape = {"steps": args.steps, "mask": args.mask, "history_layers": args.stack}
-    teacher = TEXT_TEACHERS.get((args.preset or "").removesuffix("-step"), "")
-    named = shape_by_name(teacher) or (named_shape(args.model) if args.model else None)
-    config = named | shape if named and None not in shape.values() else None
-    return plan_samples(config, DistributedContext(), **chosen(args, SAMPLED_OPTIONS)).describe() if config else {}
 
 
 class SourceImages:
@@ -137,12 +124,9 @@ def run(args: argparse.Namespace) -> None:
         provenance["teacher_steps"] = args.teacher_steps
     options = chosen(args, SAMPLING_OPTIONS)
     job = SamplingJob(student, config, args.ckpt_path, context, conditions=conditions, **options)
-    options = chosen(args, SAMPLED_OPTIONS) | {"vae": job.about_vae, "text_tokens": conditions.max_text_tokens}
-    plan = plan_samples(student.config, context, **options)
-    plan.check(job.out, context.device)
-    if args.dry_run:
-        cli.show_plan(job.plan | plan.describe(), args)
-        return
+    about = student.config, vars(args), context
+    plan = plan_command("sample_ARD.py", *about, vae=job.about_vae, text_tokens=conditions.max_text_tokens)
+    check_plan(plan, job.plan, vars(args), context, job.out)
     distributed.join(context)
     if ode:
         ode.teacher.to(context.device)

@@ -10,13 +10,11 @@ import argparse
 
 import torch
 
-from costs.plans import SOLVER_OPTIONS, Plan, latent_shape_of, plan_sampling
+from costs.commands import add_presets, check_plan, plan_command
 from diffusion.teacher_ode import GRIDS, ODE_OPTIONS, TARGETS, TeacherODE, add_ode_options, grid_steps, pick_points
-from presets import preset
 from runtime import cli, distributed
 from runtime.checks import writable_folder
 from runtime.cli import UserError, chosen
-from runtime.distributed import DistributedContext
 from runtime.precision import (
     DTYPES,
     STORED,
@@ -30,14 +28,13 @@ from runtime.randomness import LABEL_POLICIES, labels, noise
 from runtime.vae import resolve_name
 from stores import checkpoints
 from stores.captions import add_captions_option, open_conditions
-from stores.foreign_weights import shape_by_name
 from stores.shards import ROWS_PER_SHARD, ShardWriter
-from stores.trajectories import row_bytes
+from stores.trajectories import kept_targets
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, description="Dump the teacher's ODE trajectories.")
-    parser.add_presets(preset("sample_trajectory.py"), plan_of_options)
+    add_presets(parser, "sample_trajectory.py")
     group = parser.add_argument_group("teacher and its ODE")
     group.add_argument("--teacher", type=cli.file, required=True, help="Checkpoint, official name or hub id.")
     checkpoints.add_heads_option(group)
@@ -73,35 +70,6 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def plan_dump(config: dict, context: DistributedContext, args: argparse.Namespace, text_tokens: int = 0) -> Plan:
-    """What the dump of a teacher of that config needs, which reads captions of at most ``text_tokens``."""
-    points = len(grid_steps(args.steps, args.grid, args.solver_steps))
-    row = row_bytes(latent_shape_of(config), points, len(kept_targets(args.store)), args.dtype)
-    return plan_sampling(
-        config,
-        context,
-        amount=f"--num-trajectories {args.num_trajectories}",
-        count=args.num_trajectories,
-        batch_size=args.per_proc_batch_size,
-        row_bytes=row,
-        held_bytes=2 * row * min(args.rows_per_shard, args.num_trajectories),  # batches, and the shard of them
-        precision=args.precision,
-        text_tokens=text_tokens,
-        **chosen(args, SOLVER_OPTIONS),
-    )
-
-
-def plan_of_options(args: argparse.Namespace) -> dict:
-    """The plan for an official teacher that is not here yet."""
-    config = shape_by_name(args.teacher)
-    return plan_dump(config, DistributedContext(), args).describe() if config else {}
-
-
-def kept_targets(store: str) -> tuple[str, ...]:
-    """What ``--store`` means."""
-    return TARGETS if store == "both" else (store,)
-
-
 def run(args: argparse.Namespace) -> None:
     writable_folder("--out", args.out)
     context = distributed.choose_device(args.device)
@@ -121,14 +89,11 @@ def run(args: argparse.Namespace) -> None:
     provenance = config["provenance"] | ode.provenance | {"solver_indices": solver_indices}
     provenance |= chosen(args, ("store", "dtype", "precision", "seed", "label_policy"))
     provenance |= {"count": args.num_trajectories, "rows_per_shard": args.rows_per_shard}
-    plan = plan_dump(teacher.config, context, args, conditions.max_text_tokens)
-    plan.check(args.out, context.device)
-    if args.dry_run:
-        ShardWriter(args.out, provenance, DistributedContext(), unit="trajectory")
-        cli.show_plan(provenance | plan.describe(), args)
-        return
     distributed.join(context)
     writer = ShardWriter(args.out, provenance, context, unit="trajectory")
+    text_tokens = conditions.max_text_tokens
+    plan = plan_command("sample_trajectory.py", teacher.config, vars(args), context, text_tokens=text_tokens)
+    check_plan(plan, provenance, vars(args), context)
     cast_weights(teacher.to(context.device), args.precision)
     if args.compile:
         compile_blocks(teacher)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from costs.commands import check_plan, plan_command
 from costs.flops import meta_model
-from costs.plans import PLANNED_OPTIONS, plan_training
 from diffusion import create_diffusion
 from diffusion.teacher_ode import TeacherODE
 from evaluations.quality import QUALITY_OPTIONS, PeriodicEvaluator, add_quality_options
@@ -145,8 +145,7 @@ def run(args: argparse.Namespace) -> None:
     check_wandb(args.wandb)
     sizes, sizes_given = model_shape(**chosen(args, ("model", *SIZES)))
     context = distributed.choose_device(args.device)
-    if not args.dry_run:
-        distributed.join(context)  # the main rank looks at a folder for all
+    distributed.join(context)  # the main rank looks at a folder for all
     images = chosen(args, ("data_path", "image_size", "unconditional", "channels", "skip_bad", "verify"))
     source = open_source(**images, context=context)
     place = {"--run-dir": args.run_dir} if args.run_dir else {"--results-dir": args.results_dir}
@@ -176,9 +175,6 @@ def run(args: argparse.Namespace) -> None:
         "provenance": source.fingerprint | conditions.about,
         "training": chosen(args, RESULT_OPTIONS) | {"label_dropout": args.label_dropout, "hflip": args.hflip},
     }
-    options = chosen(args, PLANNED_OPTIONS) | {"text_tokens": conditions.max_text_tokens}
-    plan = plan_training(shape, context, rows=source.count, vae=vae, **options)
-    folder = plan.check_run(config, context, **chosen(args, ("results_dir", "run_dir")))
 
     def sampler(solver_steps: int) -> Sampler:
         solver: dict[str, Any] = {"solver_steps": solver_steps, "conditions": conditions}
@@ -194,9 +190,8 @@ def run(args: argparse.Namespace) -> None:
     if args.eval_every:
         options = chosen(args, QUALITY_OPTIONS)
         evaluate = PeriodicEvaluator(sampler(EVALUATION_STEPS), context, source.size, **options)
-    if args.dry_run:
-        cli.show_plan(config | plan.describe() | {"iterations": args.iterations, "run_dir": folder}, args)
-        return
+    known: dict[str, Any] = {"rows": source.count, "vae": vae, "text_tokens": conditions.max_text_tokens}
+    check_plan(plan_command("train.py", shape, vars(args), context, **known), config, vars(args), context)
     torch.manual_seed(args.seed)
     # Labels are dropped by the data, a function of the index: the model itself stays in eval mode throughout.
     model = teacher_type(shape)(**shape).eval()

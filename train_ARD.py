@@ -7,11 +7,9 @@
 """
 
 import argparse
-from functools import partial
 from typing import Any
 
-from costs.flops import count_online_step, meta_model
-from costs.plans import PLANNED_OPTIONS, plan_training
+from costs.commands import add_presets, check_plan, plan_command
 from diffusion.teacher_ode import (
     GRIDS,
     ODE_OPTIONS,
@@ -25,11 +23,9 @@ from evaluations.quality import QUALITY_OPTIONS, PeriodicEvaluator, add_quality_
 from losses import regression_losses
 from models import DiT
 from models_ard import ARD, MASKS
-from models_pixart import MODELS, named_shape
-from presets import preset
+from models_pixart import MODELS
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
-from runtime.distributed import DistributedContext
 from runtime.precision import autocast, cast_weights, prepare_blocks
 from runtime.provenance import require_same
 from runtime.randomness import Conditions
@@ -37,7 +33,6 @@ from runtime.vae import Pixels, load_same_vae
 from sampler import student_previews
 from stores import checkpoints
 from stores.captions import add_captions_option, open_conditions
-from stores.foreign_weights import shape_by_name
 from stores.runs import check_place
 from stores.tracking import check_wandb
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
@@ -46,7 +41,7 @@ from trainer import RESULT_OPTIONS, RUN_OPTIONS, STATE_OPTIONS, Trainer, TrainSt
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, description="Distil a teacher into a few-step student by regression.")
-    parser.add_presets(preset("train_ARD.py"), plan_of_options)
+    add_presets(parser, "train_ARD.py")
     group = parser.add_argument_group("teacher")
     group.add_argument(
         "--data-path", type=cli.folder, help="Train on this store of sample_trajectory.py; or give --online."
@@ -116,22 +111,6 @@ def open_teacher(
     return model, config, config["provenance"] | ode.provenance | made, ode, conditions
 
 
-def plan_of_options(args: argparse.Namespace) -> dict:
-    """The plan for the size that ``--model`` or the preset names, where teacher or data are not here yet."""
-    if not args.model:
-        return {}
-    shape = {"steps": args.steps, "mask": args.mask, "history_layers": args.stack}
-    teacher = shape_by_name(str(args.teacher)) or named_shape(args.model)
-    options = chosen(args, PLANNED_OPTIONS)
-    try:
-        if args.online:
-            options["flops_per_sample"] = partial(count_online_step, teacher | shape, teacher, args.solver_steps)
-            options["frozen"] = meta_model(teacher)
-        return plan_training(teacher | shape, DistributedContext(), rows=None, **options).describe()
-    except (UserError, ValueError) as error:
-        return {"not_counted": str(error)}
-
-
 def run(args: argparse.Namespace) -> None:
     check_place(args.results_dir, args.run_dir)
     check_wandb(args.wandb)
@@ -170,32 +149,17 @@ def run(args: argparse.Namespace) -> None:
         target=args.target,
         training=chosen(args, RESULT_OPTIONS) | {"loss": "R"},
     )
-    plan = plan_training(
-        student.config,
-        context,
-        rows=None if isinstance(source, TeacherODE) else len(source),
-        vae=vae,
-        frozen=teacher if args.online else None,
-        flops_per_sample=partial(
-            count_online_step, student.config, teacher.config, args.solver_steps, conditions.max_text_tokens
-        )
-        if args.online
-        else None,
-        text_tokens=conditions.max_text_tokens,
-        **chosen(args, PLANNED_OPTIONS),
-    )
-    folder = plan.check_run(config, context, **chosen(args, ("results_dir", "run_dir")))
     previews = student_previews(student, lambda: state.ema, vae, context.device, args.precision, conditions)
     evaluate = None
     if args.eval_every:
         image_size = student.input_size * vae.factor
         evaluate = PeriodicEvaluator(previews, context, image_size, **chosen(args, QUALITY_OPTIONS))
-    if args.dry_run:
-        about = {"iterations": args.iterations, "ranks": context.describe_batch(args.global_batch_size)}
-        cli.show_plan(config | plan.describe() | about | {"run_dir": folder}, args)
-        return
+    rows = None if isinstance(source, TeacherODE) else len(source)
+    known: dict[str, Any] = {"teacher": teacher.config, "vae": vae, "text_tokens": conditions.max_text_tokens}
+    plan = plan_command("train_ARD.py", student.config, vars(args), context, rows=rows, **known)
+    check_plan(plan, config, vars(args), context)
     distributed.join(context)
-    del plan, teacher  # it lives on in the ODE, if that is to make trajectories
+    del teacher  # it lives on in the ODE, if that is to make trajectories
     blocks = {"compile": args.compile, "checkpoint_activations": args.checkpoint_activations}
     prepare_blocks(student, **blocks)
     if isinstance(source, TeacherODE):

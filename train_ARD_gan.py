@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from costs.plans import COST_OPTIONS, PLANNED_OPTIONS, plan_gan
+from costs.commands import add_presets, check_plan, plan_command
 from discriminator import AdversarialLosses, Discriminator, FrozenFeatures, own_history
 from evaluations.quality import QUALITY_OPTIONS, PeriodicEvaluator, add_quality_options
-from models import DiT, DiT_models
-from presets import preset
+from models import DiT
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
 from runtime.distributed import DistributedContext
@@ -50,7 +49,7 @@ GAN_OPTIONS = (
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, description="Fine-tune a student by regression and an adversarial loss.")
-    parser.add_presets(preset("train_ARD_gan.py"), plan_of_options)
+    add_presets(parser, "train_ARD_gan.py")
     group = parser.add_argument_group("student and teacher")
     checkpoints.add_student_options(group)
     group.add_argument("--init-weights", choices=("ema", "raw"), default="ema", help="Start at these of its weights.")
@@ -140,19 +139,6 @@ def open_real(
     return source, vae
 
 
-def plan_of_options(args: argparse.Namespace) -> dict:
-    """The plan for the sizes that a preset or the options name, before there is a checkpoint."""
-    if None in (args.model, args.steps, args.mask, args.stack):
-        return {}
-    teacher = DiT_models[args.model].keywords
-    student = teacher | {"steps": args.steps, "mask": args.mask, "history_layers": args.stack}
-    try:
-        options = chosen(args, (*PLANNED_OPTIONS, *COST_OPTIONS))
-        return plan_gan(student, teacher, DistributedContext(), rows=None, **options).describe()
-    except (UserError, ValueError) as error:  # a model that cannot be, e.g. history deeper than it
-        return {"not_counted": str(error)}
-
-
 class GanBatches(Dataset):
     """Item n is this rank's share of step n: trajectories with labels, and real images with theirs, in orders apart."""
 
@@ -219,8 +205,7 @@ def run(args: argparse.Namespace) -> None:
         store.provenance,
         {name: origin.get(name) for name in (*SAME_TEACHER, "vae_hash", "teacher_heads")},
     )
-    if not args.dry_run:
-        distributed.join(context)  # the main rank looks at a folder for all
+    distributed.join(context)  # the main rank looks at a folder for all
     source, vae = open_real(
         args.real_data_path,
         teacher,
@@ -254,17 +239,14 @@ def run(args: argparse.Namespace) -> None:
         | {"loss": "R+D", "hflip": hflip, "accumulation": args.accumulation}
         | chosen(args, GAN_OPTIONS),
     )
-    options = chosen(args, (*PLANNED_OPTIONS, *COST_OPTIONS))
-    plan = plan_gan(student.config, teacher.config, context, rows=len(store), vae=vae, **options)
-    folder = plan.check_run(config, context, **chosen(args, ("results_dir", "run_dir")))
     previews = student_previews(student, lambda: state.ema, vae, context.device, args.precision)
     evaluate = None
     if args.eval_every:
         image_size = teacher.input_size * vae.factor
         evaluate = PeriodicEvaluator(previews, context, image_size, **chosen(args, QUALITY_OPTIONS))
-    if args.dry_run:
-        cli.show_plan(config | plan.describe() | {"iterations": args.iterations, "run_dir": folder}, args)
-        return
+    known: dict[str, Any] = {"teacher": teacher.config, "rows": len(store), "vae": vae}
+    plan = plan_command("train_ARD_gan.py", student.config, vars(args), context, **known)
+    check_plan(plan, config, vars(args), context)
     torch.manual_seed(args.seed)
     heads = Discriminator.for_teacher(teacher, args.d_width, args.bn_group)
     cast_weights(teacher, args.precision)

@@ -37,13 +37,8 @@ from runtime.precision import DTYPES
 from runtime.vae import Outline, Pixels, outline_vae
 from stores import samples
 from stores.checkpoints import moments_bytes, weights_bytes
-from stores.runs import find_run, run_bytes
+from stores.runs import run_bytes
 
-COST_OPTIONS = ("d_time", "d_width", "bn_group", "rollout")  # what ``count_gan_step`` takes of the options
-# What ``plan_training`` takes of the options.
-PLANNED_OPTIONS = ("global_batch_size", "accumulation", "iterations", "ckpt_every", "keep")
-SAMPLED_OPTIONS = ("num_samples", "per_proc_batch_size", "precision", "save_latents")  # of ``plan_samples``
-SOLVER_OPTIONS = ("solver_steps", "cfg_scale")  # of ``plan_sampling``, for a teacher
 PIXELS = Pixels()
 
 
@@ -72,12 +67,6 @@ class Plan:
             require_memory(f"{self.batch}, with this model", sum(self.memory.values()), device)
         except UserError as error:
             raise ShortageError(str(error), self.describe) from None
-
-    def check_run(self, config: dict, context: DistributedContext, results_dir: str, run_dir: str | None) -> str:
-        """The same for a run of this config; the folder that it has, or will have."""
-        folder = find_run(config, results_dir, run_dir)
-        self.check(folder, context.device)
-        return str(folder)
 
     def describe(self) -> dict:
         """As JSON has it."""

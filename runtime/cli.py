@@ -41,7 +41,8 @@ NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory",
 RANKS_PAUSE = 30.0  # seconds that the main rank has to say first what all ranks have found
 
 
-FETCHING: ContextVar[bool] = ContextVar("FETCHING", default=True)  # False in a dry run, which downloads nothing
+# False in a dry run, which downloads nothing and waits for no other rank.
+FETCHING: ContextVar[bool] = ContextVar("FETCHING", default=True)
 
 
 class UserError(Exception):
@@ -57,6 +58,14 @@ class ShortageError(UserError):
 
     def __init__(self, text: str, plan: Callable[[], dict]):
         super().__init__(text)
+        self.plan = plan
+
+
+class PlanShown(BaseException):
+    """Where a dry run ends: everything is checked, and ``plan`` is to be shown. No ``Exception``: nothing is wrong."""
+
+    def __init__(self, plan: dict):
+        super().__init__("a dry run does no more")
         self.plan = plan
 
 
@@ -100,15 +109,13 @@ class Parser(argparse.ArgumentParser):
         epilog = "\n  ".join(["examples:", *lines]) if lines else None
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, epilog=epilog, **kwargs)
         self.presets: dict[str, dict] = {}
-        self.estimate: Callable[[argparse.Namespace], dict] = lambda args: {}
+        self.estimate: Callable[[dict], dict] = lambda options: {}
         self.words: list[str] = []  # of the command line
 
-    def add_presets(
-        self, presets: dict[str, dict], estimate: Callable[[argparse.Namespace], dict] = lambda args: {}
-    ) -> None:
+    def add_presets(self, presets: dict[str, dict], estimate: Callable[[dict], dict]) -> None:
         """Add ``--preset``: a name for values of this parser's options, which the command line may still override.
 
-        ``estimate`` tells ``--dry-run`` what follows from a preset's options alone, where weights or data are missing.
+        ``estimate`` tells ``--dry-run`` what follows from the options alone, where weights or data are missing.
         """
         self.presets, self.estimate = presets, estimate
         self.add_argument(
@@ -170,6 +177,8 @@ def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[s
         FETCHING.set(not getattr(args, "dry_run", False))
         with sigterm_as_error():
             run(args)
+    except PlanShown as end:
+        show_plan(end.plan, args)
     except KeyboardInterrupt:
         fail(parser, "interrupted; the same command continues what it can", 130)
     except Terminated:
@@ -191,7 +200,7 @@ def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[s
         )
     except (UserError, RunError) as error:
         if getattr(args, "dry_run", False) and (getattr(args, "preset", None) or isinstance(error, AbsentError)):
-            show_plan({"not_checked": parser.mark_defaults(str(error), args)} | parser.estimate(args), args)
+            show_plan({"not_checked": parser.mark_defaults(str(error), args)} | parser.estimate(vars(args)), args)
             return
         if getattr(args, "dry_run", False) and isinstance(error, ShortageError):
             show_plan(error.plan(), args)

@@ -23,7 +23,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from runtime.cli import OptionGroup, RunError, UserError, name
+from runtime.cli import FETCHING, OptionGroup, RunError, UserError, name, world_size
 from runtime.sigterm import die_with_parent, held_back
 
 TRAINING_TIMEOUT = timedelta(minutes=15)  # a rank that trains on without the others is hung after this
@@ -118,7 +118,6 @@ def choose_device(device: str = "auto") -> DistributedContext:
 
     ``device`` is "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1". Raises ``UserError`` if it is not there.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -138,12 +137,17 @@ def choose_device(device: str = "auto") -> DistributedContext:
         torch.backends.cudnn.benchmark = True  # the autoencoder and Inception see few shapes, many times
     else:
         keep_freed_memory()
-    return DistributedContext(rank, world_size, chosen)
+    return launched(chosen)
+
+
+def launched(device: torch.device = DistributedContext.device) -> DistributedContext:
+    """This process among those that torchrun (or Slurm) has started, on that device."""
+    return DistributedContext(int(os.environ.get("RANK", 0)), world_size(), device)
 
 
 def join(context: DistributedContext) -> None:
-    """Meet the other ranks in a process group, if torchrun (or Slurm through env://) started us."""
-    if context.world_size > 1 and not dist.is_initialized():
+    """Meet the other ranks in a process group, if torchrun (or Slurm through env://) started us; not in a dry run."""
+    if context.world_size > 1 and not dist.is_initialized() and FETCHING.get():
         die_with_launcher()
         find_launcher()
         # torch's own timeout does not always fire

@@ -34,6 +34,12 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
+def shard_number(name: str) -> int:
+    """The number of the shard with this file name, -1 for other files."""
+    digits = name.removeprefix("shard-").removesuffix(".safetensors")
+    return int(digits) if digits.isdecimal() and name == shard_name(int(digits)) else -1
+
+
 def note_of(shard: Path) -> Path:
     """Where rows, bytes and hash of a shard stand until the manifest takes them over."""
     return shard.with_suffix(".json")
@@ -66,26 +72,24 @@ class ShardWriter(SharedWriter):
         """
         super().__init__(context)
         self.folder, self.provenance, self.unit, self.option = Path(folder), provenance, unit, option
-        count, self.rows_per_shard = provenance["count"], provenance["rows_per_shard"]
-        shards = [range(i, min(i + self.rows_per_shard, count)) for i in range(0, count, self.rows_per_shard)]
+        self.rows_per_shard = provenance["rows_per_shard"]
+        self._starts = range(0, provenance["count"], self.rows_per_shard)  # as many as shards
         names = {path.name for path in self.folder.iterdir()} - {LOCK} if self.folder.is_dir() else set()
         names = context.broadcast_object(names)  # one list for all: no rank must see what a faster one has begun
         if names and not any(name.startswith("shard-") for name in names):
             raise UserError(f"{option} {folder}: the folder holds other files, give a new one")
-        present = {name for name in names if name.endswith(".safetensors")}
-        for name in sorted(present):
+        self._present = {name for name in names if name.endswith(".safetensors")}
+        for name in sorted(self._present):
             found = shard_provenance(self.folder / name)
             require_same(f"{option} {folder}: holds data of another run", found, provenance)
             self.provenance = found  # all shards say the same, also where an autoencoder has moved meanwhile
-        self._paths = [self.folder / shard_name(number) for number in range(len(shards))]
-        unknown = present - {path.name for path in self._paths}
+        unknown = {name for name in self._present if shard_number(name) not in range(len(self._starts))}
         if unknown:
             raise UserError(
                 f"{option} {folder}: holds shards that are not of this run, {min(unknown)} first; remove them"
             )
-        self.complete = len(present) == len(shards) and "manifest.json" in names
-        missing = [rows for number, rows in enumerate(shards) if shard_name(number) not in present]
-        self._mine = missing[context.rank :: context.world_size]
+        self.complete = len(self._present) == len(self._starts) and "manifest.json" in names
+        self._mine: list[range] = []
 
     def __enter__(self) -> "ShardWriter":
         if self.complete and self.context.is_main:
@@ -93,12 +97,15 @@ class ShardWriter(SharedWriter):
         if not self.complete:
             self.context.barrier()  # everybody has looked before anybody writes
             self.context.on_main(lambda: claim(self.folder, self.option))
+            shards = [range(i, min(i + self.rows_per_shard, self._starts.stop)) for i in self._starts]
+            missing = [rows for number, rows in enumerate(shards) if shard_name(number) not in self._present]
+            self._mine = missing[self.context.rank :: self.context.world_size]
             self.start_progress(sum(len(rows) for rows in self._mine), self.unit)
         return self
 
     def missing_shards(self) -> Iterator[range]:
         """The rows of each shard that this rank has to make; none when the store is complete."""
-        return iter(() if self.complete else self._mine)
+        return iter(self._mine)
 
     def write(self, rows: range, tensors: dict[str, torch.Tensor]) -> None:
         """Write the shard of these rows: tensors of as many rows, "label" among them."""
@@ -113,6 +120,11 @@ class ShardWriter(SharedWriter):
         write_text(note_of(path), json.dumps(note))
         with atomic_write(path) as partial:
             partial.write_bytes(content)
+
+    @property
+    def _paths(self) -> list[Path]:
+        """All shards, in the order of their rows."""
+        return [self.folder / shard_name(number) for number in range(len(self._starts))]
 
     def close(self) -> None:
         """Write the manifest, from the notes that each rank left of its shards."""

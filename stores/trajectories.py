@@ -40,6 +40,11 @@ def row_bytes(shape: tuple[int, ...], points: int, targets: int, dtype: str) -> 
     return torch.Size(shape).numel() * DTYPES[dtype].itemsize * (1 + points * targets) + torch.int64.itemsize
 
 
+def kept_targets(store: str) -> tuple[str, ...]:
+    """The targets in a store that ``--store`` names: "both", or one."""
+    return TARGETS if store == "both" else (store,)
+
+
 # Of a store's provenance, what its readers ask for.
 NEEDED = ("teacher", "teacher_hash", "teacher_weights", "vae", "num_classes", "solver_steps", "cfg_scale")
 

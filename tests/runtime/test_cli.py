@@ -19,7 +19,8 @@ from runtime import cli
 
 def parser() -> cli.Parser:
     made = cli.Parser(prog="tool")
-    made.add_presets({"fast": {"speed": 9}, "slow": {"speed": 1, "data": "snail"}}, lambda args: {"cost": args.speed})
+    presets = {"fast": {"speed": 9}, "slow": {"speed": 1, "data": "snail"}}
+    made.add_presets(presets, lambda options: {"cost": options["speed"]})
     made.add_argument("--data", type=cli.folder, required=True, help="Read this.")
     made.add_argument("--speed", type=cli.positive, default=5, help="Read so fast.")
     made.add_argument("--other-name", "--other_name", type=cli.positive, help="Something.")
