@@ -265,10 +265,10 @@ def distance(samples: Path, teacher: Path) -> float:
         return float(np.mean(((ours["arr_0"][: len(theirs)] - theirs) / 127.5) ** 2))
 
 
-def time_per_sample(models: dict[str, DiT], batch_size: int = 64, repeats: int = 5) -> dict[str, float]:
+def time_per_sample(models: dict[Any, DiT], batch_size: int = 64, repeats: int = 5) -> dict[Any, float]:
     """Milliseconds to draw one sample with each model, measured in turns; the median of the repeats."""
     diffusion = create_diffusion("25")
-    times: dict[str, list[float]] = {name: [] for name in models}
+    times: dict[Any, list[float]] = {name: [] for name in models}
     for _ in range(repeats):
         for name, model in models.items():
             z = noise(0, "sample", range(batch_size), model.latent_shape)
