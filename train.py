@@ -42,8 +42,8 @@ def build_parser() -> cli.Parser:
         "--data-path",
         type=cli.folder,
         required=True,
-        help='Train on an image folder with a sub-folder per class, a latent store, or the word "digits"; with '
-        '--captions "digit-scenes".',
+        help='Train on an image folder with a sub-folder per class, a latent store, or the word "digits" or "emoji"; '
+        'with --captions "digit-scenes".',
     )
     group.add_argument("--image-size", type=cli.positive, help="Pixels of a side; image folders need it.")
     group.add_argument(

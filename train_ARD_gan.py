@@ -29,7 +29,7 @@ from runtime.vae import Pixels, load_same_vae
 from sampler import student_previews
 from stores import checkpoints
 from stores.image_folder import add_skip_bad_option
-from stores.images import Source, latent_shape, open_source, real_latents, require_outside_source, summary
+from stores.images import BUNDLED, Source, latent_shape, open_source, real_latents, require_outside_source, summary
 from stores.latents import is_store
 from stores.runs import check_place
 from stores.tracking import check_wandb
@@ -65,7 +65,7 @@ def build_parser() -> cli.Parser:
         "--real-data-path",
         type=cli.folder,
         required=True,
-        help='Real images: an image folder, a latent store, or the word "digits".',
+        help='Real images: an image folder, a latent store, or the word "digits" or "emoji".',
     )
     group.add_argument(
         "--vae", type=cli.name, help="Load the teacher's autoencoder from this folder or hub id instead of by name."
@@ -125,7 +125,7 @@ def open_real(
     name, vae_hash = provenance["vae"], provenance.get("vae_hash")
     loads = given or needs_decoder or not encoded
     vae = load_same_vae(name, vae_hash, context.device, given) if loads else Pixels()
-    image_size = None if encoded or path == "digits" else teacher.input_size * vae.factor
+    image_size = None if encoded or path in BUNDLED else teacher.input_size * vae.factor
     channels = 1 if image_size and (vae.image_channels or teacher.in_channels) == 1 else None
     images: dict[str, Any] = {"channels": channels, "skip_bad": skip_bad, "verify": verify, "context": context}
     source = open_source(path, image_size, teacher.num_classes == 0, "--real-data-path", **images)
@@ -183,7 +183,7 @@ def run(args: argparse.Namespace) -> None:
             f"--gan-warmup {args.gan_warmup}: --iterations {args.iterations} end before the GAN loss begins; give a "
             "shorter warm-up, more steps, or --gan-weight 0"
         )
-    if args.real_data_path != "digits":
+    if args.real_data_path not in BUNDLED:
         cli.existing_folder("--real-data-path", args.real_data_path)
     store = TrajectoryStore(args.data_path, verify=args.verify)
     context = distributed.choose_device(args.device)

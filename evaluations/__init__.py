@@ -1,1 +1,1 @@
-"""FID, sFID, Inception Score, precision and recall by ADM's protocol, and the digit classifier of the small scale."""
+"""FID, sFID, Inception Score, precision and recall by ADM's protocol, and the classifiers of the small worlds."""

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from evaluations.extraction import features
-from evaluations.features import FRECHET, NAMES, Extractor, extractor
+from evaluations.features import FRECHET, NAMES, YARDSTICKS, Extractor, extractor
 from evaluations.kid import kid
 from evaluations.metrics import frechet_distance, inception_score, precision_recall, statistics
 from runtime import cli, distributed
@@ -175,7 +175,7 @@ def evaluate(
 ) -> dict:
     """All figures of samples against a reference, files or folders: what the command prints, for other scripts.
 
-    features: "digits", "inception" or "dinov2". Returns fid, for dinov2 fd_dinov2 instead, sfid and inception_score
+    features: one of ``features.NAMES``. Returns fid, for dinov2 fd_dinov2 instead, sfid and inception_score
     (None where the network has none), precision, recall, count, floor and kid (if asked for) and provenance. Raises
     ``UserError`` on files and weights that do not serve.
     """
@@ -206,7 +206,7 @@ def show(result: dict, network: Extractor) -> None:
         print(
             f"{distance} floor{label}, the reference against {result['count']} draws from itself: {result['floor']:.6g}"
         )
-    if name != "digits" and result["count"] < PUBLISHED_COUNT:
+    if name not in YARDSTICKS and result["count"] < PUBLISHED_COUNT:
         print(
             f"warning: {distance} of {result['count']} samples is higher than that of {PUBLISHED_COUNT}, "
             "which published values use",
@@ -259,7 +259,7 @@ def build_parser() -> cli.Parser:
         "--features",
         choices=NAMES,
         default="inception",
-        help="Use ADM's network, DINOv2 (for FD-DINOv2), or ours for 8x8 digits.",
+        help="Use ADM's network, DINOv2 (for FD-DINOv2), or ours for 8x8 digits or 32x32 emoji.",
     )
     group.add_argument(
         "--inception-weights",
@@ -282,7 +282,7 @@ def build_parser() -> cli.Parser:
     )
     distributed.add_device_option(group)
     group = parser.add_argument_group("figures")
-    few = "Accept fewer images than features (2048; dinov2: 1024; digits: 64)."
+    few = "Accept fewer images than features (2048; dinov2: 1024; emoji: 128; digits: 64)."
     group.add_argument("--allow-few", action="store_true", help=few)
     group.add_argument("--kid", action="store_true", help="Add KID, in the features that are used.")
     group.add_argument(

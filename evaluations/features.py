@@ -1,4 +1,4 @@
-"""Images in, features out: Inception-v3 of 2015, with which ADM's figures are made, DINOv2, the small digit classifier.
+"""Images in, features out: Inception-v3 of 2015, with which ADM's figures are made, DINOv2, our small classifiers.
 
 All answer the same call, so that the evaluator does not know which one it holds.
 """
@@ -8,12 +8,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluations import digits, dinov2
+from evaluations import dinov2
+from evaluations.classifier import Yardstick
+from evaluations.digits import DIGITS
+from evaluations.emoji import EMOJI
 from runtime.cli import UserError, existing_file
 from runtime.files import cached_download, file_sha256
 from stores.images import from_uint8
 
-NAMES = ("inception", "dinov2", "digits")
+YARDSTICKS = {yardstick.name: yardstick for yardstick in (DIGITS, EMOJI)}
+NAMES = ("inception", "dinov2", *YARDSTICKS)
 # What the Frechet distance in a network's features is called, as a key and in print.
 FRECHET = {"fid": "FID", "fd_dinov2": "FD-DINOv2"}
 
@@ -42,23 +46,27 @@ class Extractor:
         raise NotImplementedError
 
 
-class DigitsFeatures(Extractor):
-    """The repository's own classifier of 8x8 digits (evaluations/digits.py). Colours are averaged to grey."""
+class ClassifierFeatures(Extractor):
+    """The repository's own classifier of bundled images (evaluations/classifier.py), which reads digits in grey."""
 
-    name = "digits"
-
-    def __init__(self, device: torch.device | str = "cpu"):
-        self.weights_sha256 = file_sha256(existing_file("digits classifier", digits.WEIGHTS))
-        self.model, self.device = digits.load().to(device), device
-        self.widths = dict(pool=self.model.head.in_features, probs=self.model.head.out_features)
+    def __init__(self, yardstick: Yardstick, device: torch.device | str = "cpu"):
+        self.name = yardstick.name
+        self.weights_sha256 = file_sha256(existing_file(f"{yardstick.name} classifier", yardstick.weights))
+        self.model, self.device = yardstick.load().to(device), device
+        self.widths = dict(pool=self.model.head.in_features, probs=self.model.config["num_classes"])
 
     def check_size(self, width: int, height: int) -> None:
-        if (width, height) != (8, 8):
-            raise UserError(f"--features digits: reads 8x8 images, these are {width}x{height}, choose inception")
+        side = self.model.size
+        if (width, height) != (side, side):
+            raise UserError(
+                f"--features {self.name}: reads {side}x{side} images, these are {width}x{height}, choose inception"
+            )
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray | None]:
-        x = from_uint8(torch.from_numpy(images).to(self.device)).mean(dim=3)[:, None]  # (B, 1, 8, 8)
+        x = from_uint8(torch.from_numpy(images).to(self.device)).permute(0, 3, 1, 2)  # (B, 3, H, W)
+        if self.model.channels == 1:
+            x = x.mean(dim=1, keepdim=True)
         pool, logits = self.model(x)
         return dict(pool=pool.cpu().numpy(), spatial=None, probs=logits.softmax(dim=1).cpu().numpy())
 
@@ -150,6 +158,6 @@ def extractor(
         return Dinov2Features(device, dinov2_weights, tf32)
     if tf32:
         raise UserError(f"--tf32: of no use with --features {name}, leave it out")
-    if name == "digits":
-        return DigitsFeatures(device)
+    if name in YARDSTICKS:
+        return ClassifierFeatures(YARDSTICKS[name], device)
     raise ValueError(f"features {name!r} are none of {', '.join(NAMES)}")

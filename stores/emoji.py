@@ -94,9 +94,10 @@ def read_sheet(path: Path, count: int) -> np.ndarray:
 
 def write_sheet(path: Path, pictures: list[np.ndarray]) -> None:
     """Pictures, each (32, 32, 3) uint8, as a sheet; the last row is filled up in white."""
-    rows = -(-len(pictures) // COLUMNS)
+    rows = max(1, -(-len(pictures) // COLUMNS))
     cells = np.full((rows * COLUMNS, SIZE, SIZE, 3), 255, np.uint8)
-    cells[: len(pictures)] = pictures
+    if pictures:
+        cells[: len(pictures)] = pictures
     sheet = cells.reshape(rows, COLUMNS, SIZE, SIZE, 3).swapaxes(1, 2).reshape(rows * SIZE, COLUMNS * SIZE, 3)
     with atomic_write(path) as draft:
         Image.fromarray(sheet).save(draft, format="WEBP", lossless=True, quality=100, method=6)

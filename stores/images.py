@@ -15,6 +15,7 @@ A source, whichever it is, has
 so that trainers say ``real_latents(batch, vae)`` and need not know which it is.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 
 
 Source = DigitImages | DigitScenes | EmojiImages | ImageFolder | LatentStore
+# What the word in place of a path stands for.
+BUNDLED: dict[str, Callable[[], Source]] = {"digits": DigitImages, "emoji": EmojiImages, "digit-scenes": DigitScenes}
 
 
 def open_source(
@@ -53,19 +56,15 @@ def open_source(
     verify: bool = False,
     context: DistributedContext | None = None,
 ) -> Source:
-    """The source that an option names: the word digits, emoji or digit-scenes, a store of latents, a folder of images.
+    """The source that an option names: a word of ``BUNDLED``, a store of latents, a folder of images.
 
     ``image_size`` is needed for images; a latent store knows its own and a contradiction is refused. ``unconditional``
     leaves out the classes. ``channels``: 3 for folders unless told otherwise; the others know their own. ``skip_bad``
     is for folders; ``verify`` compares the checksums of a latent store when it is read.
     """
     source: Source
-    if data_path == "digits":
-        source = DigitImages()
-    elif data_path == "emoji":
-        source = EmojiImages()
-    elif data_path == "digit-scenes":
-        source = DigitScenes()
+    if data_path in BUNDLED:
+        source = BUNDLED[data_path]()
     elif is_store(data_path):
         source = LatentStore(data_path, option, verify)
     elif image_size is None:

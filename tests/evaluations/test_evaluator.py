@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from helpers import arrays, call, draw_digits, refused, spawn, state_of, write_images
 
-from evaluations import digits, features
+from evaluations import features
 from evaluations.evaluator import evaluate
+from evaluations.features import YARDSTICKS
 from evaluations.metrics import precision_recall
 from stores.image_arrays import Images
 
@@ -145,7 +146,7 @@ def test_the_command_prints_and_writes_what_evaluate_returns(digit_files, tmp_pa
     assert provenance == expected["provenance"]
     assert provenance["samples"] == {"seed": 7}
     assert provenance["samples_file"]["sha256"] == hashlib.sha256(digit_files[1].read_bytes()).hexdigest()
-    assert provenance["weights_sha256"] == hashlib.sha256(digits.WEIGHTS.read_bytes()).hexdigest()
+    assert provenance["weights_sha256"] == hashlib.sha256(YARDSTICKS["digits"].weights.read_bytes()).hexdigest()
     assert not list(digit_files[0].parent.glob("*.features.npz"))
 
 
