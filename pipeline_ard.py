@@ -2,18 +2,20 @@
 
     python pipeline_ard.py results/demo/ard-x0/checkpoints/0000600.pt --out digits-ard
 
-    from pipeline_ard import ARDPipeline                     # this repository must be on Python's path
-    pipe = ARDPipeline.from_pretrained("digits-ard")         # or a hub id, or from_checkpoint("....pt")
+    from diffusers import DiffusionPipeline                  # wherever diffusers is, without this repository
+    pipe = DiffusionPipeline.from_pretrained("digits-ard", trust_remote_code=True)
     images = pipe(class_labels=[3, 7], generator=torch.Generator().manual_seed(0)).images
 
 ``pipe.push_to_hub("me/digits-ard")`` uploads what ``save_pretrained`` writes.
 
-The folder holds model_index.json, ``transformer`` (config.json and safetensors), ``vae`` for models on latents, and a
-model card. Importing this module is what lets diffusers find its classes; there is no pickle.
+The folder holds model_index.json, ``transformer`` (config.json and safetensors), ``vae`` for models on latents, a model
+card, and the code that it needs (stores/portable.py). There is no pickle. ``ARDPipeline.from_pretrained`` of this file
+loads the same folder and runs none of the code in it.
 """
 
 import argparse
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,24 +25,74 @@ import torch
 from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import snapshot_download
 from PIL import Image
 
 from models_ard import ARD
 from models_pixart import model_name
 from runtime import cli
 from runtime.cli import UserError
+from runtime.precision import DTYPES
 from runtime.randomness import noise
-from runtime.vae import VAE, Pixels, load_autoencoder, resolve_name
-from stores.checkpoints import load_student
+from runtime.vae import decode_latents
 from stores.images import to_uint8
 
+MODULE = "pipeline_ard"  # of the file with the classes, which model_index.json names
 STRICT = {"use_safetensors": True, "low_cpu_mem_usage": False}  # no pickle, and no warning about a package of hints
+
+
+CARD = """---
+library_name: diffusers
+pipeline_tag: {task}
+tags:
+- diffusers
+- ARD
+- distillation
+- diffusion-transformer
+---
+
+# A {steps}-step student by Autoregressive Distillation of Diffusion Transformers
+
+Draws images in {steps} steps, without guidance, by the method of
+[*Autoregressive Distillation of Diffusion Transformers*](https://arxiv.org/abs/2504.11295) (CVPR 2025). A student
+inherits the licence of its teacher and of its autoencoder.
+
+## Use
+
+It needs PyTorch and diffusers. Its classes are in `pipeline_ard.py` beside this card, which you may want to read before
+you trust it:
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("FOLDER OR HUB ID", trust_remote_code=True)
+images = pipe({call}, generator=torch.Generator().manual_seed(0)).images
+images[0].save("image.png")
+```
+
+`latents=pipe.noise(seed, [0, 1])` gives the noise of that repository's `sample_ARD.py` instead. `pipe.labels` has the
+classes by name. The method: [arXiv:2504.11295](https://arxiv.org/abs/2504.11295).
+
+## Where it comes from
+
+| | |
+|---|---|
+{table}
+
+All that is recorded:
+
+```json
+{provenance}
+```
+"""
+CODE: str | None = None  # in a saved folder, the text of this very file
 
 
 class ARDTransformer(ModelMixin, ConfigMixin):
     """``models_ard.ARD`` as a component of diffusers; its config holds ARD's own."""
 
-    __module__ = "pipeline_ard"  # what model_index.json names, also where this file runs as a command
+    __module__ = MODULE
 
     @register_to_config
     def __init__(self, shape: dict):
@@ -77,7 +129,7 @@ class ARDPipeline(DiffusionPipeline):
     ``labels`` has the class of each name, as in diffusers' DiTPipeline. Unconditional students take ``batch_size``.
     """
 
-    __module__ = "pipeline_ard"
+    __module__ = MODULE
     _optional_components = ["vae"]  # diffusers' name for this; students on pixels have none
 
     def __init__(
@@ -105,6 +157,11 @@ class ARDPipeline(DiffusionPipeline):
         ``vae``: ema, mse, a folder or a hub id in place of the autoencoder that the checkpoint names. ``labels``: a
         file of the classes' names, where the checkpoint knows none; see ``read_labels``.
         """
+        from runtime.cli import UserError  # what needs the repository is imported here: a saved pipeline is without it
+        from runtime.vae import load_autoencoder, resolve_name
+        from stores.checkpoints import load_student
+        from stores.pipelines import read_labels
+
         student, config = load_student(path, "CHECKPOINT")
         if "caption_channels" in student.config:
             raise UserError(f"CHECKPOINT {path}: reads text, which the pipeline does not; sample it by sample_ARD.py")
@@ -124,18 +181,46 @@ class ARDPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> "ARDPipeline":
-        """As diffusers' ``from_pretrained``: a folder or hub id, ``dtype``, ...; safetensors only."""
-        return super().from_pretrained(path, **options | STRICT)
+        """As diffusers' ``from_pretrained``: a folder or hub id, ``dtype``, ...; safetensors only.
+
+        Runs no code of the folder's, so it asks for no trust.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+        index = json.loads((folder / "model_index.json").read_text())
+        parts = {"transformer": ARDTransformer.from_pretrained(folder / "transformer", **options)}
+        if (folder / "vae").is_dir():
+            parts["vae"] = AutoencoderKL.from_pretrained(folder / "vae", **options | STRICT)
+        return cls(**parts, **{name: index.get(name) for name in ("id2label", "provenance")})
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """As diffusers' ``save_pretrained``, with a model card; safetensors only."""
+        """As diffusers' ``save_pretrained``, with a model card and the code to load it; safetensors only."""
         super().save_pretrained(str(save_directory), **options | {"safe_serialization": True})
-        (Path(save_directory) / "README.md").write_text(self.model_card())
+        self._finish(Path(save_directory))
 
     def _upload_folder(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
         """What ``push_to_hub`` ends in; diffusers has put a card without content there before."""
-        (Path(working_dir) / "README.md").write_text(self.model_card())
+        self._finish(Path(working_dir))
         return super()._upload_folder(working_dir, *args, **kwargs)
+
+    def _finish(self, folder: Path) -> None:
+        """Add the card and the code, and name the latter in model_index.json, where diffusers looks for it."""
+        code = CODE
+        if code is None:
+            from stores.pipelines import portable_code
+
+            code = portable_code()
+        (folder / "README.md").write_text(self.model_card())
+        for place in (folder, folder / "transformer"):  # diffusers wants it beside each of its classes
+            (place / f"{MODULE}.py").write_text(code)
+        index = json.loads((folder / "model_index.json").read_text())
+        index["_class_name"] = [MODULE, type(self).__name__]
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        os.umask(umask := os.umask(0))  # the only way to read it
+        for file in folder.rglob("*"):
+            if file.is_file():  # safetensors makes its files for their owner alone
+                file.chmod(0o666 & ~umask)
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """The classes of some names. ``ValueError`` for one that is not in ``labels``."""
@@ -191,8 +276,9 @@ class ARDPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
-        decoder = Pixels() if self.vae is None else VAE.of(self.vae)
-        images = decoder.decode(latents).cpu()
+        if self.vae is not None:
+            latents = decode_latents(self.vae.to(memory_format=torch.channels_last), latents)
+        images = latents.cpu()
         if output_type == "pil":  # rounded as sample_ARD.py does
             arrays = to_uint8(images).permute(0, 2, 3, 1).numpy()
             return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]
@@ -221,70 +307,10 @@ class ARDPipeline(DiffusionPipeline):
         }
         table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value not in (None, ""))
         call = "class_labels=[0, 1]" if student["num_classes"] else "batch_size=2"
-        return CARD.format(steps=student["steps"], table=table, call=call, provenance=json.dumps(known, indent=2))
-
-
-def read_labels(path: str | Path, count: int) -> list[str]:
-    """Names of ``count`` classes: a line for each, or JSON with id2label, as DiTPipeline's model_index.json has it."""
-    text = cli.existing_file("--labels", path).read_text(errors="replace")
-    names = [line.strip() for line in text.splitlines()]
-    if str(path).endswith(".json"):
-        try:
-            given = json.loads(text)
-            given = given.get("id2label", given)
-            names = [str(given[str(i)]) for i in range(len(given))]
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise UserError(f"--labels {path}: has no id2label with a name for each of 0, 1, ...") from None
-    if len(names) != count or not all(names):
-        raise UserError(
-            f"--labels {path}: has {len([name for name in names if name])} names, the model {count} classes"
+        task = "class-to-image" if student["num_classes"] else "unconditional-image-generation"
+        return CARD.format(
+            task=task, steps=student["steps"], table=table, call=call, provenance=json.dumps(known, indent=2)
         )
-    return names
-
-
-CARD = """---
-library_name: diffusers
-pipeline_tag: unconditional-image-generation
-tags:
-- diffusers
-- ARD
-- distillation
-- diffusion-transformer
----
-
-# A {steps}-step student by Autoregressive Distillation of Diffusion Transformers
-
-Draws images in {steps} steps, without guidance, by the method of
-[*Autoregressive Distillation of Diffusion Transformers*](https://arxiv.org/abs/2504.11295) (CVPR 2025). A student
-inherits the licence of its teacher and of its autoencoder.
-
-## Use
-
-The classes are in `pipeline_ard.py` of the repository that trained it, which must be on Python's path:
-
-```python
-import torch
-
-from pipeline_ard import ARDPipeline
-
-pipe = ARDPipeline.from_pretrained("FOLDER OR HUB ID")
-images = pipe({call}, generator=torch.Generator().manual_seed(0)).images
-```
-
-`latents=pipe.noise(seed, [0, 1])` gives the noise of that repository's `sample_ARD.py` instead.
-
-## Where it comes from
-
-| | |
-|---|---|
-{table}
-
-All that is recorded:
-
-```json
-{provenance}
-```
-"""
 
 
 def build_parser() -> cli.Parser:
@@ -293,6 +319,9 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--out", required=True, help="Folder to write, with a model card.")
     parser.add_argument("--vae", help="Put ema, mse, a folder or a hub id in place of the model's own autoencoder.")
     parser.add_argument("--labels", help="Names of the classes: a line for each, or a DiTPipeline's model_index.json.")
+    parser.add_argument(
+        "--precision", choices=DTYPES, default="fp32", help="Number format of the weights in the folder."
+    )
     return parser
 
 
@@ -301,6 +330,7 @@ def run(args: argparse.Namespace) -> None:
     if out.exists():
         raise UserError(f"--out {out}: it is there already; give a new folder")
     pipe = ARDPipeline.from_checkpoint(args.checkpoint, args.vae, args.labels)
+    pipe.to(DTYPES[args.precision])
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipe.save_pretrained(partial)

@@ -110,22 +110,11 @@ class VAE:
         if precision == "fp16" and model.config.scaling_factor == SDXL_SCALE and model.config.force_upcast:
             raise UserError(f"--vae {name}: SDXL's autoencoder overflows in fp16, give --vae-precision bf16 or fp32")
         self.hash: str | None = latent_space_hash(model)
-        self._wrap(model.to(device, DTYPES[precision]), precision)
         self.name, self.compiled = NAMES.get(name, name), compile
+        model = model.to(device, DTYPES[precision], memory_format=torch.channels_last)
+        self.model, self.dtype, self.precision = model.eval().requires_grad_(False), model.dtype, precision
         if compile:
             self.model.decoder.compile(dynamic=False)
-
-    @classmethod
-    def of(cls, model: Any) -> "VAE":
-        """Around an AutoencoderKL that is there already, on its device and in its number format; fp32 is not TF32."""
-        vae = cls.__new__(cls)
-        vae._wrap(model, next(name for name, dtype in DTYPES.items() if dtype == model.dtype))
-        vae.name, vae.hash, vae.compiled = model.config.get("_name_or_path", ""), None, False
-        return vae
-
-    def _wrap(self, model: Any, precision: str) -> None:
-        self.model = model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-        self.dtype, self.precision = model.dtype, precision
         self.scale = self.model.config.scaling_factor
         self.factor = 2 ** (len(self.model.config.block_out_channels) - 1)
         self.channels, self.image_channels = self.model.config.latent_channels, self.model.config.in_channels
@@ -142,12 +131,17 @@ class VAE:
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """latents: (B, C, h, w) scaled -> images (B, 3, h * f, w * f), about [-1, 1], float32."""
-        z = (latents / self.scale).to(self.dtype)
+        filled = latents
         if self.compiled:  # made for one size: the last part is filled up
-            z = torch.cat([z, z.new_zeros(-len(z) % IMAGES_AT_ONCE, *z.shape[1:])])
+            filled = torch.cat([latents, latents.new_zeros(-len(latents) % IMAGES_AT_ONCE, *latents.shape[1:])])
         with own_products(self.precision, latents.device):
-            parts = [self.model.decode(part).sample.float() for part in z.split(IMAGES_AT_ONCE)]
-        return torch.cat(parts)[: len(latents)]
+            return decode_latents(self.model, filled)[: len(latents)]
+
+
+def decode_latents(autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
+    """latents: (B, C, h, w) scaled -> images (B, 3, h * f, w * f), about [-1, 1], float32, by an AutoencoderKL."""
+    z = (latents / autoencoder.config.scaling_factor).to(autoencoder.dtype)
+    return torch.cat([autoencoder.decode(part).sample.float() for part in z.split(IMAGES_AT_ONCE)])
 
 
 def load_autoencoder(name: str) -> Any:

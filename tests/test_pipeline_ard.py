@@ -1,6 +1,7 @@
 """The pipeline of diffusers: the samples of sample_ARD.py to the bit, saved and loaded without pickle."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from helpers import ROOT, arrays, call, random_teacher, refused, save_student
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -48,7 +50,71 @@ def test_the_pipeline_draws_sample_ards_samples_to_the_bit_before_and_after_savi
         assert np.array_equal(np.stack([np.asarray(image.convert("RGB")) for image in images]), wanted["arr_0"])
     files = [file.name for file in (tmp_path / "saved").rglob("*") if file.is_file()]
     assert (tmp_path / "saved/vae").exists() is (kind == "latents")
-    assert {name.rpartition(".")[2] for name in files} == {"json", "safetensors", "md"}
+    assert {name.rpartition(".")[2] for name in files} == {"json", "safetensors", "md", "py"}
+
+
+ELSEWHERE = """
+import sys
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+folder, given = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+pipe.set_progress_bar_config(disable=True)
+wanted = np.load(given)
+latents = pipe(class_labels=wanted["arr_1"].tolist(), latents=pipe.noise(5, range(6)), output_type="latent").images
+assert np.array_equal(latents.numpy(), wanted["latents"])
+images = pipe(class_labels=wanted["arr_1"].tolist(), latents=pipe.noise(5, range(6))).images
+assert np.array_equal(np.stack([np.asarray(image.convert("RGB")) for image in images]), wanted["arr_0"])
+pipe.save_pretrained(folder + "-again")
+assert not any(name in sys.modules for name in ("models_ard", "runtime", "stores")), "took this repository's code"
+"""
+
+
+@pytest.mark.parametrize("kind", ["pixels", "latents"])
+def test_a_saved_pipeline_needs_no_clone(kind, student_file, latent_student, tmp_path):
+    """From another folder, with a foreign models.py there, in a process that does not know this repository."""
+    path = {"pixels": student_file, "latents": latent_student}[kind]
+    call("sample_ARD.py", "--ckpt-path", path, "--num-samples", 6, "--seed", 5, "--save-latents", "--device", "cpu",
+         "--out", tmp_path / "s.npz")  # fmt: skip
+    call("pipeline_ard.py", path, "--out", tmp_path / "saved")
+    for name in ("models.py", "models_ard.py", "runtime.py"):
+        (tmp_path / name).write_text("raise ImportError('a foreign file')\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for folder in ("saved", "saved-again"):  # saved again without the repository, it is as whole as before
+        ran = subprocess.run(
+            [sys.executable, "-c", ELSEWHERE, str(tmp_path / folder), str(tmp_path / "s.npz")],
+            cwd=tmp_path,
+            env=environment | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stderr
+    refusal = "Pass `trust_remote_code=True`"
+    with pytest.raises(ValueError, match=refusal):
+        DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    assert type(ARDPipeline.from_pretrained(tmp_path / "saved")) is ARDPipeline  # runs none of the folder's code
+
+
+def test_files_of_a_pipeline_follow_the_umask(student_file, tmp_path):
+    before = os.umask(0o022)
+    try:
+        call("pipeline_ard.py", student_file, "--out", tmp_path / "saved")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "saved").rglob("*") if file.is_file()} == {0o644}
+
+
+def test_half_precision_halves_the_weights(student_file, tmp_path):
+    for precision in ("fp32", "bf16"):
+        call("pipeline_ard.py", student_file, "--out", tmp_path / precision, "--precision", precision)
+    sizes = [next((tmp_path / name).rglob("*.safetensors")).stat().st_size for name in ("fp32", "bf16")]
+    assert 1.8 < sizes[0] / sizes[1] < 2.2
+    ours, theirs = (quiet(ARDPipeline.from_pretrained(tmp_path / name)) for name in ("fp32", "bf16"))
+    given = dict(class_labels=[3], latents=ours.noise(0, [0]), output_type="latent")
+    assert 0 < (ours(**given).images - theirs(**given).images).abs().max() < 0.1
 
 
 @pytest.fixture(scope="module")
