@@ -8,20 +8,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
-from diffusion import create_diffusion
+from diffusion.teacher_ode import TeacherODE
 from lab.worlds import World
 from models import DiT
 from models_ard import ARD
 from runtime import cli
 from runtime.checks import writable_folder
-from runtime.files import write_text
+from runtime.files import atomic_write, write_text
 from runtime.randomness import labels, noise
 from runtime.sigterm import die_with_parent
 
@@ -265,19 +267,38 @@ def distance(samples: Path, teacher: Path) -> float:
         return float(np.mean(((ours["arr_0"][: len(theirs)] - theirs) / 127.5) ** 2))
 
 
-def time_per_sample(models: dict[Any, DiT], batch_size: int = 64, repeats: int = 5) -> dict[Any, float]:
-    """Milliseconds to draw one sample with each model, measured in turns; the median of the repeats."""
-    diffusion = create_diffusion("25")
-    times: dict[Any, list[float]] = {name: [] for name in models}
+def draw_samples(path: Path, files: dict[str, Path], columns: int = 20, border: int = 96) -> None:
+    """The first samples of each file, one row a model: the same column is the same noise and label.
+
+    ``border`` is the grey of the line around an image, 0..255.
+    """
+    figure = Figure(figsize=(columns * 0.5, len(files) * 0.78))
+    figure.set_layout_engine("constrained")
+    for axis, (name, file) in zip(figure.subplots(len(files), 1, squeeze=False)[:, 0], files.items(), strict=True):
+        with np.load(file) as samples:
+            images = samples["arr_0"][:columns]
+        padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=border)
+        axis.imshow(np.concatenate(padded, axis=1), interpolation="nearest")
+        axis.set_title(name, fontsize=9, loc="left", pad=3)
+        axis.set_axis_off()
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=130, format="png")
+
+
+def time_per_sample(models: Mapping[str, DiT | TeacherODE], batch_size: int = 64, repeats: int = 5) -> dict[str, float]:
+    """Milliseconds to draw one sample with each model, measured in turns; the median of the repeats.
+
+    A teacher takes 25 guided steps unless it comes with its ODE.
+    """
+    drawing = {name: m if isinstance(m, ARD | TeacherODE) else TeacherODE(m) for name, m in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(repeats):
-        for name, model in models.items():
-            z = noise(0, "sample", range(batch_size), model.latent_shape)
-            y = labels(0, range(batch_size), model.num_classes)
+        for name, model in drawing.items():
+            shaped = model.teacher if isinstance(model, TeacherODE) else model
+            z = noise(0, "sample", range(batch_size), shaped.latent_shape)
+            y = labels(0, range(batch_size), shaped.num_classes)
             started = time.perf_counter()
             with torch.no_grad():
-                if isinstance(model, ARD):
-                    model.sample(z, y)
-                else:
-                    diffusion.ddim_trajectory(model, z, y, 1.5)
+                model.sample(z, y)
             times[name].append(1000 * (time.perf_counter() - started) / batch_size)
     return {name: statistics.median(values) for name, values in times.items()}

@@ -40,4 +40,20 @@ DIGITS = World(
     gan_iterations=1000,
     label=8,
 )
-WORLDS = {world.name: world for world in (DIGITS,)}
+EMOJI = World(
+    name="emoji",
+    data="emoji",
+    teacher="assets/emoji_teacher.pt",
+    features="emoji",
+    reference="python -m evaluations.emoji reference",
+    layers=6,
+    optimiser="--lr 5e-4 --ema-decay 0.99 --precision bf16",
+    gan="--gan-weight 0.5 --d-time 100 --d-lr 2e-3 --lr 5e-4 --clip 0.06 --d-clip 0.06 --ema-decay 0.99 "
+    "--precision bf16",
+    gan_warmup=150,
+    iterations=4000,
+    gan_iterations=1000,
+    label=3,
+    load=30.0,
+)
+WORLDS = {world.name: world for world in (DIGITS, EMOJI)}

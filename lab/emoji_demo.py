@@ -1,0 +1,107 @@
+"""What a teacher's students make of its noise, on emoji, in minutes: `make demo-emoji`, or with options
+
+    python -m lab.emoji_demo --seed 1 --num-samples 2000
+
+Trains nothing: teacher and students are shipped (assets/README.md says how they were made). Draws samples of the
+teacher in 25 and in 4 steps, and of its students in 4, from the same noise. Leaves a picture and a table. To resume,
+run it again.
+"""
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from diffusion.teacher_ode import TeacherODE
+from lab.experiments import (
+    CORES,
+    call,
+    distance,
+    draw_samples,
+    evaluate_command,
+    figures_of,
+    own_folder,
+    reference_command,
+    sample_command,
+    teacher_command,
+    time_per_sample,
+    write_table,
+)
+from lab.worlds import EMOJI
+from models import DiT
+from runtime import cli
+from stores import checkpoints
+
+TEACHER_STEPS = (25, 4)
+STUDENTS = {"step distillation": "step", "ARD": "ard", "ARD, R+D": "ard_gan"}  # shipped as emoji_NAME.pt
+COLUMNS = {
+    "model": "model",
+    "steps": "steps",
+    "nfe": "model evaluations",
+    "fid": "FID",
+    "degradation": "FID - teacher's",
+    "precision": "precision",
+    "recall": "recall",
+    "distance": "distance",
+    "ms_per_sample": "ms per sample",
+}
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__, prog="lab.emoji_demo", description="Compare the shipped students with their teacher.")
+    parser.add_argument("--seed", type=cli.not_negative, default=0, help="Seed of the samples.")
+    parser.add_argument("--out", type=cli.folder, help="Folder of the results; without it, results/demo-emoji, ...")
+    parser.add_argument("--num-samples", type=cli.positive, default=1000, help="Samples of each model.")
+    parser.add_argument(
+        "--assets", type=Path, default=Path(EMOJI.teacher).parent, help="Folder of emoji_teacher.pt, emoji_ard.pt, ..."
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    world = replace(EMOJI, teacher=str(args.assets / "emoji_teacher.pt"))
+    weights = {name: args.assets / f"emoji_{short}.pt" for name, short in STUDENTS.items()}
+    for path in (world.teacher, *weights.values()):
+        cli.existing_file("--assets", path)
+    folder = own_folder(args.out, world.folder("demo"), args.seed, "emoji.npz")
+    reference, first = folder / "emoji.npz", f"teacher, {TEACHER_STEPS[0]} steps"
+    files = {f"teacher, {steps} steps": folder / f"teacher-{steps}.npz" for steps in TEACHER_STEPS}
+    files |= {f"{name}, 4 steps": folder / f"{short}.npz" for name, short in STUDENTS.items()}
+    call([reference_command(world, reference)])
+    for steps in TEACHER_STEPS:
+        draw = teacher_command(world, folder / f"teacher-{steps}.npz", args.num_samples, args.seed)
+        call([[*draw, "--solver-steps", steps, "--per-proc-batch-size", 256]])
+    for name, short in STUDENTS.items():
+        call([sample_command(weights[name], folder / f"{short}.npz", args.num_samples, args.seed)])
+    call([evaluate_command(world, reference, files[first], "--floor")])
+    call([evaluate_command(world, reference, path) for name, path in files.items() if name != first])
+
+    teacher = checkpoints.load_teacher(world.teacher)[0]
+    models: dict[str, DiT | TeacherODE] = {
+        f"teacher, {steps} steps": TeacherODE(teacher, solver_steps=steps) for steps in TEACHER_STEPS
+    }
+    models |= {f"{name}, 4 steps": checkpoints.load_student(path)[0] for name, path in weights.items()}
+    speed, best = time_per_sample(models), figures_of(files[first])
+    rows: list[dict[str, Any]] = []
+    for name, path in files.items():
+        found, steps = figures_of(path), int(name.split()[-2])
+        row: dict[str, Any] = {"model": name.rpartition(",")[0], "steps": steps}
+        row |= {"nfe": 2 * steps if isinstance(models[name], TeacherODE) else steps}
+        row |= {figure: found[figure] for figure in ("fid", "precision", "recall")}
+        row |= {"degradation": found["fid"] - best["fid"], "distance": distance(path, files[first])}
+        rows.append(row | {"ms_per_sample": speed[name]})
+    notes = [
+        f"FID of {args.num_samples} samples against all real emoji, in features of an emoji classifier (not ADM's). "
+        f"Floor, real emoji against a bootstrap of themselves: {best['floor']:.3g}. Distance: mean squared difference "
+        f"to the teacher's {TEACHER_STEPS[0]} steps from the same noise. Seed {args.seed}, fp32, CPU with {CORES} "
+        "cores, timed at batch 64."
+    ]
+    draw_samples(folder / "samples.png", files, columns=16, border=235)
+    print("\n" + write_table(folder, COLUMNS, rows, notes))
+    print(f"{folder}/samples.png, table.md, table.json; {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    cli.main(build_parser(), run)
