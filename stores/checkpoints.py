@@ -26,6 +26,7 @@ from runtime import cli
 from runtime.checks import writable_file
 from runtime.cli import OptionGroup, UserError, existing_file, not_negative, positive, shortened
 from runtime.files import atomic_write
+from runtime.precision import DTYPES
 from runtime.provenance import require_same, weights_hash, with_current_keys
 from stores import foreign_pixart, foreign_weights
 
@@ -282,13 +283,14 @@ STUDENT_OPTIONS = ("ckpt_path", "model", "steps", "mask", "stack")  # what ``loa
 
 
 def slim(args: argparse.Namespace) -> None:
-    """Keep what a user of the model needs: its config and EMA weights, a fifth of the file."""
+    """Keep what a user of the model needs: its config and EMA weights, a fifth of the file, or a tenth in fp16."""
     content = load(args.source, "SOURCE")
     if "ema" not in content or "config" not in content:
         raise UserError(f"SOURCE {args.source}: no checkpoint of this project's trainers")
     if writable_file("OUT", args.out).exists():
         raise UserError(f"OUT {args.out}: the file is there already")
-    save(args.out, {key: content[key] for key in ("config", "step", "ema")})
+    ema = {name: value.to(DTYPES[args.precision]) for name, value in content["ema"].items()}
+    save(args.out, {"config": content["config"], "step": content["step"], "ema": ema})
     print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB")
 
 
@@ -298,6 +300,7 @@ def build_parser() -> cli.Parser:
     command = commands.add_parser("slim", help="Leave out raw weights and optimiser states, to ship a model.")
     command.add_argument("source", metavar="SOURCE", help="Checkpoint of a trainer.")
     command.add_argument("out", metavar="OUT", help="Smaller file to write.")
+    command.add_argument("--precision", choices=DTYPES, default="fp32", help="Number format of the weights in it.")
     command.set_defaults(run=slim)
     return parser
 

@@ -40,6 +40,12 @@ def test_a_slim_copy_is_the_same_student_and_nothing_is_overwritten(student_file
     assert_equal(ours, theirs)
     with pytest.raises(UserError, match="has no raw weights"):
         checkpoints.load_student(slim, weights="raw")
+    half = tmp_path / "half.pt"
+    call("stores.checkpoints", "slim", student_file, half, "--precision", "fp16")
+    assert half.stat().st_size < 0.6 * slim.stat().st_size
+    halved = checkpoints.load_student(half)[0].state_dict()
+    assert all(halved[name].dtype == ours[name].dtype for name in ours)
+    assert all(torch.equal(halved[name], ours[name].half().float()) for name in ours if "times" not in name)
     before = slim.read_bytes()
     assert "the file is there already" in refused(capsys, "stores.checkpoints", "slim", student_file, slim)
     assert f"OUT {slim}: is a file" in refused(capsys, "stores.checkpoints", "slim", student_file, slim / "x")
