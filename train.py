@@ -16,11 +16,12 @@ from costs.commands import check_plan, plan_command
 from costs.flops import meta_model
 from diffusion import create_diffusion
 from diffusion.teacher_ode import TeacherODE
-from evaluations.quality import QUALITY_OPTIONS, PeriodicEvaluator, add_quality_options
+from evaluations.quality import PeriodicEvaluator, QualityOptions, add_quality_options
 from models_pixart import MODELS, PixArt_models, teacher_type
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
 from runtime.distributed import DistributedContext
+from runtime.options import read_options
 from runtime.precision import autocast, prepare_blocks
 from runtime.randomness import Classes, Conditions, Shuffle, generator, noise
 from sampler import Sampler
@@ -29,7 +30,7 @@ from stores.image_folder import add_skip_bad_option
 from stores.images import Source, latent_shape, open_source, open_vae, real_latents, require_outside_source, summary
 from stores.runs import check_place
 from stores.tracking import check_wandb
-from trainer import RESULT_OPTIONS, RUN_OPTIONS, STATE_OPTIONS, Trainer, TrainState, add_training_options
+from trainer import Optimisation, RunOptions, Trainer, TrainState, add_training_options
 
 NAMES = ", ".join(MODELS)
 SIZES = {"depth": "depth", "width": "hidden_size", "heads": "num_heads", "patch": "patch_size"}  # option: argument
@@ -67,7 +68,7 @@ def build_parser() -> cli.Parser:
     add_captions_option(group)
     group.add_argument("--label-dropout", type=cli.fraction, default=0.1, help="Rate of the null label in training.")
     group.add_argument("--hflip", action=argparse.BooleanOptionalAction, default=True, help="Mirror images at random.")
-    add_training_options(parser, lr=1e-4, batch=256, iterations=400_000)
+    add_training_options(parser, global_batch_size=256, iterations=400_000)
     add_quality_options(parser)
     return parser
 
@@ -141,6 +142,8 @@ def open_captions(captions: str | None, model: str | None, source: Source, verif
 
 
 def run(args: argparse.Namespace) -> None:
+    given = vars(args)
+    optimisation, quality = read_options(Optimisation, given), read_options(QualityOptions, given)
     check_place(args.results_dir, args.run_dir)
     check_wandb(args.wandb)
     sizes, sizes_given = model_shape(**chosen(args, ("model", *SIZES)))
@@ -173,7 +176,7 @@ def run(args: argparse.Namespace) -> None:
         "vae": vae_name,
         "vae_hash": vae_hash,
         "provenance": source.fingerprint | conditions.about,
-        "training": chosen(args, RESULT_OPTIONS) | {"label_dropout": args.label_dropout, "hflip": args.hflip},
+        "training": optimisation.config() | {"label_dropout": args.label_dropout, "hflip": args.hflip},
     }
 
     def sampler(solver_steps: int) -> Sampler:
@@ -186,25 +189,25 @@ def run(args: argparse.Namespace) -> None:
         drawing: dict[str, Any] = {"stream": "preview", "precision": args.precision, "conditions": conditions}
         return Sampler(draw, model, vae, context.device, **drawing)
 
-    previews, evaluate = sampler(PREVIEW_STEPS), None
-    if args.eval_every:
-        options = chosen(args, QUALITY_OPTIONS)
-        evaluate = PeriodicEvaluator(sampler(EVALUATION_STEPS), context, source.size, **options)
+    drawn = sampler(EVALUATION_STEPS)
+    evaluate = PeriodicEvaluator(drawn, context, source.size, quality) if quality.eval_every else None
     known: dict[str, Any] = {"rows": source.count, "vae": vae, "text_tokens": conditions.max_text_tokens}
-    check_plan(plan_command("train.py", shape, vars(args), context, **known), config, vars(args), context)
+    check_plan(plan_command("train.py", shape, given, context, **known), config, given, context)
     torch.manual_seed(args.seed)
     # Labels are dropped by the data, a function of the index: the model itself stays in eval mode throughout.
     model = teacher_type(shape)(**shape).eval()
     prepare_blocks(model, compile=args.compile, checkpoint_activations=args.checkpoint_activations)
-    state = TrainState(model, context, **chosen(args, STATE_OPTIONS))
+    state = TrainState(model, context, optimisation)
     trainer = Trainer(
         context,
         config,
         {"": state},
-        preview=previews.save_preview,
+        optimisation,
+        read_options(RunOptions, given),
+        eval_every=quality.eval_every,
+        preview=sampler(PREVIEW_STEPS).save_preview,
         evaluate=evaluate,
-        options=vars(args),
-        **chosen(args, RUN_OPTIONS),
+        options=given,
     )
     batches = TeacherBatches(
         source,

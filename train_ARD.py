@@ -19,13 +19,14 @@ from diffusion.teacher_ode import (
     add_ode_options,
     grid_steps,
 )
-from evaluations.quality import QUALITY_OPTIONS, PeriodicEvaluator, add_quality_options
+from evaluations.quality import PeriodicEvaluator, QualityOptions, add_quality_options
 from losses import regression_losses
 from models import DiT
 from models_ard import ARD, MASKS
 from models_pixart import MODELS
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
+from runtime.options import read_options
 from runtime.precision import autocast, cast_weights, prepare_blocks
 from runtime.provenance import require_same
 from runtime.randomness import Conditions
@@ -36,7 +37,7 @@ from stores.captions import add_captions_option, open_conditions
 from stores.runs import check_place
 from stores.tracking import check_wandb
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
-from trainer import RESULT_OPTIONS, RUN_OPTIONS, STATE_OPTIONS, Trainer, TrainState, add_training_options
+from trainer import Optimisation, RunOptions, Trainer, TrainState, add_training_options
 
 
 def build_parser() -> cli.Parser:
@@ -75,7 +76,7 @@ def build_parser() -> cli.Parser:
         default=False,
         help="Add a learned vector per step to the tokens.",
     )
-    add_training_options(parser, lr=1e-4, batch=64, iterations=300_000)
+    add_training_options(parser)
     add_quality_options(parser)
     return parser
 
@@ -112,6 +113,8 @@ def open_teacher(
 
 
 def run(args: argparse.Namespace) -> None:
+    given = vars(args)
+    optimisation, quality = read_options(Optimisation, given), read_options(QualityOptions, given)
     check_place(args.results_dir, args.run_dir)
     check_wandb(args.wandb)
     context = distributed.choose_device(args.device)
@@ -147,17 +150,15 @@ def run(args: argparse.Namespace) -> None:
         grid=args.grid,
         solver_indices=solver_indices,
         target=args.target,
-        training=chosen(args, RESULT_OPTIONS) | {"loss": "R"},
+        training=optimisation.config() | {"loss": "R"},
     )
     previews = student_previews(student, lambda: state.ema, vae, context.device, args.precision, conditions)
-    evaluate = None
-    if args.eval_every:
-        image_size = student.input_size * vae.factor
-        evaluate = PeriodicEvaluator(previews, context, image_size, **chosen(args, QUALITY_OPTIONS))
+    size = student.input_size * vae.factor
+    evaluate = PeriodicEvaluator(previews, context, size, quality) if quality.eval_every else None
     rows = None if isinstance(source, TeacherODE) else len(source)
     known: dict[str, Any] = {"teacher": teacher.config, "vae": vae, "text_tokens": conditions.max_text_tokens}
-    plan = plan_command("train_ARD.py", student.config, vars(args), context, rows=rows, **known)
-    check_plan(plan, config, vars(args), context)
+    plan = plan_command("train_ARD.py", student.config, given, context, rows=rows, **known)
+    check_plan(plan, config, given, context)
     distributed.join(context)
     del teacher  # it lives on in the ODE, if that is to make trajectories
     blocks = {"compile": args.compile, "checkpoint_activations": args.checkpoint_activations}
@@ -165,15 +166,17 @@ def run(args: argparse.Namespace) -> None:
     if isinstance(source, TeacherODE):
         cast_weights(source.teacher, args.precision)
         prepare_blocks(source.teacher.to(context.device), **blocks)
-    state = TrainState(student, context, **chosen(args, STATE_OPTIONS))
+    state = TrainState(student, context, optimisation)
     trainer = Trainer(
         context,
         config,
         {"": state},
+        optimisation,
+        read_options(RunOptions, given),
+        eval_every=quality.eval_every,
         preview=previews.save_preview,
         evaluate=evaluate,
-        options=vars(args),
-        **chosen(args, RUN_OPTIONS),
+        options=given,
     )
 
     for batch in trainer.steps(batches):

@@ -9,6 +9,7 @@ To resume, run the same command again.
 """
 
 import argparse
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,12 @@ from torch.utils.data import Dataset
 
 from costs.commands import add_presets, check_plan, plan_command
 from discriminator import AdversarialLosses, Discriminator, FrozenFeatures, own_history
-from evaluations.quality import QUALITY_OPTIONS, PeriodicEvaluator, add_quality_options
+from evaluations.quality import PeriodicEvaluator, QualityOptions, add_quality_options
 from models import DiT
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
 from runtime.distributed import DistributedContext
+from runtime.options import add_options, option, read_options
 from runtime.precision import autocast, cast_weights, compile_each, prepare_blocks
 from runtime.provenance import require_same
 from runtime.randomness import Shuffle, generator, noise
@@ -34,17 +36,24 @@ from stores.latents import is_store
 from stores.runs import check_place
 from stores.tracking import check_wandb
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
-from trainer import RESULT_OPTIONS, RUN_OPTIONS, STATE_OPTIONS, Trainer, TrainState, add_training_options
+from trainer import Optimisation, RunOptions, Trainer, TrainState, add_training_options
 
 # What trajectories must share with those that the student was trained on; seed and number may differ.
 SAME_TEACHER = ("teacher_hash", "vae", "solver", "solver_steps", "cfg_scale", "cfg_channels")
 
 
-# What of the options besides ``RESULT_OPTIONS`` changes the result.
-GAN_OPTIONS = (
-    *("init_weights", "gan_weight", "gan_warmup", "rollout"),
-    *("d_lr", "d_clip", "d_time", "d_width", "bn_group"),
-)
+@dataclass(frozen=True)
+class GanOptions:
+    """The adversarial loss and its discriminator; part of a run's config."""
+
+    gan_weight: float = option(10.0, "GAN loss: this times the adaptive weight.", cli.not_negative_number)
+    gan_warmup: int = option(3000, "First steps, without the GAN loss.", cli.not_negative)
+    rollout: bool = option(False, "Judge predictions from the student's own history.", action="store_true")
+    d_lr: float = option(1e-3, "Learning rate of the heads (AdamW).", cli.positive_number)
+    d_clip: float | None = option(None, "Clip their gradient to this norm if given.", cli.positive_number)
+    d_time: int = option(0, "Diffuse images to this time 0..999 first; 0 is clean.", cli.not_negative)
+    d_width: int | None = option(None, "Channels of a head; without it, the teacher's width.", cli.positive)
+    bn_group: int = option(6, "Samples of a group of the heads' batch norm.", cli.positive)
 
 
 def build_parser() -> cli.Parser:
@@ -77,20 +86,8 @@ def build_parser() -> cli.Parser:
         default=None,
         help="Mirror real images at random; without it, do as in the teacher's training.",
     )
-    group = parser.add_argument_group("discriminator")
-    group.add_argument(
-        "--gan-weight", type=cli.not_negative_number, default=10.0, help="GAN loss: this times the adaptive weight."
-    )
-    group.add_argument("--gan-warmup", type=cli.not_negative, default=3000, help="First steps, without the GAN loss.")
-    group.add_argument("--rollout", action="store_true", help="Judge predictions from the student's own history.")
-    group.add_argument("--d-lr", type=cli.positive_number, default=1e-3, help="Learning rate of the heads (AdamW).")
-    group.add_argument("--d-clip", type=cli.positive_number, help="Clip their gradient to this norm if given.")
-    group.add_argument(
-        "--d-time", type=cli.not_negative, default=0, help="Diffuse images to this time 0..999 first; 0 is clean."
-    )
-    group.add_argument("--d-width", type=cli.positive, help="Channels of a head; without it, the teacher's width.")
-    group.add_argument("--bn-group", type=cli.positive, default=6, help="Samples of a group of the heads' batch norm.")
-    add_training_options(parser, lr=1e-4, batch=48, iterations=40_000)
+    add_options(parser.add_argument_group("discriminator"), GanOptions)
+    add_training_options(parser, global_batch_size=48, iterations=40_000)
     add_quality_options(parser)
     return parser
 
@@ -174,20 +171,23 @@ class GanBatches(Dataset):
 
 
 def run(args: argparse.Namespace) -> None:
+    given = vars(args)
+    optimisation, quality = read_options(Optimisation, given), read_options(QualityOptions, given)
+    gan = read_options(GanOptions, given)
     check_place(args.results_dir, args.run_dir)
     check_wandb(args.wandb)
-    if args.d_time > 999:
-        raise UserError(f"--d-time {args.d_time}: must be between 0 (clean) and 999")
-    if args.gan_weight and args.gan_warmup > args.iterations:
+    if gan.d_time > 999:
+        raise UserError(f"--d-time {gan.d_time}: must be between 0 (clean) and 999")
+    if gan.gan_weight and gan.gan_warmup > args.iterations:
         raise UserError(
-            f"--gan-warmup {args.gan_warmup}: --iterations {args.iterations} end before the GAN loss begins; give a "
+            f"--gan-warmup {gan.gan_warmup}: --iterations {args.iterations} end before the GAN loss begins; give a "
             "shorter warm-up, more steps, or --gan-weight 0"
         )
     if args.real_data_path not in BUNDLED:
         cli.existing_folder("--real-data-path", args.real_data_path)
     store = TrajectoryStore(args.data_path, verify=args.verify)
     context = distributed.choose_device(args.device)
-    check_groups(args.global_batch_size, args.accumulation, args.bn_group, context)
+    check_groups(args.global_batch_size, args.accumulation, gan.bn_group, context)
     student, start = checkpoints.load_named_student(
         weights=args.init_weights, **chosen(args, checkpoints.STUDENT_OPTIONS)
     )
@@ -226,7 +226,7 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         context=context,
     )
-    batches = GanBatches(trajectories, source, teacher.latent_shape, hflip=hflip, seed=args.seed, d_time=args.d_time)
+    batches = GanBatches(trajectories, source, teacher.latent_shape, hflip=hflip, seed=args.seed, d_time=gan.d_time)
     state_of_start = {"start_hash": origin["weights_hash"], "start_step": origin["step"], "real": source.fingerprint}
     config = checkpoints.student_config(
         student,
@@ -235,32 +235,29 @@ def run(args: argparse.Namespace) -> None:
         grid=origin["grid"],
         solver_indices=origin["solver_indices"],
         target=origin["target"],
-        training=chosen(args, RESULT_OPTIONS)
-        | {"loss": "R+D", "hflip": hflip, "accumulation": args.accumulation}
-        | chosen(args, GAN_OPTIONS),
+        training=optimisation.config()
+        | {"loss": "R+D", "hflip": hflip, "accumulation": args.accumulation, "init_weights": args.init_weights}
+        | vars(gan),
     )
     previews = student_previews(student, lambda: state.ema, vae, context.device, args.precision)
-    evaluate = None
-    if args.eval_every:
-        image_size = teacher.input_size * vae.factor
-        evaluate = PeriodicEvaluator(previews, context, image_size, **chosen(args, QUALITY_OPTIONS))
+    size = teacher.input_size * vae.factor
+    evaluate = PeriodicEvaluator(previews, context, size, quality) if quality.eval_every else None
     known: dict[str, Any] = {"teacher": teacher.config, "rows": len(store), "vae": vae}
-    plan = plan_command("train_ARD_gan.py", student.config, vars(args), context, **known)
-    check_plan(plan, config, vars(args), context)
+    plan = plan_command("train_ARD_gan.py", student.config, given, context, **known)
+    check_plan(plan, config, given, context)
     torch.manual_seed(args.seed)
-    heads = Discriminator.for_teacher(teacher, args.d_width, args.bn_group)
+    heads = Discriminator.for_teacher(teacher, gan.d_width, gan.bn_group)
     cast_weights(teacher, args.precision)
     for model in (student, teacher):
         prepare_blocks(model, compile=args.compile, checkpoint_activations=args.checkpoint_activations)
     if args.compile:
         compile_each(heads.heads)
-    options = chosen(args, STATE_OPTIONS)
-    state = TrainState(student, context, **options)
-    d_state = TrainState(heads, context, **options | {"lr": args.d_lr, "clip": args.d_clip, "ema_decay": None})
+    state = TrainState(student, context, optimisation)
+    d_state = TrainState(heads, context, replace(optimisation, lr=gan.d_lr, clip=gan.d_clip, ema_decay=None))
     adversarial = AdversarialLosses(
         state.ddp_model,
         d_state.ddp_model,
-        FrozenFeatures(teacher.to(context.device), args.d_time),
+        FrozenFeatures(teacher.to(context.device), gan.d_time),
         total=context.all_reduce,
         samples=args.global_batch_size / args.accumulation,
     )
@@ -268,19 +265,21 @@ def run(args: argparse.Namespace) -> None:
         context,
         config,
         {"": state, "_d": d_state},
+        optimisation,
+        read_options(RunOptions, given),
+        eval_every=quality.eval_every,
         preview=previews.save_preview,
         evaluate=evaluate,
-        options=vars(args),
-        **chosen(args, RUN_OPTIONS),
+        options=given,
     )
 
     trainer.folder.log(f"{args.real_data_path}: {summary(source)}")
     for batch in trainer.steps(batches):
         batch["real"] = real_latents(batch, vae)
-        if args.rollout:
+        if gan.rollout:
             with autocast(args.precision, context.device):
                 batch["rollout"] = own_history(state.raw_model, batch["trajectory"][:, 0], batch["y"]).float()
-        gan_weight = args.gan_weight if trainer.step >= args.gan_warmup else 0.0
+        gan_weight = gan.gan_weight if trainer.step >= gan.gan_warmup else 0.0
         fakes = []
         for part in state.micro_batches(batch):
             with autocast(args.precision, context.device):

@@ -9,11 +9,11 @@ The batch of step n is a function of (seed, n) alone and the models use no rando
 the random state there is: a resumed run equals an uninterrupted one bit for bit on the CPU.
 """
 
-import argparse
 import copy
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -25,56 +25,84 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from runtime import cli
-from runtime.cli import RunError, UserError, not_negative, positive
+from runtime.cli import RunError, UserError, fraction, not_negative, positive, positive_number
 from runtime.distributed import DistributedContext, add_device_option, read_with_workers, wrapped
-from runtime.precision import TRAINED, add_compile_option, add_precision_option
+from runtime.options import add_options, option
+from runtime.precision import COMPILE_HELP, TRAINED
 from runtime.sigterm import notice_sigterm
 from stores import checkpoints
 from stores.runs import RunFolder
 
-# The options that every trainer has and that change its result; they are part of a run's config.
-RESULT_OPTIONS = ("global_batch_size", "lr", "clip", "ema_decay", "ema_warmup", "precision", "seed")
 GPU_WORKERS = 4  # of a rank with a GPU, which must not wait for data; a CPU's cores have enough to do
-# What ``TrainState`` and ``Trainer`` take of the options.
-STATE_OPTIONS = ("lr", "clip", "ema_decay", "ema_warmup", "global_batch_size", "accumulation")
-RUN_OPTIONS = (
-    *("results_dir", "run_dir", "iterations", "global_batch_size", "log_every", "sample_every", "ckpt_every"),
-    *("snapshot_minutes", "snapshot_every", "eval_every", "keep", "num_workers", "max_bad_steps", "wandb"),
-)
 
 
-def add_training_options(parser: cli.Parser, *, lr: float, batch: int, iterations: int) -> None:
-    """The options that every trainer has, in groups; the defaults that differ are arguments."""
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--global-batch-size", type=positive, default=batch, help="Samples of a step over all ranks.")
-    group.add_argument("--accumulation", type=positive, default=1, help="Micro-batches of a rank in a step.")
-    group.add_argument("--iterations", type=positive, default=iterations, help="Optimiser steps in all.")
-    group.add_argument("--lr", type=cli.positive_number, default=lr, help="Constant learning rate of AdamW.")
-    group.add_argument("--clip", type=cli.positive_number, default=1.0, help="Clip the gradient to this norm.")
-    group.add_argument("--ema-decay", type=cli.fraction, default=0.9999, help="Decay per step of the EMA of weights.")
-    warmup = "Begin with a decay of 0.1 that grows to --ema-decay, for short runs."
-    group.add_argument("--ema-warmup", action=argparse.BooleanOptionalAction, default=False, help=warmup)
-    add_precision_option(group, of="matrix products; weights stay fp32", choices=TRAINED)
-    group.add_argument("--seed", type=not_negative, default=0, help="Seed of initial weights and data order.")
-    add_compile_option(group)
-    again = "Recompute activations in the backward pass: a third more time, far less memory."
-    group.add_argument("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False, help=again)
+@dataclass(frozen=True)
+class Optimisation:
+    """How a model is optimised; the same in every trainer but for some defaults."""
+
+    global_batch_size: int = option(64, "Samples of a step over all ranks.", positive)
+    accumulation: int = option(1, "Micro-batches of a rank in a step.", positive)
+    iterations: int = option(300_000, "Optimiser steps in all.", positive)
+    lr: float = option(1e-4, "Constant learning rate of AdamW.", positive_number)
+    clip: float | None = option(1.0, "Clip the gradient to this norm.", positive_number)
+    ema_decay: float | None = option(0.9999, "Decay per step of the EMA of weights.", fraction)
+    ema_warmup: bool = option(False, "Begin with a decay of 0.1 that grows to --ema-decay, for short runs.")
+    precision: str = option("fp32", "Use this number format for matrix products; weights stay fp32.", choices=TRAINED)
+    seed: int = option(0, "Seed of initial weights and data order.", not_negative)
+    compile: bool = option(False, COMPILE_HELP)
+    checkpoint_activations: bool = option(
+        False, "Recompute activations in the backward pass: a third more time, far less memory."
+    )
+
+    def config(self) -> dict[str, Any]:
+        """Those that change the result, as a run's config has them."""
+        return {
+            "global_batch_size": self.global_batch_size,
+            "lr": self.lr,
+            "clip": self.clip,
+            "ema_decay": self.ema_decay,
+            "ema_warmup": self.ema_warmup,
+            "precision": self.precision,
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """A run's folder, and what is done between its steps; none of it changes the result."""
+
+    results_dir: str = option("results", "Where runs are numbered folders.", cli.folder)
+    run_dir: str | None = option(None, "This very folder instead of a numbered one.", cli.folder)
+    log_every: int = option(100, "Steps between log lines.", positive)
+    wandb: str | None = option(
+        None,
+        "Log to this project of Weights & Biases as well; with WANDB_MODE=offline its files stay in the run.",
+        cli.name,
+        nargs="?",
+        const="ard",
+        metavar="PROJECT",
+    )
+    sample_every: int = option(10_000, "Steps between previews, 0 for none.", not_negative)
+    ckpt_every: int = option(50_000, "Steps between checkpoints that are kept.", positive)
+    snapshot_minutes: float = option(
+        10.0, "Minutes between snapshots to resume from, 0 for none.", cli.not_negative_number
+    )
+    snapshot_every: int = option(0, "Steps between more of them, 0 for none.", not_negative)
+    keep: int = option(0, "Checkpoints that are kept, 0 for all.", not_negative)
+    num_workers: int | None = option(
+        None,
+        f"Processes of a rank that read data ahead; without it, {GPU_WORKERS} for a GPU and none for a CPU.",
+        cli.workers,
+    )
+    verify: bool = option(False, "Compare each shard's checksum when it is first read.", action="store_true")
+    max_bad_steps: int = option(20, "Non-finite steps in a row that end the run.", positive)
+
+
+def add_training_options(parser: cli.Parser, **defaults: Any) -> None:
+    """The options that every trainer has, in groups; ``defaults`` of a script's own."""
+    add_options(parser.add_argument_group("optimisation"), Optimisation, **defaults)
     group = parser.add_argument_group("run")
-    group.add_argument("--results-dir", type=cli.folder, default="results", help="Where runs are numbered folders.")
-    group.add_argument("--run-dir", type=cli.folder, help="This very folder instead of a numbered one.")
-    group.add_argument("--log-every", type=positive, default=100, help="Steps between log lines.")
-    tracked = "Log to this project of Weights & Biases as well; with WANDB_MODE=offline its files stay in the run."
-    group.add_argument("--wandb", type=cli.name, nargs="?", const="ard", metavar="PROJECT", help=tracked)
-    group.add_argument("--sample-every", type=not_negative, default=10_000, help="Steps between previews, 0 for none.")
-    group.add_argument("--ckpt-every", type=positive, default=50_000, help="Steps between checkpoints that are kept.")
-    minutes = "Minutes between snapshots to resume from, 0 for none."
-    group.add_argument("--snapshot-minutes", type=cli.not_negative_number, default=10.0, help=minutes)
-    group.add_argument("--snapshot-every", type=not_negative, default=0, help="Steps between more of them, 0 for none.")
-    group.add_argument("--keep", type=not_negative, default=0, help="Checkpoints that are kept, 0 for all.")
-    workers = f"Processes of a rank that read data ahead; without it, {GPU_WORKERS} for a GPU and none for a CPU."
-    group.add_argument("--num-workers", type=cli.workers, help=workers)
-    group.add_argument("--verify", action="store_true", help="Compare each shard's checksum when it is first read.")
-    group.add_argument("--max-bad-steps", type=positive, default=20, help="Non-finite steps in a row that end the run.")
+    add_options(group, RunOptions)
     cli.add_dry_run_option(group)
     add_device_option(group)
 
@@ -86,37 +114,26 @@ class TrainState:
     training. Steps whose gradient is not finite are skipped on the device, without waiting for it, and counted.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        context: DistributedContext,
-        *,
-        lr: float,
-        clip: float | None,
-        global_batch_size: int,
-        accumulation: int = 1,
-        ema_decay: float | None = None,
-        ema_warmup: bool = False,
-    ):
-        """``clip`` None clips nothing. ``ema_warmup``: the average begins short and grows until ``ema_decay`` holds.
+    def __init__(self, model: nn.Module, context: DistributedContext, options: Optimisation):
+        """With ``clip`` None nothing is clipped, with ``ema_decay`` None there is no EMA.
 
         ``UserError`` when the batch is too small to be shared.
         """
-        if global_batch_size < context.world_size * accumulation:
+        parts = context.world_size * options.accumulation
+        if options.global_batch_size < parts:
             raise UserError(
-                f"--global-batch-size {global_batch_size}: must be at least ranks x --accumulation = "
-                f"{context.world_size * accumulation}"
+                f"--global-batch-size {options.global_batch_size}: must be at least ranks x --accumulation = {parts}"
             )
         self.raw_model: Any = model.to(context.device)
         self.ema: Any = None
-        if ema_decay is not None:
+        if options.ema_decay is not None:
             self.ema = copy.deepcopy(self.raw_model).eval().requires_grad_(False)
-        self.context, self.clip = context, math.inf if clip is None else clip
-        self.ema_decay, self.ema_warmup = ema_decay, ema_warmup
+        self.context, self.clip = context, math.inf if options.clip is None else options.clip
+        self.ema_decay, self.ema_warmup = options.ema_decay, options.ema_warmup
         self.steps = 0
-        self.global_batch_size, self.accumulation = global_batch_size, accumulation
+        self.global_batch_size, self.accumulation = options.global_batch_size, options.accumulation
         self.parameters: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer: Any = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0, fused=True)
+        self.optimizer: Any = torch.optim.AdamW(self.parameters, lr=options.lr, weight_decay=0.0, fused=True)
         self.ddp_model = wrapped(model, context)
         self.skipped = torch.zeros((), device=context.device)
         self.skipped_in_a_row = torch.zeros((), device=context.device)
@@ -205,41 +222,34 @@ class Trainer:
         context: DistributedContext,
         config: dict,
         states: dict[str, TrainState],
+        optimisation: Optimisation,
+        run: RunOptions,
         *,
-        iterations: int,
-        global_batch_size: int,
-        results_dir: str = "results",
-        run_dir: str | None = None,
-        log_every: int = 100,
-        sample_every: int = 10_000,
-        ckpt_every: int = 50_000,
-        snapshot_minutes: float = 10.0,
-        snapshot_every: int = 0,
         eval_every: int = 0,
-        keep: int = 0,
-        num_workers: int | None = None,
-        max_bad_steps: int = 20,
-        wandb: str | None = None,
         options: dict | None = None,
         preview: Callable[[Path], None] | None = None,
         evaluate: Callable[[Path], dict[str, float]] | None = None,
     ):
         """Finds the run that this very ``config`` began and continues it, or begins a new folder.
 
-        ``states`` maps the suffix of its names in checkpoints to each model in training. ``wandb`` is a project to log
-        to besides, with all ``options``. ``preview`` writes a picture, in the main rank; ``evaluate`` returns scalars,
-        in all ranks, and may use a folder meanwhile. ``UserError`` when ``run_dir`` holds another run.
+        ``states`` maps the suffix of its names in checkpoints to each model in training. ``options`` are all that were
+        given, for a tracker to show. ``preview`` writes a picture, in the main rank; ``evaluate`` returns scalars, in
+        all ranks, and may use a folder meanwhile. ``UserError`` when ``run.run_dir`` holds another run.
         """
-        self.context, self.states, self.iterations = context, states, iterations
-        self.batch_sizes = context.describe_batch(global_batch_size)
-        self.log_every, self.max_bad_steps = log_every, max_bad_steps
-        on_gpu = context.device.type == "cuda"
-        self.num_workers = num_workers if num_workers is not None else GPU_WORKERS if on_gpu else 0
-        self.sample_every, self.ckpt_every = sample_every, ckpt_every
-        self.snapshot_seconds, self.snapshot_every = 60 * snapshot_minutes, snapshot_every
+        self.context, self.states, self.run, self.iterations = context, states, run, optimisation.iterations
+        self.batch_sizes = context.describe_batch(optimisation.global_batch_size)
+        workers_of_device = GPU_WORKERS if context.device.type == "cuda" else 0
+        self.num_workers = workers_of_device if run.num_workers is None else run.num_workers
         self.eval_every, self.preview, self.evaluate = eval_every, preview, evaluate
-        place: dict[str, Any] = {"results_dir": results_dir, "run_dir": run_dir, "keep": keep}
-        self.folder = RunFolder(config, context, **place, wandb=wandb, options=options)
+        self.folder = RunFolder(
+            config,
+            context,
+            results_dir=run.results_dir,
+            run_dir=run.run_dir,
+            keep=run.keep,
+            wandb=run.wandb,
+            options=options,
+        )
         self.step = 0
         newest = self.folder.newest_checkpoint()
         if newest is not None:
@@ -291,15 +301,15 @@ class Trainer:
         self._summed += 1
         self._progress.update()
         last = self.step == self.iterations
-        if self.step % self.log_every == 0 or last:
+        if self.step % self.run.log_every == 0 or last:
             self._log_scalars()
-        if self.preview is not None and self.sample_every and (self.step % self.sample_every == 0 or last):
+        if self.preview is not None and self.run.sample_every and (self.step % self.run.sample_every == 0 or last):
             if self.context.is_main:
                 self.preview(self.folder.preview(self.step))
                 self.folder.log_preview(self.step)
             self.context.barrier()
         if self.context.is_main:
-            if self.step % self.ckpt_every == 0 or last:
+            if self.step % self.run.ckpt_every == 0 or last:
                 self._save(self.folder.save_checkpoint, last)
             elif self._snapshot_is_due() and not self._skipping():
                 self._save(self.folder.save_snapshot)
@@ -329,8 +339,8 @@ class Trainer:
 
     def _snapshot_is_due(self) -> bool:
         """Whether steps or minutes say so; by minutes only where the last one is written already."""
-        by_steps = self.snapshot_every and self.step % self.snapshot_every == 0
-        overdue = self.snapshot_seconds and time.monotonic() - self._saved > self.snapshot_seconds
+        by_steps = self.run.snapshot_every and self.step % self.run.snapshot_every == 0
+        overdue = self.run.snapshot_minutes and time.monotonic() - self._saved > 60 * self.run.snapshot_minutes
         return bool(by_steps or (overdue and not self.folder.background.busy))
 
     def _log_scalars(self) -> None:
@@ -342,7 +352,7 @@ class Trainer:
         skipped = sum(int(state.skipped) for state in self.states.values())
         self.folder.log_scalars("step", self.step, scalars | ({"skipped": skipped} if skipped else {}))
         self._sums, self._summed, self._since = {}, 0, time.perf_counter()
-        if self._skipping() >= self.max_bad_steps:
+        if self._skipping() >= self.run.max_bad_steps:
             raise RunError(
                 f"the last {self._skipping()} steps had non-finite gradients (step {self.step}) and changed nothing; "
                 f"{self.folder.path}/checkpoints is from before them; begin another run with a lower --lr or --clip"

@@ -5,6 +5,7 @@ A case is made from ``options``, the command line's by name.
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,7 @@ from runtime.vae import VAE
 from stores.image_arrays import Images
 from stores.shards import ShardWriter
 from stores.trajectories import NEEDED, TrajectoryStore
-from trainer import TrainState
-
-OPTIMISER: dict[str, Any] = {"lr": 1e-4, "clip": 1.0}
+from trainer import Optimisation, TrainState
 
 
 def build_model(options: dict, device: torch.device) -> Any:
@@ -76,8 +75,8 @@ def train_case(options: dict, context: DistributedContext) -> Case:
         counted = ARD(**model.config)
     flops = count_flops(lambda: losses(counted, training_batch(counted, 1, "meta")).sum().backward())
     prepare_blocks(model, compile=options["compile"], checkpoint_activations=options["checkpoint_activations"])
-    sizes: dict[str, Any] = {"global_batch_size": size, "accumulation": options["accumulation"]}
-    state = TrainState(model, context, ema_decay=0.9999, **OPTIMISER, **sizes)
+    sizes = Optimisation(global_batch_size=size, accumulation=options["accumulation"])
+    state = TrainState(model, context, sizes)
     batch = training_batch(model, len(context.share(size)), context.device)
 
     def work() -> None:
@@ -102,8 +101,9 @@ def gan_case(options: dict, context: DistributedContext) -> Case:
         prepare_blocks(model, compile=options["compile"], checkpoint_activations=options["checkpoint_activations"])
     if options["compile"]:
         compile_each(heads.heads)
-    state = TrainState(student, context, global_batch_size=size, ema_decay=0.9999, **OPTIMISER)
-    d_state = TrainState(heads, context, global_batch_size=size, **OPTIMISER | {"clip": None})
+    optimisation = Optimisation(global_batch_size=size)
+    state = TrainState(student, context, optimisation)
+    d_state = TrainState(heads, context, replace(optimisation, clip=None, ema_decay=None))
     features = FrozenFeatures(teacher)
     adversarial = AdversarialLosses(
         state.ddp_model, d_state.ddp_model, features, total=context.all_reduce, samples=size

@@ -4,28 +4,32 @@ The figures are the evaluator's own, of few samples: to compare steps of one run
 """
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from evaluations.evaluator import evaluate
 from evaluations.features import FRECHET, NAMES, extractor
 from runtime.cli import Parser, UserError, file, not_negative, positive
 from runtime.distributed import DistributedContext
+from runtime.options import add_options, option
 from sampler import Sampler
 from stores.image_arrays import Images
 from stores.samples import SampleWriter
 
-QUALITY_OPTIONS = ("eval_reference", "eval_features", "eval_samples")  # what ``PeriodicEvaluator`` takes of the options
+
+@dataclass(frozen=True)
+class QualityOptions:
+    """How often and by what a model is evaluated while it trains."""
+
+    eval_every: int = option(0, "Steps between evaluations, 0 for none.", not_negative)
+    eval_reference: str | None = option(None, "Compare with these real images, an .npz in ADM's format.", file)
+    eval_features: str = option("inception", "Use this network for FID, or FD-DINOv2.", choices=NAMES)
+    eval_samples: int = option(2048, "Draw so many samples for an evaluation.", positive)
 
 
 def add_quality_options(parser: Parser) -> None:
-    """``--eval-every``, and the options of ``PeriodicEvaluator``."""
-    group = parser.add_argument_group("quality while training")
-    group.add_argument("--eval-every", type=not_negative, default=0, help="Steps between evaluations, 0 for none.")
-    group.add_argument("--eval-reference", type=file, help="Compare with these real images, an .npz in ADM's format.")
-    group.add_argument(
-        "--eval-features", choices=NAMES, default="inception", help="Use this network for FID, or FD-DINOv2."
-    )
-    group.add_argument("--eval-samples", type=positive, default=2048, help="Draw so many samples for an evaluation.")
+    """The options above, in a group."""
+    add_options(parser.add_argument_group("quality while training"), QualityOptions)
 
 
 class PeriodicEvaluator:
@@ -34,33 +38,24 @@ class PeriodicEvaluator:
     With DINOv2's features the first of them is "fd_dinov2".
     """
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        context: DistributedContext,
-        image_size: int,
-        *,
-        eval_reference: str | None,
-        eval_features: str = "inception",
-        eval_samples: int = 2048,
-    ):
+    def __init__(self, sampler: Sampler, context: DistributedContext, image_size: int, options: QualityOptions):
         """Refuses here, with a ``UserError``, what could not be evaluated later; ``image_size`` in pixels."""
-        self.sampler, self.context, self.samples = sampler, context, eval_samples
-        if not eval_reference:
+        self.sampler, self.context, self.samples = sampler, context, options.eval_samples
+        if not options.eval_reference:
             raise UserError("--eval-every: needs --eval-reference, an .npz of real images")
-        self.reference, self.features = eval_reference, eval_features
-        reference = Images("--eval-reference", eval_reference)
+        self.reference, self.features = options.eval_reference, options.eval_features
+        reference = Images("--eval-reference", self.reference)
         if (reference.width, reference.height) != (image_size, image_size):
             raise UserError(
                 f"{reference.what}: {reference.width}x{reference.height} images, this model's are "
                 f"{image_size}x{image_size}"
             )
-        network = extractor(eval_features)
+        network = extractor(self.features)
         network.check_size(image_size, image_size)
         self.figures = (network.frechet, "precision", "recall")
-        if min(eval_samples, reference.count) < network.widths["pool"]:
+        if min(self.samples, reference.count) < network.widths["pool"]:
             raise UserError(
-                f"--eval-samples {eval_samples}: {FRECHET[network.frechet]} needs at least {network.widths['pool']} "
+                f"--eval-samples {self.samples}: {FRECHET[network.frechet]} needs at least {network.widths['pool']} "
                 f"samples and as many real images (there are {reference.count})"
             )
 

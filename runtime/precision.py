@@ -61,13 +61,16 @@ def add_precision_option(
     group.add_argument(option, choices=choices, default="fp32", help=f"Use this number format for {of}.")
 
 
+COMPILE_HELP = "Compile the model's blocks: minutes at the start, faster from then on."
+
+
 def add_compile_option(group: OptionGroup) -> None:
     """The ``--compile`` option, the same in every script."""
     group.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="Compile the model's blocks: minutes at the start, faster from then on.",
+        help=COMPILE_HELP,
     )
 
 

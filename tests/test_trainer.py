@@ -19,7 +19,7 @@ from stores.images import open_source
 from stores.runs import RunFolder
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
 from train_ARD_gan import GanBatches
-from trainer import Trainer
+from trainer import Optimisation, RunOptions, Trainer
 
 
 @pytest.mark.parametrize("more", [(), ("--ema-warmup",)], ids=["plain", "warm average"])
@@ -111,8 +111,8 @@ def test_every_data_set_gives_a_data_worker_the_same_items(store, image_folder, 
 
 def test_data_are_read_ahead_for_a_gpu_unless_told_otherwise(tmp_path):
     def workers(device: str, **given) -> int:
-        context, run = DistributedContext(device=torch.device(device)), {"iterations": 1, "global_batch_size": 1}
-        trainer = Trainer(context, {"model": {}}, {}, run_dir=tmp_path, **run, **given)
+        context, run = DistributedContext(device=torch.device(device)), RunOptions(run_dir=str(tmp_path), **given)
+        trainer = Trainer(context, {"model": {}}, {}, Optimisation(), run)
         trainer.folder.release()
         return trainer.num_workers
 

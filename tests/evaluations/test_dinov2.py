@@ -13,7 +13,7 @@ from helpers import arrays, call, refused, write_images
 from evaluations import dinov2
 from evaluations.evaluator import Evaluation, show
 from evaluations.features import Dinov2Features
-from evaluations.quality import PeriodicEvaluator
+from evaluations.quality import PeriodicEvaluator, QualityOptions
 from runtime.distributed import DistributedContext
 
 SMALL = {"width": 64, "depth": 2, "heads": 2}
@@ -209,4 +209,4 @@ def test_the_command_finds_the_large_network_in_torchs_cache(tmp_path, capsys, m
     assert arrays(tmp_path / "few.dinov2.features.npz")["pool"].std(axis=0).min() > 0  # and not for being all alike
 
     sampler, options = object(), {"eval_reference": str(reference), "eval_features": "dinov2"}
-    assert PeriodicEvaluator(sampler, DistributedContext(), 8, **options).figures[0] == "fd_dinov2"
+    assert PeriodicEvaluator(sampler, DistributedContext(), 8, QualityOptions(**options)).figures[0] == "fd_dinov2"

@@ -6,7 +6,7 @@ import torch
 from helpers import NANO_TEACHER, SMALL, call, gan_options, refused, scalars, state_of
 
 from evaluations.evaluator import evaluate
-from evaluations.quality import PeriodicEvaluator
+from evaluations.quality import PeriodicEvaluator, QualityOptions
 from runtime.distributed import DistributedContext
 from runtime.vae import Pixels
 from sampler import Sampler
@@ -25,7 +25,7 @@ def test_figures_are_those_of_a_file_of_the_same_samples(reference, student_file
     student, _ = checkpoints.load_student(student_file)
     preview = Sampler(lambda z, y: student.sample(z, y)[:, -1], student, Pixels(), torch.device("cpu"), stream="sample")
     options = {"eval_reference": str(reference), "eval_features": "digits", "eval_samples": 65}
-    found = PeriodicEvaluator(preview, DistributedContext(), 8, **options)(tmp_path / "eval")
+    found = PeriodicEvaluator(preview, DistributedContext(), 8, QualityOptions(**options))(tmp_path / "eval")
     assert not list(tmp_path.iterdir())
     call("sample_ARD.py", "--ckpt-path", student_file, "--num-samples", 65, "--out", tmp_path / "samples.npz")
     wanted = evaluate(reference, tmp_path / "samples.npz", cache=False)
