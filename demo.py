@@ -101,28 +101,20 @@ def run(args: argparse.Namespace) -> None:
 
     call([evaluate_command(DIGITS, reference, teacher_samples, "--floor")])
     call([evaluate_command(DIGITS, reference, student.samples) for student in students])
-    teacher = figures_of(teacher_samples)
     models: dict[str, DiT] = {"teacher": checkpoints.load_teacher(DIGITS.teacher)[0]}
-    models |= {str(student): checkpoints.load_student(student.weights)[0] for student in students}
-    speed = time_per_sample(models)
+    models |= {student.name: checkpoints.load_student(student.weights)[0] for student in students}
+    speed, timed = time_per_sample(models), f"batch 64, CPU with {CORES} cores"
 
-    figures = ("fid", "precision", "recall")
-    rows: list[dict[str, Any]] = [
-        {"model": "teacher", "loss": "-", "target": "-", "steps": 25, "nfe": 50, "degradation": 0.0, "distance": 0.0}
-    ]
-    rows[0] |= {name: teacher[name] for name in figures} | {"ms_per_sample": speed["teacher"]}
-    for student in students:
-        found = figures_of(student.samples)
-        row: dict[str, Any] = {
-            "model": student.method,
-            "loss": student.loss,
-            "target": student.target,
-            "steps": 4,
-            "nfe": 4,
-        }
-        row |= {name: found[name] for name in figures} | {"degradation": found["fid"] - teacher["fid"]}
-        row |= {"distance": distance(student.samples, same_noise), "ms_per_sample": speed[str(student)]}
-        rows.append(row)
+    teacher = figures_of(teacher_samples)
+    about: dict[str, Any] = {"model": "teacher", "loss": "-", "target": "-", "steps": 25, "nfe": 50}
+    rows = [{"name": "teacher"} | about | {"distance": 0.0}]
+    for s in students:
+        about = {"model": s.method, "loss": s.loss, "target": s.target, "steps": s.steps, "nfe": s.steps}
+        rows.append({"name": s.name} | about | {"distance": distance(s.samples, same_noise)})
+    for row, samples in zip(rows, [teacher_samples, *(s.samples for s in students)], strict=True):
+        found = figures_of(samples)
+        row |= {name: found[name] for name in ("fid", "precision", "recall")}
+        row |= {"degradation": found["fid"] - teacher["fid"], "ms_per_sample": speed[row["name"]], "timed": timed}
     notes = [
         f"FID of {args.num_samples} samples against 1797 real digits, in features of a digit classifier (not ADM's). "
         f"Floor, real digits against a bootstrap of themselves: {teacher['floor']:.3g}. Distance: mean squared "

@@ -1,13 +1,9 @@
 """Scenes of two digits, the real data of the text demo: their captions as a file, and what samples show of them.
 
-    python -m lab.scenes captions --out data/scenes.txt
-    python -m lab.scenes crop samples.npz --out digits.npz
-
 Samples are drawn from a store of these captions, in this order, so a label is a scene. Each of the two places of a
-scene holds an 8x8 digit: ``crop`` cuts them out, for the evaluator's digit features; ``accuracy`` reads them.
+scene holds an 8x8 digit: ``write_crops`` cuts them out, for the evaluator's digit features; ``accuracy`` reads them.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -15,7 +11,6 @@ import numpy as np
 import torch
 
 from evaluations.digits import DIGITS
-from runtime import cli
 from runtime.cli import UserError
 from runtime.files import require_different, require_replaceable
 from stores.digits import SCENES, SEEN_SCENES, scene_caption, scene_places
@@ -78,31 +73,3 @@ def write_crops(samples: str | Path, out: str | Path) -> None:
     origin = read_provenance(samples) | {"count": len(found), "cropped": "digits"}
     write_whole("--out", out, lambda file: np.savez(file, arr_0=found, provenance=np.array(json.dumps(origin))))
     print(f"{out}: {len(found)} digits")
-
-
-def run_captions(args: argparse.Namespace) -> None:
-    write_captions(args.out, SEEN_SCENES if args.seen else len(SCENES))
-
-
-def run_crop(args: argparse.Namespace) -> None:
-    write_crops(args.samples, args.out)
-
-
-def build_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__, prog="lab.scenes", description="Captions and digits of the text demo's scenes.")
-    commands = parser.add_subparsers(required=True, metavar="captions|crop", parser_class=cli.Parser)
-    command = commands.add_parser("captions", help="Write the captions of all scenes, those trained on first.")
-    command.add_argument("--out", type=Path, required=True, help="Text file to write, one caption a line.")
-    command.add_argument("--seen", action="store_true", help="Only those that are trained on.")
-    command.set_defaults(run=run_captions)
-    command = commands.add_parser("crop", help="Cut the digits out of samples of scenes.")
-    command.add_argument("samples", metavar="SAMPLES", type=Path, help="Samples, an .npz with scenes as labels.")
-    command.add_argument("--out", type=Path, required=True, help="Write these, an .npz in ADM's format.")
-    command.set_defaults(run=run_crop)
-    return parser
-
-
-run = cli.run_command
-
-if __name__ == "__main__":
-    cli.main(build_parser(), run)

@@ -175,19 +175,17 @@ def plan(world: World, out: Path, seeds: int, only: list[str], **sizes: int) -> 
     return pieces + [piece for seed in range(seeds) for piece in pieces_of_seed(world, out, seed, only, **sizes)]
 
 
-def measure_speed(world: World, folder: Path, found: list[Student]) -> None:
-    """table.json: milliseconds for a sample of each shape, alone on the machine; once for the same shapes."""
-    path = folder / "table.json"
-    by_shape = {(s.steps, s.mask, s.stack): s for s in found if s.weights.exists()}
-    if path.exists() and len(json.loads(path.read_text())) == 1 + len(by_shape):
+def measure_speed(world: World, path: Path, found: list[Student]) -> None:
+    """table.json: milliseconds for a sample of each student, alone on the machine; once for the same shapes."""
+    made = [student for student in found if student.weights.exists()]
+    if path.exists() and len(json.loads(path.read_text())) == 1 + len(made):
         return
+    shapes = {str((s.steps, s.mask, s.stack)): s for s in made}
     models: dict[str, DiT] = {"teacher": checkpoints.load_teacher(world.teacher)[0]}
-    models |= {str(shape): checkpoints.load_student(s.weights)[0] for shape, s in by_shape.items()}
-    speed = time_per_sample(models)
-    rows = [{"model": "teacher", "ms_per_sample": speed["teacher"]}]
-    for shape, student in by_shape.items():
-        about = {"model": student.method, "steps": student.steps, "mask": student.mask, "history_layers": student.stack}
-        rows.append(about | {"ms_per_sample": speed[str(shape)], "timed": f"batch 64, CPU with {CORES} cores"})
+    models |= {shape: checkpoints.load_student(student.weights)[0] for shape, student in shapes.items()}
+    speed, timed = time_per_sample(models), f"batch 64, CPU with {CORES} cores"
+    keys = {"teacher": "teacher"} | {s.name: str((s.steps, s.mask, s.stack)) for s in made}
+    rows = [{"name": name, "ms_per_sample": speed[key], "timed": timed} for name, key in keys.items()]
     write_text(path, json.dumps(rows, indent=1) + "\n")
 
 
@@ -234,8 +232,8 @@ def run(args: argparse.Namespace) -> None:
     write_text(note, json.dumps(about) + "\n")
     print(f"{len(left)} of {len(pieces)} pieces to make, about {minutes} minutes with {args.jobs} cores for themselves")
     failed = run_pieces(pieces, args.jobs)
-    measure_speed(world, out / "seed0", found)
-    pictures = write_report([str(out)], out / "report", stores=[str(out / "unseen")])
+    measure_speed(world, out / "seed0/table.json", found + [s.tuned(sizes["gan_iterations"]) for s in found])
+    pictures = write_report(out, out / "report")
     print(f"{out}/report/report.html: {', '.join(pictures)}")
     if failed:
         raise cli.RunError(f"{len(failed)} pieces were not made; the same command tries them again; {failed[0]}")

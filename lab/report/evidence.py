@@ -1,243 +1,230 @@
 """The paper's figures from samples and their metrics: each function finds its input in ``Results``, or returns None."""
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from lab.report import figures
 from lab.report.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, Picture, Series
-from lab.report.results import Model, Result, Results, Row, listed, main_layers, most_steps
+from lab.report.results import Model, Results, Row, listed, one_of_each
+from runtime.provenance import require_same
+from stores.samples import read_provenance
 
 COLOURS = {"step distillation": RED, "KD": PURPLE, "M2": ORANGE, "M3": GREEN, "M4": BLUE, "teacher": BLACK}
+MERITS = {"fid": "FID", "inception_score": "IS", "precision": "precision", "recall": "recall"}
 
 
 def colour(model: Model, main: int) -> str:
     """A model's colour, the same in all figures; M4 in other layers than the usual ones is lighter."""
-    if model.method == "ARD" and model.mask == "M4" and model.layers != main:
+    if model.method == "ARD" and (model.loss == "R+D" or model.mask == "M4" and model.layers != main):
         return SKY
+    if model.loss == "R+D":
+        return ORANGE
     return COLOURS.get(model.mask if model.method == "ARD" else model.method, BLACK)
 
 
-def about(results: Sequence[Result]) -> str:
+def about(rows: Iterable[Row]) -> str:
     """Where figures come from, in sentences: samples, features, seeds, training."""
+    results = [result for row in rows for result in row.results]
     seen, first = results[0].figures["provenance"], results[0]
     seeds = {r.model.about.get("training", {}).get("seed", r.model.about.get("seed")) for r in results} - {None}
-    batch = {r.model.about["training"].get("global_batch_size") for r in results if r.model.student} - {None}
-    yardstick = "ADM's Inception features" if seen["adm"] else f"{first.features} features, not ADM's"
-    text = f"{listed([r.figures['count'] for r in results])} samples against {seen['reference_file']['count']} "
-    text += f"real images ({yardstick}); seeds {listed(list(seeds))}; teacher {first.model.about.get('teacher_hash')}"
+    batch = {r.model.about.get("training", {}).get("global_batch_size") for r in results if r.model.is_student} - {None}
+    yardstick = "ADM's Inception features" if seen["adm"] else f"{seen['features']} features, not ADM's"
+    text = f"{listed(r.figures['count'] for r in results)} samples against {seen['reference_file']['count']} "
+    text += f"real images ({yardstick}); seeds {listed(seeds)}; teacher {first.model.about.get('teacher_hash')}"
     trained = {r.model.iteration for r in results} - {0}
-    text += f"; batch {listed(list(batch))}" if batch else ""
-    text += f"; {listed(list(trained))} training steps" if trained else ""
+    text += f"; batch {listed(batch)}" if batch else ""
+    text += f"; {listed(trained)} training steps" if trained else ""
     return f"{text}; metrics by PyTorch {seen['versions']['torch']}."
 
 
-def alike(rows: Sequence[Row]) -> list[Row]:
-    """The largest set of rows that differ in target, mask and N alone: one teacher, S, training, yardstick."""
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[row.results[0].alike("target")].append(row)
-    largest = max(groups.values(), key=lambda g: (len(g), g[0].model.steps, g[0].model.iteration), default=[])
-    return sorted(largest, key=lambda row: row.model.shape)
+def students(results: Results, *masks: str) -> list[Row]:
+    """Regression-trained students of the most steps, with these masks; one of each shape."""
+    rows = [row for row in results.students if (row.model.loss, row.model.steps) == ("R", results.steps)]
+    return one_of_each(row for row in rows if row.model.mask in masks)
 
 
-def teacher_fid(rows: Sequence[Row], of: Row) -> float | None:
-    """The teacher's FID by the same yardstick."""
-    return None if not of.degradations else float(np.mean(of.values("fid")) - np.mean(of.degradations))
+def usual(results: Results) -> tuple[tuple[str, int], ...]:
+    """Mask and N of step distillation and of ARD."""
+    return ("M1", 0), ("M4", results.main)
 
 
-def same_noise(results: Results, columns: int) -> Picture | None:
+def same_noise(results: Results) -> Picture | None:
     """Fig. 5: the teacher, step distillation and ARD, trained by R and R+D, from the same noises and labels."""
-    groups: dict[tuple, dict[tuple, tuple[Model, Path]]] = defaultdict(dict)
-    for path, provenance in results.samples.items():
-        model = Model(provenance)
-        if "sample_seed" not in provenance or not model.plain:
-            continue
-        what = str([provenance.get(name) for name in ("sample_seed", "teacher_hash", "sample_labels", "weights")])
-        group = groups[path.parent, what]
-        if model.shape not in group or group[model.shape][0].iteration < model.iteration:
-            group[model.shape] = model, path
-    best = max(groups.values(), key=lambda g: (any(not m.student for m, _ in g.values()), len(g)), default=None)
-    if not best or len(best) < 2:
-        return None
-    models = [m for m, _ in best.values()]
-    main, steps = main_layers(models), most_steps(models)
-    target = "x0" if any(m.target == "x0" for m in models) else "xt"
-    wanted = [
-        (m, path)
-        for _, (m, path) in sorted(best.items())
-        if not m.student
-        or (m.steps == steps and m.target == target and (m.mask, m.layers) in (("M1", 0), ("M4", main)))
+    seed = results.seeds[0]
+    rows = [row for row in one_of_each(results.students) if (seed / f"{row.name}.npz").exists()]
+    target = "x0" if any(row.model.target == "x0" for row in rows) else "xt"
+    main = [
+        row
+        for row in rows
+        if (row.model.steps, row.model.target) == (results.steps, target)
+        and (row.model.mask, row.model.layers) in usual(results)
     ]
-    if not any(m.student for m, _ in wanted):
-        wanted = sorted(best.values(), key=lambda pair: pair[0].shape)[:6]
-    rows = []
-    for model, path in wanted:
-        with np.load(path) as file:
-            label = f"teacher\n{model.steps} steps" if not model.student else f"{model.method}\n{model.loss}"
-            rows.append((label.replace("step distillation", "step distill."), file["arr_0"][:columns]))
-    columns = min(len(images) for _, images in rows)
+    files = [seed / f"{name}.npz" for name in ("teacher-same-noise", *(row.name for row in main or rows[:6]))]
+    shown = [(path, Model.of(read_provenance(path))) for path in files if path.exists()]
+    if len(shown) < 2:
+        return None
+    noise = {name: shown[0][1].about.get(name) for name in ("sample_seed", "teacher_hash", "sample_labels")}
+    pictures = []
+    for path, model in shown:
+        require_same(f"{path}: is not from the noise of {shown[0][0].name}", model.about, noise)
+        label = f"{model.method}\n{model.loss}" if model.is_student else f"teacher\n{model.steps} steps"
+        pictures.append((label.replace("step distillation", "step distill."), first_images(path, results.columns)))
     return Picture(
-        figures.draw_images([(label, images[:columns]) for label, images in rows]),
+        figures.draw_images(pictures),
         f"Samples from the same noise and label in each column; students of "
-        f"{listed([m.steps for m, _ in wanted if m.student])} steps, target "
-        f"{listed([m.target for m, _ in wanted if m.student])}. Seed "
-        f"{listed([m.about['sample_seed'] for m, _ in wanted])}, the first {columns} samples, not chosen.",
+        f"{listed(m.steps for _, m in shown if m.is_student)} steps, target "
+        f"{listed(m.target for _, m in shown if m.is_student)}. Seed {noise['sample_seed']}, the first "
+        f"{min(len(images) for _, images in pictures)} samples, not chosen.",
     )
 
 
-def curves(results: Results) -> list[tuple[Model, dict[int, list[float]], str]]:
-    """FID by training step, of each shape the curve with most points: of metrics, or of what runs logged themselves."""
-    found: dict[str, tuple[Model, dict[int, list[float]], str]] = {}
-    for result in results.metrics:
-        if result.model.student and result.model.plain and result.model.loss == "R":
-            where = f"{result.figures['count']} samples, {result.features} features"
-            curve = found.setdefault(result.key("step"), (result.model, defaultdict(list), where))
-            curve[1][result.model.iteration].append(result.figures["fid"])
-    for folder, config in results.runs.items():
-        if config.get("kind") == "student" and config["training"].get("loss") == "R":
-            model = Model(config["provenance"] | {"student": config["model"], "training": config["training"]})
-            key = f"{model.shape} {model.about.get('teacher_hash')} {model.training}"
-            curve = found.setdefault(key, (model, defaultdict(list), "as logged by --eval-every"))
-            log = folder / "log.txt"
-            for line in log.read_text().splitlines() if log.is_file() else []:
-                words = line.split()
-                if words[:1] == ["eval"] and "fid" in words:
-                    curve[1][int(words[1])].append(float(words[words.index("fid") + 1]))
-    best: dict[tuple, tuple[Model, dict[int, list[float]], str]] = {}
-    for curve in sorted(found.values(), key=lambda curve: len(curve[1])):
-        if len(curve[1]) > 1:
-            best[curve[0].shape] = curve
-    return [best[shape] for shape in sorted(best)]
+def first_images(path: Path, count: int) -> np.ndarray:
+    """(count, H, W, 3) uint8 of a file of samples."""
+    with np.load(path) as file:
+        return file["arr_0"][:count]
 
 
-def over_training(results: Results, label: Callable[[Model], str], keep: Callable[[Model], bool]) -> Picture | None:
-    """FID against training steps, of the students with most steps that ``keep`` lets through."""
-    found = [curve for curve in curves(results) if keep(curve[0])]
-    steps = most_steps([model for model, _, _ in found])
-    found = [curve for curve in found if curve[0].steps == steps]
-    main = main_layers([model for model, _, _ in found])
-    found = [curve for curve in found if curve[0].layers in (0, main, curve[0].depth)]
-    if not found:
+def lines_of(results: Results, rows: Iterable[Row], x: Mapping[str, float], labels: dict[str, str], merit: str = "fid",
+             tint: str | None = None) -> list[Series]:  # fmt: skip
+    """A line through the rows of each label, at ``x``; both are by the row's name. Of two at one place, the first."""
+    lines: dict[str, Series] = {}
+    for row in sorted(rows, key=lambda row: (row.model.shape, x[row.name])):
+        label, dashed = labels[row.name], row.model.target == "xt"
+        line = lines.setdefault(label, Series(label, [], [], tint or colour(row.model, results.main), dashed))
+        if x[row.name] not in line.x:
+            line.x.append(x[row.name])
+            line.values.append(row.values(merit))
+    return [*lines.values()]
+
+
+def draw_curves(results: Results, rows: list[Row], labels: dict[str, str]) -> Picture | None:
+    """FID against training steps, of students with most steps."""
+    rows = [row for row in rows if row.model.steps == results.steps]
+    lines = lines_of(results, rows, {row.name: row.model.iteration for row in rows}, labels)
+    lines = [line for line in lines if len(line.x) > 1]
+    if not lines:
         return None
-    lines = []
-    for model, points, _ in found:
-        at, tint = sorted(points), colour(model, main)
-        lines.append(Series(label(model), at, [points[x] for x in at], tint, dashed=model.target == "xt"))
-    where = "; ".join(dict.fromkeys(where for _, _, where in found))
-    seeds = max(len(values) for _, points, _ in found for values in points.values())
+    seen = rows[0].results[0].figures
+    where = "as logged by --eval-every"
+    if "count" in seen:
+        where = f"{seen['count']} samples, {seen['provenance']['features']} features"
+    seeds = max(len(values) for line in lines for values in line.values)
     several = f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
-    text = f"FID while training, students of {steps} steps ({where}); {several}."
-    return Picture(figures.draw_lines(lines, "training steps", "FID"), text, [s.numbers for s in lines])
+    text = f"FID while training, students of {results.steps} steps ({where}); {several}."
+    return Picture(figures.draw_lines({"FID": lines}, "training steps"), text, [s.numbers for s in lines])
+
+
+def over_training(results: Results) -> Picture | None:
+    """Fig. 6a: FID against training steps under the target x0, by mask and N."""
+    rows = [row for row in results.more("curves") or results.logged() if row.model.target == "x0"]
+    rows = [row for row in rows if row.model.layers in (0, results.main, row.model.depth)]
+    return draw_curves(results, rows, {row.name: row.model.label for row in rows})
 
 
 def targets_over_training(results: Results) -> Picture | None:
     """Fig. 8: the same by target, for ARD and step distillation; None without both targets."""
-
-    def label(model: Model) -> str:
-        return f"{model.method}, {model.target}"
-
-    usual = main_layers([model for model, _, _ in curves(results)])
-    if len({m.target for m, _, _ in curves(results)} & {"x0", "xt"}) < 2:
-        return None
-    return over_training(results, label, lambda m: m.mask in ("M1", "M4") and m.layers in (0, usual) and m.steps > 1)
+    rows = results.more("curves") or results.logged()
+    rows = [row for row in rows if (row.model.mask, row.model.layers) in usual(results)]
+    labels = {row.name: f"{row.model.method}, {row.model.target}" for row in rows}
+    return draw_curves(results, rows, labels) if len({row.model.target for row in rows}) > 1 else None
 
 
 def from_teachers_points(results: Results) -> Picture | None:
-    """Fig. 6b: FID when the first k steps are the teacher's own points."""
-    groups: dict[str, dict[int, list[Result]]] = defaultdict(lambda: defaultdict(list))
-    for r in results.metrics:
-        k = r.model.about.get("teacher_steps") or 0
-        if r.model.student and r.model.loss == "R" and (k or r.model.plain):
-            groups[r.key()][k].append(r)
-
-    def model_of(points: dict[int, list[Result]]) -> Model:
-        return next(iter(points.values()))[0].model
-
-    best = {}  # of each shape the most complete set, trained longest
-    for points in sorted(groups.values(), key=lambda points: (len(points), model_of(points).iteration)):
-        if any(points):
-            best[model_of(points).shape] = points
-    models = {shape: model_of(best[shape]) for shape in sorted(best)}
-    main, steps = main_layers(list(models.values())), most_steps(list(models.values()))
-    several = len({model.target for model in models.values()}) > 1
-    lines, used = [], []
-    for shape, model in models.items():
-        if model.steps == steps and model.layers in (0, main):
-            at = sorted(best[shape])
-            used += [r for k in at for r in best[shape][k]]
-            values = [[r.figures["fid"] for r in best[shape][k]] for k in at]
-            label = f"{model.method}, {model.target}" if several else model.name
-            lines.append(Series(label, at, values, colour(model, main), dashed=model.target == "xt"))
-    if not lines:
+    """Fig. 6b: FID when the first k steps are the teacher's own points; k = 0 is from ``curves``, or the student's."""
+    given = results.more("teacher-steps")
+    last = {(row.model.shape, row.model.iteration, row.results[0].figures["count"]) for row in given}
+    own = {}
+    for row in [*results.rows, *results.more("curves")]:
+        if (row.model.shape, row.model.iteration, row.results[0].figures["count"]) in last:
+            own[row.model.shape] = row
+    rows = [*own.values(), *given]
+    x = {row.name: row.model.about.get("teacher_steps") or 0 for row in rows}
+    several = len({row.model.target for row in rows}) > 1
+    labels = {r.name: f"{r.model.method}, {r.model.target}" if several else r.model.label for r in rows}
+    lines = lines_of(results, rows, x, labels)
+    if not given:
         return None
-    text = f"FID when the first k of {steps} steps are the teacher's own points: how errors add up. {about(used)}"
-    figure = figures.draw_lines(lines, "steps taken by the teacher, k", "FID", whole=True)
+    steps = listed(row.model.steps for row in given)
+    text = f"FID when the first k of {steps} steps are the teacher's own points: how errors add up. {about(rows)}"
+    figure = figures.draw_lines({"FID": lines}, "steps taken by the teacher, k")
     return Picture(figure, text, [s.numbers for s in lines])
 
 
-def over_layers(results: Results) -> Picture | None:
-    """Fig. 6c: FID against N, the layers that look at history; 0 is step distillation."""
-    rows = alike([r for r in results.table() if r.model.loss == "R" and r.model.mask in ("M1", "M4")])
-    lines = []
-    for target in sorted({r.model.target for r in rows}):
-        mine = sorted((r for r in rows if r.model.target == target), key=lambda r: r.model.layers)
-        if len(mine) > 2:
-            x, values = [r.model.layers for r in mine], [r.values("fid") for r in mine]
-            lines.append(Series(f"target {target}", x, values, BLUE, dashed=target == "xt"))
-    if not lines:
+def over_layers(results: Results, *merits: str) -> Picture | None:
+    """Figures of merit against N, the layers that look at history; 0 is step distillation."""
+    rows = students(results, "M1", "M4")
+    x, labels = {r.name: r.model.layers for r in rows}, {r.name: f"target {r.model.target}" for r in rows}
+    panels = {merit: lines_of(results, rows, x, labels, merit, BLUE) for merit in merits}
+    panels = {merit: [line for line in lines if len(line.x) > 2] for merit, lines in panels.items()}
+    if not all(panels.values()):
         return None
-    steps = rows[0].model.steps
-    text = f"FID against the lower layers N that see history, M4, {steps} steps; N=0 is step distillation. "
-    text += about([result for row in rows for result in row.results])
-    axis = "layers that see history, N"
-    figure = figures.draw_lines(lines, axis, "FID", teacher_fid(rows, rows[0]), whole=True)
-    return Picture(figure, text, [s.numbers for s in lines])
+    named = ", ".join(MERITS[merit] for merit in merits)
+    text = f"{named} against the lower layers N that see history, M4, {results.steps} steps; N=0 is step distillation. "
+    level = {MERITS[merit]: results.teacher(merit) for merit in merits}
+    lines = {MERITS[merit]: lines for merit, lines in panels.items()}
+    figure = figures.draw_lines(lines, "layers that see history, N", teacher=level)
+    numbers = {merit: [s.numbers for s in lines] for merit, lines in panels.items()}
+    return Picture(figure, text + about(rows), numbers if len(merits) > 1 else numbers[merits[0]])
+
+
+def fid_over_layers(results: Results) -> Picture | None:
+    """Fig. 6c: FID against N."""
+    return over_layers(results, "fid")
+
+
+def others_over_layers(results: Results) -> Picture | None:
+    """Fig. 9: the other figures of merit against N."""
+    return over_layers(results, "inception_score", "precision", "recall")
+
+
+def efficiency(results: Results) -> Picture | None:
+    """Fig. 2c: FID against multiply-accumulates of one image, a line for each method over its S."""
+    rows = [row for row in one_of_each(results.students) if (row.model.mask, row.model.layers) in usual(results)]
+    x = {row.name: results.gflops(row.model) or 0.0 for row in rows}
+    labels = {}
+    for name, m in ((row.name, row.model) for row in rows):
+        labels[name] = ", ".join([m.method, *[m.target][: m.steps > 1], *[m.loss][: m.loss != "R"]])
+    lines = lines_of(results, rows, x, labels)
+    if not any(len(line.x) > 1 for line in lines):
+        return None
+    text = "FID against the multiply-accumulates of one image, in 1e9; a line for each method, a point for each S. "
+    figure = figures.draw_lines({"FID": lines}, "GFLOPs of an image", teacher={"FID": results.teacher("fid")})
+    return Picture(figure, text + about(rows), [s.numbers for s in lines])
 
 
 def noise_or_history(results: Results) -> Picture | None:
     """Not in the paper: what each mask loses to the teacher under both targets, which tells noise from history."""
-    rows = alike([r for r in results.table() if r.model.student and r.model.loss == "R" and r.degradations])
-    main = main_layers([r.model for r in rows])
-    rows = [r for r in rows if r.model.layers in (0, main)]
+    rows = [row for row in students(results, "M1", "M2", "M3", "M4") if row.model.layers in (0, results.main)]
     sees = {"M1": "its own point", "M2": "and the one before", "M3": "and the noise", "M4": "and all before"}
     groups: dict[str, dict[str, list[float]]] = {}
     for target in ("x0", "xt"):
-        mine = {r.model.mask: r.degradations for r in rows if r.model.target == target}
-        if len(mine) > 1:
+        mine = {row.model.mask: row.values("degradation") for row in rows if row.model.target == target}
+        if len(mine) > 1 and all(mine.values()):
             groups[f"target {target}"] = {f"{m}: {sees[m]}": mine[m] for m in sees if m in mine}
-    if not groups or not any("M3" in name for bars in groups.values() for name in bars):
+    if not any("M3" in name for bars in groups.values() for name in bars):
         return None
     text = (
         "FID minus the teacher's, by what a step sees. M1 to M3 under x0 is what giving the noise back gains; M3 to M4 "
         "is what the rest of the history gains; under xt nothing was thrown away, so a gain there is no return of what "
-        "was lost. " + about([result for row in rows for result in row.results])
+        f"was lost. {about(rows)}"
     )
     colours = {f"{m}: {sees[m]}": COLOURS.get(m, RED) for m in sees}
     return Picture(figures.draw_bars(groups, colours, "FID - teacher's"), text, groups)
 
 
-def manipulation(results: Results, columns: int) -> Picture | None:
+def manipulation(results: Results) -> Picture | None:
     """Fig. 10: source images in place of a prediction, and what the student makes of them."""
-    groups: dict[tuple, list[tuple[int, Path]]] = defaultdict(list)
-    for path, p in results.samples.items():
-        if "source_step" in p:
-            what = (str(p.get(name)) for name in ("source_images", "weights_hash", "sample_labels"))
-            groups[tuple(what)].append((p["source_step"], path))
-    if not groups:
+    files = sorted(path for seed in results.seeds[:1] for path in (seed / "manipulation").glob("*.npz"))
+    shown = sorted((read_provenance(path)["source_step"], path) for path in files)[:6]
+    if not shown:
         return None
-    (source, _, labels), found = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))[0]
-    rows: list[tuple[str, np.ndarray]] = []
-    is_file = source.endswith(".npz") and Path(source).is_file()
-    wanted = [("source", Path(source))] if is_file else []
-    wanted += [(f"in place of\nprediction {step}", path) for step, path in sorted(found)[:6]]
-    for label, path in wanted:
-        with np.load(path) as file:
-            rows.append((label, file["arr_0"][:columns]))
-    columns = min(len(images) for _, images in rows)
-    name = Model(results.samples[found[0][1]]).name
-    text = f"Each source image takes the place of a prediction of {name}, which goes on "
-    text += f"from it to the labels {labels}." + ("" if is_file else f" The sources, {source}, are not shown here.")
-    return Picture(figures.draw_images([(label, images[:columns]) for label, images in rows]), text)
+    first = read_provenance(shown[0][1])
+    source = Path(first["source_images"])
+    wanted = [("source", source)] if source.suffix == ".npz" and source.is_file() else []
+    wanted += [(f"in place of\nprediction {step}", path) for step, path in shown]
+    text = f"Each source image takes the place of a prediction of {Model.of(first).label}, which goes on "
+    text += f"from it to the labels {first['sample_labels']}."
+    text += "" if wanted[0][0] == "source" else f" The sources, {source}, are not shown here."
+    return Picture(figures.draw_images([(label, first_images(path, results.columns)) for label, path in wanted]), text)

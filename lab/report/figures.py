@@ -1,16 +1,15 @@
 """Figures for a paper's column, 3.3 inches wide, in Okabe and Ito's colours, which colour-blind readers tell apart.
 
-Every line also has its marker, so that it can be read in grey. Nothing here knows where numbers come from.
+Every line also has its marker, so that it can be read in grey. Nothing here knows where numbers come from. All is drawn
+and saved within ``matplotlib.rc_context(STYLE)``.
 """
 
 import base64
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -58,8 +57,8 @@ class Series:
     """A line: values of several seeds at each x; the band is from the lowest to the highest."""
 
     label: str
-    x: Sequence[float]
-    values: Sequence[Sequence[float]]
+    x: list[Any]  # numbers
+    values: list[list[float]]
     colour: str
     dashed: bool = False
 
@@ -67,17 +66,6 @@ class Series:
     def numbers(self) -> dict[str, Any]:
         """For a file."""
         return {"label": self.label, "x": list(self.x), "values": [list(values) for values in self.values]}
-
-
-def drawn(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draw in the style above."""
-
-    @wraps(draw)
-    def styled(*args: object, **options: object) -> Figure:
-        with matplotlib.rc_context(STYLE):
-            return draw(*args, **options)
-
-    return styled
 
 
 def plain_log(axis: Axes) -> None:
@@ -109,45 +97,56 @@ def labelled(axes: Iterable[Axes]) -> dict[str, Any]:
     return {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels())}
 
 
-@drawn
 def draw_lines(
-    series: Sequence[Series], xlabel: str, ylabel: str, teacher: float | None = None, whole: bool = False
+    panels: dict[str, list[Series]], xlabel: str, ylabel: str = "", teacher: dict[str, Any] | None = None
 ) -> Figure:
-    """Some lines over one axis; logarithmic where the largest mean is ten times the smallest.
+    """A panel of lines over one x axis for each {title: lines}: side by side on one scale with a ``ylabel``, else below
+    each other, with their titles at their y axes.
 
-    ``teacher`` is a horizontal line, ``whole`` says that x are whole numbers.
+    Of those below each other, an axis is logarithmic where the largest mean is above 1 and ten times the smallest.
+    ``teacher`` has the height of a
+    horizontal line in each panel.
     """
-    figure = Figure(figsize=(WIDTH, 2.1))
-    axis = figure.subplots()
-    for line in series:
-        add_series(axis, line)
-    means = [float(np.mean(values)) for line in series for values in line.values]
-    if teacher is not None:
-        axis.axhline(teacher, color=BLACK, lw=0.8, ls=":", label="teacher")
-        means.append(teacher)
-    if min(means) > 0 and max(means) > 10 * min(means):
-        plain_log(axis)
-    else:
-        highest = max(value for line in series for values in line.values for value in values)
-        axis.set_ylim(min(0, *means), 1.08 * max(highest, *means))
-    if whole:
-        axis.set_xticks(sorted({x for line in series for x in line.x}))
-    else:
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axis.set(xlabel=xlabel, ylabel=ylabel)
-    entries = len(series) + (teacher is not None)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=2 if entries != 3 else 3)
+    rows = 1 if ylabel else len(panels)
+    figure = Figure(figsize=(WIDTH, 0.7 + 1.4 * rows))
+    axes = figure.subplots(rows, len(panels) // rows, sharex=True, sharey=bool(ylabel), squeeze=False)
+    for axis, (title, series) in zip(axes.flat, panels.items(), strict=True):
+        for line in series:
+            add_series(axis, line)
+        means = [float(np.mean(values)) for line in series for values in line.values]
+        if level := (teacher or {}).get(title):
+            axis.axhline(level, color=BLACK, lw=0.8, ls=":", label="teacher")
+            means.append(level)
+        if ylabel:
+            axis.set_ylim(bottom=0)
+        elif min(means) > 0 and max(means) > max(1, 10 * min(means)):
+            plain_log(axis)
+        else:
+            highest = max(value for line in series for values in line.values for value in values)
+            axis.set_ylim(min(0, *means), 1.08 * max(highest, *means))
+        axis.set(**({"title": title} if ylabel else {"ylabel": title}))
+    points = sorted({x for series in panels.values() for line in series for x in line.x})
+    for axis in axes[-1]:
+        axis.set_xlabel(xlabel)
+        if points == [int(x) for x in points] and points[-1] < 100:
+            axis.set_xticks(points)
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(5))
+    if ylabel:
+        axes[0, 0].set_ylabel(ylabel)
+    handles = labelled(axes.flat)
+    columns = 3 if len(handles) == 3 else 2
+    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=columns)
     return figure
 
 
-@drawn
-def draw_attention(panels: Sequence[tuple[str, np.ndarray]]) -> Figure:
-    """Fig. 4: a column for each student (title, shares (L, S, S)), a row for each step from the second on."""
-    steps = panels[0][1].shape[1]
+def draw_attention(panels: dict[str, np.ndarray]) -> Figure:
+    """Fig. 4: a column for each student {title: shares (L, S, S)}, a row for each step from the second on."""
+    steps = next(iter(panels.values())).shape[1]
     figure = Figure(figsize=(WIDTH, 0.45 + 1.0 * (steps - 1)))
     grid = figure.subplots(steps - 1, len(panels), sharex=True, sharey=True, squeeze=False)
     colours = [BLUE, ORANGE, GREEN, PURPLE, SKY, BLACK]
-    for column, (title, shares) in enumerate(panels):
+    for column, (title, shares) in enumerate(panels.items()):
         layers = np.arange(1, len(shares) + 1)
         for step in range(1, steps):
             axis = grid[step - 1, column]
@@ -169,7 +168,6 @@ def draw_attention(panels: Sequence[tuple[str, np.ndarray]]) -> Figure:
     return figure
 
 
-@drawn
 def draw_images(rows: Sequence[tuple[str, np.ndarray]]) -> Figure:
     """A labelled row for each (label, images (n, H, W, 3) uint8); a column is one noise, or one source."""
     columns, margin = len(rows[0][1]), 0.78
@@ -186,26 +184,6 @@ def draw_images(rows: Sequence[tuple[str, np.ndarray]]) -> Figure:
     return figure
 
 
-@drawn
-def draw_errors(panels: Sequence[tuple[str, Sequence[Series]]]) -> Figure:
-    """Error by step: a panel for each target, side by side on one scale."""
-    figure = Figure(figsize=(WIDTH, 2.2))
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, (title, series) in zip(axes, panels, strict=True):
-        for line in series:
-            add_series(axis, line)
-        axis.set_title(title)
-        axis.set_xlabel("step")
-        axis.set_xticks(series[0].x)
-        axis.set_ylim(bottom=0)
-    axes[0].set_ylabel("RMS error, units of latents")
-    handles = labelled(axes)
-    columns = 2 if len(handles) > 2 else 1
-    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=columns)
-    return figure
-
-
-@drawn
 def draw_bars(groups: dict[str, dict[str, list[float]]], colours: dict[str, str], ylabel: str) -> Figure:
     """A panel of bars for each group, {group: {bar: values of the seeds}}: the mean, and a dot for each seed."""
     figure = Figure(figsize=(WIDTH, 2.2))
@@ -231,7 +209,7 @@ def save(figure: Figure, path: Path) -> None:
     """Write it as ``path``.pdf and ``path``.png, the same bytes from the same numbers."""
     kinds: dict[str, Any] = {"pdf": {"CreationDate": None}, "png": {"Software": None}}
     for kind, metadata in kinds.items():
-        with matplotlib.rc_context(STYLE), atomic_write(path.with_suffix(f".{kind}")) as partial:
+        with atomic_write(path.with_suffix(f".{kind}")) as partial:
             figure.savefig(partial, format=kind, dpi=300, metadata=metadata)
 
 

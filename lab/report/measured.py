@@ -1,9 +1,6 @@
 """The figures that are measured in the models themselves: attention to history (Fig. 4), and the error of each step."""
 
-import json
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,119 +9,80 @@ from lab.report import figures
 from lab.report.attention import attention_to_history
 from lab.report.exposure import FED, step_errors
 from lab.report.figures import BLUE, RED, Picture, Series
-from lab.report.results import Model, Results, listed, main_layers
+from lab.report.results import Model, Results, listed
 from runtime.randomness import labels, noise
 from stores import checkpoints
 from stores.trajectories import TrajectoryStore
 
 
-@dataclass
-class Trained:
-    """The last checkpoint of a run."""
-
-    path: Path
-    model: Model
+def last_checkpoints(results: Results) -> list[tuple[Path, Model]]:
+    """Of the regression-trained students with most steps."""
+    return [(path, m) for path, m in results.runs if (m.loss, m.steps) == ("R", results.steps) and m.steps > 1]
 
 
-def trained_students(results: Results) -> list[Trained]:
-    """Regression-trained students of one teacher, S and training: of all such sets of runs the one with most.
-
-    Those of text models are left out, nothing here reads captions.
-    """
-    found: dict[str, list[Trained]] = defaultdict(list)
-    for folder, config in results.runs.items():
-        files = sorted((folder / "checkpoints").glob("[0-9]*.pt"))
-        if config.get("kind") == "student" and files and "caption_channels" not in config["model"]:
-            described = {"student": config["model"], "training": config["training"], "step": int(files[-1].stem)}
-            one = Trained(files[-1], Model(config["provenance"] | described))
-            same = [one.model.about.get("teacher_hash"), one.model.steps, one.model.iteration, one.model.training]
-            if one.model.loss == "R" and one.model.steps > 1:
-                found[json.dumps(same)].append(one)
-    return max(found.values(), key=lambda some: (len(some), some[0].model.steps, some[0].model.iteration), default=[])
-
-
-def attention(results: Results, count: int) -> Picture | None:
+def attention(results: Results) -> Picture | None:
     """Fig. 4: what the steps of M4 attend to, with history in some layers and in all."""
-    students = trained_students(results)
-    main = main_layers([t.model for t in students])
-    students = [t for t in students if t.model.mask == "M4"]
-    if not students:
+    students, count = [(path, m) for path, m in last_checkpoints(results) if m.mask == "M4"], results.trajectories
+    target = "x0" if any(m.target == "x0" for _, m in students) else "xt"
+    students = [(path, m) for path, m in students if m.target == target and m.layers in (results.main, m.depth)]
+    shares, seeds = defaultdict(list), set()
+    for path, model in sorted(students, key=lambda one: one[1].layers != results.main):
+        student, _ = checkpoints.load_student(path)
+        z = noise(0, "sample", range(count), student.latent_shape)
+        found = attention_to_history(student, z, labels(0, range(count), student.num_classes))
+        shares[f"N = {model.layers}"].append(found)
+        seeds.add(model.about["training"]["seed"])
+    if not shares:
         return None
-    steps = students[0].model.steps
-    target = "x0" if any(t.model.target == "x0" for t in students) else "xt"
-    students = [t for t in students if t.model.target == target]
-    if all(t.model.layers != main for t in students):
-        main = main_layers([t.model for t in students])
-    panels, drawn = [], []
-    for layers in dict.fromkeys((main, students[0].model.depth)):
-        shares = []
-        for t in students:
-            if t.model.layers == layers:
-                drawn.append(t)
-                student, _ = checkpoints.load_student(t.path)
-                z = noise(0, "sample", range(count), student.latent_shape)
-                shares.append(attention_to_history(student, z, labels(0, range(count), student.num_classes)))
-        if shares:
-            panels.append((f"N = {layers}", np.mean(shares, axis=0)))
-    seeds = listed([t.model.about["training"]["seed"] for t in drawn])
+    panels = {title: np.mean(found, axis=0) for title, found in shares.items()}
     return Picture(
         figures.draw_attention(panels),
-        f"Share of attention on each point of the history, by layer, while sampling in {steps} steps (M4, target "
-        f"{target}); mean over tokens, heads, {count} noises not trained on, and training seeds {seeds}; fp32 on a "
-        "CPU. Above layer N a point attends to itself alone.",
-        {title: np.round(shares, 4).tolist() for title, shares in panels},
+        f"Share of attention on each point of the history, by layer, while sampling in {results.steps} steps (M4, "
+        f"target {target}); mean over tokens, heads, {count} noises not trained on, and training seeds "
+        f"{listed(seeds)}; fp32 on a CPU. Above layer N a point attends to itself alone.",
+        {title: np.round(found, 4).tolist() for title, found in panels.items()},
     )
 
 
-def errors(results: Results, stores: Sequence[Path], count: int) -> Picture | None:
-    """Not in the paper: the error of each step when fed the teacher's points, and when fed its own."""
-    opened = [TrajectoryStore(folder, "--store") for folder in stores]
-    students = trained_students(results)
-    if not students or not opened:
+def errors(results: Results) -> Picture | None:
+    """Not in the paper: the error of each step when fed the teacher's points, and when fed its own.
+
+    On the trajectories of FOLDER/unseen, or else of the first seed.
+    """
+    wanted = [results.store] if results.store else [results.folder / "unseen", results.seeds[0] / "trajectories"]
+    opened = [TrajectoryStore(path, "--store") for path in wanted if (path / "manifest.json").exists()]
+    if not opened:
         return None
-    steps, main = students[0].model.steps, main_layers([t.model for t in students])
-    unseen, rows, drawn = True, 0, []
+    store = opened[0]
+    unseen, seeds, rows = True, set(), min(results.trajectories, len(store))
     found = defaultdict(list)  # {(target, method, fed): errors (S,) of each seed}
-    for t in students:
-        if (t.model.mask, t.model.layers) not in (("M1", 0), ("M4", main)):
-            continue
-        mine = t.model.about
-        serving = [
-            s
-            for s in opened
-            if s.provenance["teacher_hash"] == mine.get("teacher_hash")
-            and mine["target"] in s.tensors[0]
-            and set(mine["solver_indices"]) <= set(s.solver_indices)
-        ]
-        serving.sort(key=lambda s: s.provenance["seed"] == mine["seed"])  # those that it was not trained on first
-        if serving:
-            drawn.append(t)
-            unseen &= serving[0].provenance["seed"] != mine["seed"]
-            columns = serving[0].point_columns(mine["solver_indices"], mine["target"])
-            rows = min(count, len(serving[0]))
-            batch = serving[0].read(np.arange(rows), mine["target"], columns)
-            for fed, per_step in step_errors(checkpoints.load_student(t.path)[0], *batch).items():
-                found[mine["target"], t.model.method, fed].append(per_step)
-    panels = []
+    for path, model in last_checkpoints(results):
+        mine = model.about
+        known = mine["teacher_hash"] == store.provenance["teacher_hash"] and mine["target"] in store.tensors[0]
+        known = known and set(mine["solver_indices"]) <= set(store.solver_indices)
+        if known and (model.mask, model.layers) in (("M1", 0), ("M4", results.main)):
+            unseen &= store.provenance["seed"] != mine["seed"]
+            seeds.add(model.about["training"]["seed"])
+            columns = store.point_columns(mine["solver_indices"], mine["target"])
+            batch = store.read(np.arange(rows), mine["target"], columns)
+            for fed, per_step in step_errors(checkpoints.load_student(path)[0], *batch).items():
+                found[mine["target"], model.method, fed].append(per_step)
+    panels: dict[str, list[Series]] = defaultdict(list)
     for target in sorted({key[0] for key in found}):
-        lines = []
-        for method in ("step distillation", "ARD"):
+        for method, tint in (("step distillation", RED), ("ARD", BLUE)):
             for fed in FED:
                 if values := found.get((target, method, fed)):
                     label = f"{method}, fed {'the teacher' if fed == 'teacher' else 'itself'}"
-                    points = np.array(values).T.tolist()
-                    tint = RED if method == "step distillation" else BLUE
-                    lines.append(Series(label, list(range(1, steps + 1)), points, tint, dashed=fed == "teacher"))
-        panels.append((f"target {target}", lines))
+                    x, points = list(range(1, results.steps + 1)), np.array(values).T.tolist()
+                    panels[f"target {target}"].append(Series(label, x, points, tint, dashed=fed == "teacher"))
     if not panels:
         return None
-    seeds = listed([t.model.about["training"]["seed"] for t in drawn])
     which = "that were not trained on" if unseen else "that the students were trained on"
     return Picture(
-        figures.draw_errors(panels),
+        figures.draw_lines(panels, "step", "RMS error, units of latents"),
         f"Error of each predicted point (median over trajectories): fed the teacher's points (dashed) or its own "
         "(solid). The gap is exposure bias; the dashed line is what a step cannot tell even from a perfect past. "
         f"{rows} trajectories {which}, "
-        f"seeds {seeds}; fp32 on a CPU. Targets are different quantities, but for the last step.",
-        {title: [s.numbers for s in lines] for title, lines in panels},
+        f"seeds {listed(seeds)}; fp32 on a CPU. Targets are different quantities, but for the last step.",
+        {title: [s.numbers for s in lines] for title, lines in panels.items()},
     )

@@ -1,14 +1,23 @@
-"""Finds what runs have left in folders, and says what belongs together: the input of lab.report.
+"""Reads what a study leaves, by this layout, which any project may use. A folder for each seed, or FOLDER alone:
 
-Every file says itself what it is: metrics of the evaluator hold the provenance of the samples, samples their own, a
-run its config. So a folder of any layout will do. What is not of this project, or cannot be read, is passed over.
+    FOLDER/seed0/, FOLDER/seed1/, ...       one training seed each; without them FOLDER itself is the only one
+        teacher.json                        metrics (evaluations.evaluator --json) of the teacher's samples
+        teacher-same-noise.npz              samples of the teacher from the students' noise
+        NAME.json, NAME.npz, NAME/          metrics and samples of a student, and its run
+        curves/NAME-STEP.json               metrics of its checkpoint after STEP training steps
+        teacher-steps/NAME-K.json           metrics of its samples that begin at the teacher's K-th point
+        manipulation/*.npz                  its samples from source images
+        table.json                          a list of {"name", "ms_per_sample", "timed"}, "name" being "teacher" or NAME
+    FOLDER/unseen/                          trajectories that no student was trained on
+
+Equal names in several seeds are one model. Whatever is missing is left out; what a model is, its files say.
 """
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,112 +25,158 @@ import numpy as np
 
 from costs.flops import meta_model, sampling_gflops
 from presets import TABLE_1
-from runtime.cli import UserError
-from runtime.provenance import with_current_keys
+from runtime.provenance import require_same, with_current_keys
 from stores.runs import read_config
-from stores.samples import read_provenance
 
 FIGURES = ("fid", "inception_score", "precision", "recall")
 # Of a teacher's samples and of a student's trajectories: what decides which teacher it is, and how it was solved.
-SAME_TEACHER = ("teacher_hash", "solver", "solver_steps", "cfg_scale", "cfg_channels")
+TEACHER = ("teacher_hash", "solver", "solver_steps", "cfg_scale", "cfg_channels")
 # Of samples: what else decides a figure, but for seeds.
 DECISIVE = (
-    *(*SAME_TEACHER, "student", "target", "grid", "step", "start_step", "weights", "real", "online"),
+    *(*TEACHER, "student", "target", "grid", "step", "start_step", "weights", "real", "online", "teacher_steps"),
     *("dtype", "precision", "trajectories", "sample_precision", "sample_labels", "sample_captions"),
 )
+
 ARD_ONLY_ARGS = ("steps", "mask", "history_layers", "level_embedding")
 
 
 @dataclass(frozen=True)
 class Model:
-    """A student, or a teacher, as provenance describes it; without its seed, which is what runs are averaged over."""
+    """A student, or a teacher, as provenance describes it."""
 
     about: dict
+    steps: int  # of sampling
+    loss: str = "-"  # R, R+D, or - for a teacher
+    target: str = "-"  # in one step both targets are the sample
+    layers: int = 0  # that do look at history, N
+    mask: str = "-"  # M1 where there is no history, whatever the name of the mask
+    depth: int = 0  # layers in all
+    iteration: int = 0  # training steps behind these weights; R+D counts from its own start
 
-    @cached_property
-    def student(self) -> dict:
-        """Its config, {} for a teacher."""
-        return self.about.get("student") or {}
-
-    @property
-    def training(self) -> dict:
-        """How it was trained, but for the seed; {} for a teacher."""
-        return {name: value for name, value in self.about.get("training", {}).items() if name != "seed"}
-
-    @property
-    def steps(self) -> int:
-        """Steps of sampling."""
-        return self.student["steps"] if self.student else self.about["solver_steps"]
-
-    @property
-    def layers(self) -> int:
-        """Layers that do look at history, N."""
-        return 0 if not self.student or self.mask == "M1" else self.student["history_layers"]
-
-    @property
-    def mask(self) -> str:
-        """M1 where there is no history, whatever the name of the mask."""
-        if not self.student:
-            return "-"
-        return self.student["mask"] if self.student["history_layers"] and self.student["steps"] > 1 else "M1"
+    @classmethod
+    def of(cls, about: dict) -> "Model":
+        """That of a provenance; a student's has its config as "student"."""
+        config = about.get("student")
+        if not config:
+            return cls(about, about["solver_steps"])
+        steps, layers = config["steps"], 0 if config["mask"] == "M1" else config["history_layers"]
+        loss, target = about.get("training", {}).get("loss", "R"), about["target"] if steps > 1 else "-"
+        layers = layers if steps > 1 else 0
+        mask = config["mask"] if layers else "M1"
+        return cls(about, steps, loss, target, layers, mask, config["depth"], about.get("step", 0))
 
     @property
-    def depth(self) -> int:
-        """Layers in all; 0 where it is not known."""
-        return self.student.get("depth", 0)
-
-    @property
-    def target(self) -> str:
-        """What it predicts; in one step both targets are the sample."""
-        return self.about.get("target", "-") if self.steps > 1 else "-"
-
-    @property
-    def loss(self) -> str:
-        """R, R+D, or - for a teacher."""
-        return self.about.get("training", {}).get("loss", "R") if self.student else "-"
-
-    @property
-    def iteration(self) -> int:
-        """Training steps behind these weights; R+D counts from its own start."""
-        return self.about.get("step", 0) if self.student else 0
+    def is_student(self) -> bool:
+        """Else a teacher."""
+        return self.loss != "-"
 
     @property
     def method(self) -> str:
-        """What the paper calls it."""
-        if not self.student:
+        """The paper's name for it."""
+        if not self.is_student:
             return "teacher"
-        if self.steps == 1:
-            return "KD"
-        return "ARD" if self.layers else "step distillation"
+        return "KD" if self.steps == 1 else "ARD" if self.layers else "step distillation"
 
     @property
-    def text_tokens(self) -> int:
-        """Of the longest caption that it was sampled from, 0 for a model of classes."""
-        return self.about.get("sample_captions", {}).get("longest", 0)
-
-    @property
-    def name(self) -> str:
+    def label(self) -> str:
         """For a legend: the method, and its mask and N where it has them."""
         return f"ARD {self.mask}, N={self.layers}" if self.method == "ARD" else self.method
 
     @property
     def shape(self) -> tuple:
         """What sets it apart from others in a table, in the order of one."""
-        return (bool(self.student), self.steps, self.loss, self.target, self.layers > 0, self.mask, self.layers)
-
-    @property
-    def plain(self) -> bool:
-        """Whether it was sampled from noise by itself, without a teacher's points or a source image."""
-        return not self.about.get("teacher_steps") and not self.about.get("source_images")
+        return (self.is_student, self.steps, self.loss, self.target, self.layers > 0, self.mask, self.layers)
 
     def published(self) -> str | None:
         """The row of Table 1 that it corresponds to; N of all layers stands for 28, any less for 6."""
-        layers = 28 if self.layers and self.layers == self.depth else 6 if self.layers else 0
-        wanted = (self.steps, self.loss, self.mask, layers) if self.student else (self.steps, "-", None, None)
-        if self.target == "xt" or self.about.get("captions"):
-            return None
-        rows = ((name, (row.steps, row.loss, row.mask, row.history_layers)) for name, row in TABLE_1.items())
-        return next((name for name, row in rows if row == wanted), None)
+        layers = 28 if 0 < self.layers == self.depth else 6 if self.layers else 0
+        wanted = (self.steps, self.loss, self.mask, layers) if self.is_student else (self.steps, "-", None, None)
+        rows = {(row.steps, row.loss, row.mask, row.history_layers): name for name, row in TABLE_1.items()}
+        return None if self.target == "xt" or self.about.get("captions") else rows.get(wanted)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A file of metrics: figures of some samples, and what these are."""
+
+    path: Path
+    figures: dict
+
+    @cached_property
+    def model(self) -> Model:
+        """Whose samples they are."""
+        return Model.of(with_current_keys(self.figures["provenance"]["samples"]))
+
+    @property
+    def yardstick(self) -> dict:
+        """By what the figures are measured: network, real images, number of samples."""
+        seen = self.figures["provenance"]
+        real = seen["reference_file"]
+        return {
+            "features": seen["features"],
+            "weights_sha256": seen["weights_sha256"],
+            "reference": real.get("sha256") or real.get("listing"),
+            "count": self.figures["count"],
+        }
+
+    @property
+    def settings(self) -> dict:
+        """All that decides the figures, but for seeds."""
+        training = {name: value for name, value in self.model.about.get("training", {}).items() if name != "seed"}
+        return {name: self.model.about.get(name) for name in DECISIVE} | {"training": training} | self.yardstick
+
+
+@dataclass(frozen=True)
+class Row:
+    """Results of one model, one for each seed; figures are means with their spread."""
+
+    name: str
+    results: list[Result]
+    teachers: dict[Path, Result]  # of the seeds' folders
+
+    @property
+    def model(self) -> Model:
+        """Any of them."""
+        return self.results[0].model
+
+    @cached_property
+    def degradation(self) -> dict[Path, float]:
+        """FID minus the teacher's, by folder, of those that have one. ``UserError`` where it is another's."""
+        found = {}
+        for result in self.results:
+            if teacher := self.teachers.get(result.path.parent):
+                keys = TEACHER if self.model.is_student else TEACHER[:1]
+                about = {key: teacher.model.about.get(key) for key in keys} | teacher.yardstick
+                what = f"{result.path}: does not belong to the teacher.json beside it"
+                require_same(what, result.settings, about)
+                found[result.path.parent] = result.figures["fid"] - teacher.figures["fid"]
+        return found
+
+    def values(self, figure: str) -> list[float]:
+        """The figure of each seed."""
+        return [*self.degradation.values()] if figure == "degradation" else [r.figures[figure] for r in self.results]
+
+
+def read_metrics(paths: Iterable[Path]) -> list[Result]:
+    """The files of our evaluator's metrics among some of JSON."""
+    found = [(path, json.loads(path.read_text())) for path in sorted(paths)]
+    return [
+        Result(path, content)
+        for path, content in found
+        if isinstance(content, dict) and "solver_steps" in content.get("provenance", {}).get("samples", {})
+    ]
+
+
+@lru_cache
+def count_gflops(config: str, steps: int, text_tokens: int) -> float:
+    """Multiply-accumulates of one image, by a model of this config (as JSON)."""
+    return sampling_gflops(meta_model(json.loads(config)), steps, text_tokens=text_tokens)
+
+
+def one_of_each(rows: Iterable[Row]) -> list[Row]:
+    """Of the rows of one shape, the one that was trained longest: those of figures."""
+    longest = {row.model.shape: row for row in sorted(rows, key=lambda row: row.model.iteration)}
+    return [longest[shape] for shape in sorted(longest)]
 
 
 def main_layers(models: Sequence[Model]) -> int:
@@ -130,180 +185,83 @@ def main_layers(models: Sequence[Model]) -> int:
     return min(some, key=lambda n: (-some[n], n)) if some else 0
 
 
-def most_steps(models: Sequence[Model]) -> int:
-    """The largest S of regression-trained students."""
-    return max((m.steps for m in models if m.student and m.loss == "R"), default=0)
-
-
-def listed(values: Sequence[Any]) -> str:
+def listed(values: Iterable[Any]) -> str:
     """Distinct values in order, for a sentence."""
     return ", ".join(str(value) for value in sorted(set(values)))
 
 
-@dataclass(frozen=True)
-class Result:
-    """One file of metrics: figures of some samples, and what these are."""
-
-    path: Path
-    figures: dict
-    model: Model
-
-    @property
-    def features(self) -> str:
-        """The network behind the figures."""
-        return self.figures["provenance"]["features"]
-
-    def key(self, *without: str) -> str:
-        """Equal for results that differ in their seeds alone, and in those values of the provenance named."""
-        about = {name: self.model.about.get(name) for name in DECISIVE if name not in without}
-        about["training"] = self.model.training
-        return json.dumps([about, self.yardstick, self.figures["count"]], sort_keys=True)
-
-    def alike(self, *without: str) -> str:
-        """Equal for results that differ in what their students see of the history, in seeds, and in those values."""
-        return json.dumps([self.key("student", *without), self.model.steps])
-
-    @property
-    def yardstick(self) -> tuple:
-        """What the figures are measured by: the network and the real images."""
-        seen = self.figures["provenance"]
-        real = seen["reference_file"]
-        return self.features, seen["weights_sha256"], real.get("sha256") or real.get("listing")
-
-    @property
-    def seeds(self) -> tuple:
-        """Of training and of sampling."""
-        return self.model.about.get("training", {}).get("seed"), self.model.about.get("sample_seed")
-
-
-@dataclass
-class Row:
-    """Results of equal models that differ in their seeds; figures are means with their spread."""
-
-    results: list[Result]
-    degradations: list[float] = field(default_factory=list)
-
-    @property
-    def model(self) -> Model:
-        """Any of them."""
-        return self.results[0].model
-
-    def values(self, figure: str) -> list[float]:
-        """The figure of each seed."""
-        return self.degradations if figure == "degradation" else [r.figures[figure] for r in self.results]
-
-    def gflops(self) -> float | None:
-        """Multiply-accumulates of one image; None where the architecture is not known."""
-        model = self.model
-        return count_gflops(json.dumps(model.student), model.steps, model.text_tokens) if model.student else None
-
-
-_counted: dict[tuple[str, int, int], float] = {}
-
-
-def count_gflops(student: str, steps: int, text_tokens: int = 0, teacher: bool = False) -> float:
-    """Of a student with this config (as JSON), or of its teacher in so many guided steps."""
-    config = json.loads(student)
-    if teacher:
-        config = {name: value for name, value in config.items() if name not in ARD_ONLY_ARGS}
-    key = json.dumps(config), steps, text_tokens
-    if key not in _counted:
-        _counted[key] = sampling_gflops(meta_model(config), steps, text_tokens=text_tokens)
-    return _counted[key]
-
-
 class Results:
-    """All that some folders hold."""
+    """All that a folder of this layout holds, and how figures are drawn from it.
 
-    def __init__(self, folders: Iterable[Path]):
-        self.folders = [Path(folder).resolve() for folder in folders]
-        self.metrics = [r for path in self._files("*.json") if (r := read_metrics(path)) is not None]
-        self.samples = {path: about for path in self._files("*.npz") if (about := provenance_of(path))}
-        self.stores = sorted({p.parent for p in self._files("manifest.json") if b"solver_indices" in p.read_bytes()})
-        self.runs = {path.parent: config for path in self._files("config.json") if (config := read_config(path.parent))}
+    ``store`` has trajectories for the errors of steps, in place of FOLDER/unseen; ``trajectories`` is how many of them
+    are used, ``columns`` how many samples a row of pictures has.
+    """
 
-    def _files(self, pattern: str) -> list[Path]:
-        """In a fixed order, each once, without those of runs or samples that are being written."""
-        found = {path for folder in self.folders for path in folder.rglob(pattern)}
-        return sorted(path for path in found if not any(part.endswith(".partial") for part in path.parts))
+    def __init__(self, folder: Path, store: Path | None = None, trajectories: int = 256, columns: int = 8):
+        self.folder, self.store, self.trajectories, self.columns = folder.resolve(), store, trajectories, columns
+        self.seeds = sorted(self.folder.glob("seed[0-9]*")) or [self.folder]
+        metrics = {seed: read_metrics(seed.glob("*.json")) for seed in self.seeds}
+        self.teachers = {s: r for s, results in metrics.items() for r in results if r.path.stem == "teacher"}
+        self.rows = self._rows(result for results in metrics.values() for result in results)
+        self.students = [row for row in self.rows if row.model.is_student]
+        models = [row.model for row in self.students] or [model for _, model in self.runs]
+        self.main, self.steps = main_layers(models), max((m.steps for m in models if m.loss == "R"), default=0)
 
-    def rows(self, keep: Callable[[Result], bool], *without: str) -> list[Row]:
-        """Those results in groups of equal models, in the order of a table, with their degradation."""
+    def _rows(self, results: Iterable[Result]) -> list[Row]:
+        """Results in groups of equal names, in the order of a table. ``UserError`` where they are of several models."""
         groups: dict[str, list[Result]] = defaultdict(list)
-        for result in self.metrics:
-            if keep(result):
-                groups[result.key(*without)].append(result)
-        rows = [Row(results, self._degradations(results)) for results in groups.values()]
+        for result in results:
+            first = groups[result.path.stem][:1] or [result]
+            what = f"{result.path}: has the name of {first[0].path}, but is another model"
+            require_same(what, first[0].settings, result.settings)
+            groups[result.path.stem].append(result)
+        rows = [Row(name, found, self.teachers) for name, found in groups.items()]
         return sorted(rows, key=lambda row: (row.model.shape, row.model.iteration))
 
-    def table(self) -> list[Row]:
-        """The rows of Table 1: of each training the figures with most samples."""
-        most: dict[str, int] = defaultdict(int)
-        for result in self.metrics:
-            key = json.dumps(json.loads(result.key("step"))[:2])
-            most[key] = max(most[key], result.figures["count"])
-        finest = [r for r in self.metrics if r.figures["count"] == most[json.dumps(json.loads(r.key("step"))[:2])]]
-        return self.rows(lambda result: result.model.plain and result in finest)
+    def more(self, kind: str) -> list[Row]:
+        """Rows of R in the folders ``curves`` or ``teacher-steps`` of all seeds."""
+        rows = self._rows(r for seed in self.seeds for r in read_metrics((seed / kind).glob("*.json")))
+        return [row for row in rows if row.model.loss == "R"]
 
-    def _degradations(self, results: list[Result]) -> list[float]:
-        """FID minus the teacher's, which is of the same folder or else the mean of all; none without a teacher."""
+    def logged(self) -> list[Row]:
+        """Rows of what runs logged themselves, by --eval-every."""
+        found: dict[str, list[Result]] = defaultdict(list)
+        for log, model in ((path.parent.parent / "log.txt", model) for path, model in self.runs):
+            for words in (line.split() for line in (log.read_text() if log.exists() else "").splitlines()):
+                if words[:1] == ["eval"] and "fid" in words:
+                    about, fid = model.about | {"step": int(words[1])}, float(words[words.index("fid") + 1])
+                    content = {"fid": fid, "provenance": {"samples": about}}
+                    found[f"{log.parent.name}-{words[1]}"].append(Result(log, content))
+        return [Row(name, results, {}) for name, results in found.items() if results[0].model.loss == "R"]
+
+    @cached_property
+    def runs(self) -> list[tuple[Path, Model]]:
+        """The last checkpoint of each student's run, of classes: nothing here reads captions."""
         found = []
-        for result in results:
-            teachers = [t for t in self.metrics if not t.model.student and same_teacher(t, result)]
-            near = [t for t in teachers if t.path.parent in (result.path.parent, *result.path.parents)] or teachers
-            if near:
-                found.append(result.figures["fid"] - float(np.mean([t.figures["fid"] for t in near])))
+        for folder in (path.parent for seed in self.seeds for path in sorted(seed.glob("*/config.json"))):
+            config, files = read_config(folder), sorted((folder / "checkpoints").glob("[0-9]*.pt"))
+            if config and files and config.get("kind") == "student" and "caption_channels" not in config["model"]:
+                about = {"student": config["model"], "training": config["training"], "step": int(files[-1].stem)}
+                found.append((files[-1], Model.of(config["provenance"] | about)))
         return found
 
-    def milliseconds(self, row: Row) -> tuple[float | None, set[str]]:
-        """Measured time of one sample, and on what: from the table.json that demo and study leave."""
-        found, how = [], set()
-        for result in row.results:
-            path, model = result.path.parent / "table.json", result.model
-            mine = {"model": model.method, "loss": model.loss, "target": model.target, "steps": model.steps}
-            mine |= {"mask": model.mask, "history_layers": model.layers}
-            for line in timings(path):
-                if all(line.get(key, value) == value for key, value in mine.items()):
-                    found.append(line["ms_per_sample"])
-                    how.add(line.get("timed", "see the table.md of the run"))
-        return (float(np.median(found)) if found else None), how
+    def teacher(self, figure: str) -> float | None:
+        """The teacher's mean over seeds."""
+        values = [result.figures[figure] for result in self.teachers.values()]
+        return float(np.mean(values)) if values else None
 
+    def gflops(self, model: Model) -> float | None:
+        """Of one image; a teacher's shape is known from its students, None where there are none."""
+        config = model.about.get("student")
+        if not config:
+            shapes = {row.model.about["teacher_hash"]: row.model.about["student"] for row in self.students}
+            config = {k: v for k, v in shapes.get(model.about["teacher_hash"], {}).items() if k not in ARD_ONLY_ARGS}
+        tokens = model.about.get("sample_captions", {}).get("longest", 0)
+        return count_gflops(json.dumps(config), model.steps, tokens) if config else None
 
-def same_teacher(teacher: Result, result: Result) -> bool:
-    """Whether these are figures of the student's own teacher, by the same yardstick and as many samples."""
-    a, b = teacher.model.about, result.model.about
-    counted = teacher.figures["count"] == result.figures["count"]  # FID falls with the number of samples
-    return counted and teacher.yardstick == result.yardstick and all(a.get(n) == b.get(n) for n in SAME_TEACHER)
-
-
-def timings(path: Path) -> list[dict]:
-    """The lines of a demo's or study's table.json that say how long a sample takes."""
-    try:
-        lines = json.loads(path.read_text())
-        return [
-            line
-            for line in lines
-            if isinstance(line.get("ms_per_sample"), float) and isinstance(line.get("timed", ""), str)
-        ]
-    except (OSError, ValueError, TypeError, AttributeError):
-        return []
-
-
-def read_metrics(path: Path) -> Result | None:
-    """What the evaluator wrote, None for another JSON file or samples that do not say what they are."""
-    try:
-        content = json.loads(path.read_text())
-        about = with_current_keys(content["provenance"]["samples"])
-        result = Result(path, content, Model(about))
-        whole = result.model.steps and all(name in content for name in (*FIGURES, "count"))
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        return None
-    return result if whole else None
-
-
-def provenance_of(path: Path) -> dict:
-    """What a file of samples says of itself, {} where it says nothing."""
-    try:
-        return read_provenance(path)
-    except (UserError, ValueError):
-        return {}
+    def milliseconds(self, name: str) -> tuple[float | None, list[str]]:
+        """The median over seeds of the measured time of a sample, and on what."""
+        tables = [json.loads(path.read_text()) for seed in self.seeds if (path := seed / "table.json").exists()]
+        lines = [line for table in tables for line in table if line.get("name") == name and "ms_per_sample" in line]
+        times = [line["ms_per_sample"] for line in lines]
+        return float(np.median(times)) if times else None, sorted({line["timed"] for line in lines})

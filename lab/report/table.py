@@ -1,12 +1,11 @@
 """Table 1 from finished runs: our rows, the paper's below those that they repeat, as data, Markdown and LaTeX."""
 
-import json
 from typing import Any
 
 import numpy as np
 
 from lab.report.evidence import about
-from lab.report.results import FIGURES, Results, Row, count_gflops, main_layers
+from lab.report.results import FIGURES, Results, Row
 from presets import TABLE_1
 
 COLUMNS = {
@@ -36,35 +35,24 @@ def table(results: Results) -> list[dict[str, Any]]:
 
     "paper" is the published row that a row repeats, None where there is none; each stands once.
     """
-    found = results.table()
-    students = {r.model.about.get("teacher_hash"): r.model.student for r in found if r.model.student}
-    lines = [table_row(row, found, results, students.get(row.model.about.get("teacher_hash"))) for row in found]
-    main, last = main_layers([row.model for row in found]), {}
-    for row, line in zip(found, lines, strict=True):
-        name = row.model.published() if row.model.layers in (0, main, row.model.depth) else None
-        if name:
-            last[name] = line  # of several, the one that was trained longest
+    lines, last = [], {}
+    for row in results.rows:
+        model, (milliseconds, timed) = row.model, results.milliseconds(row.name)
+        line: dict[str, Any] = {"model": model.method, "loss": model.loss, "target": model.target, "mask": model.mask}
+        line |= {"steps": model.steps, "history_layers": model.layers if model.is_student else None}
+        line |= {"iteration": model.iteration or None, "gflops": results.gflops(model)}
+        line |= {"ms_per_sample": milliseconds, "timed": timed}
+        values = {name: row.values(name) for name in (*FIGURES, "degradation")} | {"ratio": ratios(row, results)}
+        line |= {name: mean(numbers) for name, numbers in values.items()} | {"paper": None}
+        line |= {"std": {name: spread(numbers) for name, numbers in values.items()}, "seeds": values}
+        seen = row.results[0].figures
+        line |= {"samples": seen["count"], "features": seen["provenance"]["features"], "adm": seen["provenance"]["adm"]}
+        lines.append(line | {"files": [str(result.path) for result in row.results]})
+        if model.layers in (0, results.main, model.depth):
+            last[model.published()] = lines[-1]  # of several, the one that was trained longest
     for name, line in last.items():
-        line["paper"] = paper_row(name)
+        line["paper"] = paper_row(name) if name else None
     return lines
-
-
-def table_row(row: Row, others: list[Row], results: Results, sibling: dict | None) -> dict[str, Any]:
-    """One row; ``sibling`` is the config of a student of this teacher, which has its shape."""
-    model, (milliseconds, timed) = row.model, results.milliseconds(row)
-    gflops = row.gflops()
-    if not model.student and sibling:
-        gflops = count_gflops(json.dumps(sibling), model.steps, model.text_tokens, teacher=True)
-    line: dict[str, Any] = {"model": model.method, "loss": model.loss, "target": model.target, "mask": model.mask}
-    line |= {"steps": model.steps, "history_layers": model.layers if model.student else None}
-    line |= {"iteration": model.iteration or None, "gflops": gflops}
-    line |= {"ms_per_sample": milliseconds, "timed": sorted(timed)}
-    values = {name: row.values(name) for name in (*FIGURES, "degradation")} | {"ratio": ratios(row, others)}
-    line |= {name: mean(numbers) for name, numbers in values.items()} | {"paper": None}
-    line |= {"std": {name: spread(numbers) for name, numbers in values.items()}, "seeds": values}
-    seen = row.results[0].figures
-    line |= {"samples": seen["count"], "features": row.results[0].features, "adm": seen["provenance"]["adm"]}
-    return line | {"files": [str(result.path) for result in row.results]}
 
 
 def paper_row(name: str) -> dict[str, Any]:
@@ -82,33 +70,22 @@ def paper_row(name: str) -> dict[str, Any]:
     return line | {"std": {}}
 
 
-def ratios(row: Row, others: list[Row]) -> list[float]:
+def ratios(row: Row, results: Results) -> list[float]:
     """How many times the row's degradation goes into that of step distillation, for each seed that both have.
 
     Empty where there is no such row trained alike, and where a degradation is not positive.
     """
-    if row.model.method != "ARD":
-        return []
+    model = row.model
     rivals = [
-        other
-        for other in others
-        if other.model.method == "step distillation" and other.results[0].alike() == row.results[0].alike()
+        other.degradation
+        for other in results.students
+        if (other.model.method, other.model.steps) == ("step distillation", model.steps)
+        and other.results[0].settings | {"student": None} == row.results[0].settings | {"student": None}
     ]
-    mine, theirs = (by_seed(found) for found in ([row], rivals))
-    shared = [seeds for seeds in mine if seeds in theirs]
-    if not all(mine[seeds] > 0 and theirs[seeds] > 0 for seeds in shared):
+    if model.method != "ARD" or not rivals:
         return []
-    return [theirs[seeds] / mine[seeds] for seeds in shared]
-
-
-def by_seed(rows: list[Row]) -> dict[tuple, float]:
-    """Degradations by seeds of training and sampling."""
-    return {
-        result.seeds: degradation
-        for row in rows
-        if len(row.results) == len(row.degradations)  # each has its teacher's
-        for result, degradation in zip(row.results, row.degradations, strict=True)
-    }
+    pairs = [(rivals[0][seed], lost) for seed, lost in row.degradation.items() if seed in rivals[0]]
+    return [theirs / mine for theirs, mine in pairs] if all(min(pair) > 0 for pair in pairs) else []
 
 
 def mean(values: list[float]) -> float | None:
@@ -121,7 +98,7 @@ def spread(values: list[float]) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 and None not in values else None
 
 
-def cells(line: dict[str, Any], plus_minus: str) -> list[str]:
+def cells(line: dict[str, Any], plus_minus: str = "±") -> list[str]:
     """A row's text, in the order of ``COLUMNS``."""
     found = []
     for name in COLUMNS:
@@ -134,14 +111,14 @@ def cells(line: dict[str, Any], plus_minus: str) -> list[str]:
     return found
 
 
-def printed(lines: list[dict[str, Any]], plus_minus: str) -> list[list[str]]:
+def printed(lines: list[dict[str, Any]], plus_minus: str = "±") -> list[list[str]]:
     """The cells of all rows, a paper's row below ours."""
     return [cells(row, plus_minus) for line in lines for row in (line, line["paper"]) if row]
 
 
 def notes(lines: list[dict[str, Any]], results: Results) -> list[str]:
     """What a reader of the table must know."""
-    made = about([r for row in results.table() for r in row.results])
+    made = about(results.rows)
     text = [f"Means over seeds, with the standard deviation where there are several. {made}"]
     text.append("GFLOPs: multiply-accumulates of one image, counted in our own models.")
     if timed := {how for line in lines for how in line["timed"]}:
@@ -157,7 +134,7 @@ def notes(lines: list[dict[str, Any]], results: Results) -> list[str]:
 def as_markdown(lines: list[dict[str, Any]], text: list[str]) -> str:
     """The table and its notes."""
     head = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * len(COLUMNS)]
-    return "\n".join([*head, *("| " + " | ".join(row) + " |" for row in printed(lines, "±")), "", *text]) + "\n"
+    return "\n".join([*head, *("| " + " | ".join(row) + " |" for row in printed(lines)), "", *text]) + "\n"
 
 
 def beside_the_paper(lines: list[dict[str, Any]]) -> str:
@@ -167,7 +144,7 @@ def beside_the_paper(lines: list[dict[str, Any]]) -> str:
     rows = [head, ["---"] * len(head)]
     for line in lines:
         if paper := line["paper"]:
-            ours, theirs = (dict(zip(COLUMNS, cells(each, "±"), strict=True)) for each in (line, paper))
+            ours, theirs = (dict(zip(COLUMNS, cells(each), strict=True)) for each in (line, paper))
             row = [ours["model"], *(ours[name] for name in ("loss", "steps", "mask"))]
             row += [ours["history_layers"], theirs["history_layers"]]
             rows.append(row + [each[name] for name in ("fid", "degradation", "ratio") for each in (ours, theirs)])

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from helpers import arrays, call, refused, write_images
+from helpers import arrays, write_images
 
-from lab.scenes import accuracy
+from lab.scenes import accuracy, write_captions, write_crops
+from runtime.cli import UserError
 from stores.digits import SCENES, SEEN_SCENES, DigitScenes, scene_caption
 
 
@@ -27,19 +28,20 @@ def test_real_scenes_are_read_and_others_are_not(scenes, tmp_path):
 
 
 def test_digits_are_cut_out_of_their_places(scenes, tmp_path):
-    call("lab.scenes", "crop", scenes, "--out", tmp_path / "digits.npz")
+    write_crops(scenes, tmp_path / "digits.npz")
     digits = arrays(tmp_path / "digits.npz")["arr_0"]
     assert digits.shape == (2 * 360, 8, 8, 3)
     whole = arrays(scenes)["arr_0"]
     assert (digits.reshape(360, 2, -1).sum((1, 2), dtype=int) == whole.reshape(360, -1).sum(1, dtype=int)).all()
 
 
-def test_captions_come_in_the_order_of_labels(tmp_path, capsys):
-    for options, count in (((), 200), (("--seen",), 160)):
-        call("lab.scenes", "captions", "--out", tmp_path / "c.txt", *options)
+def test_captions_come_in_the_order_of_labels(tmp_path):
+    for count in (len(SCENES), SEEN_SCENES):
+        write_captions(tmp_path / "c.txt", count)
         assert (tmp_path / "c.txt").read_text().splitlines() == [scene_caption(i) for i in range(count)]
     images = write_images(tmp_path / "x.npz", np.zeros((2, 8, 8, 3), np.uint8), arr_1=np.zeros(2, int))
-    command = ("lab.scenes", "crop", images, "--out", tmp_path / "d.npz")
-    assert "not samples of scenes" in refused(capsys, *command)
+    with pytest.raises(UserError, match="not samples of scenes"):
+        write_crops(images, tmp_path / "d.npz")
     write_images(images, np.zeros((2, 16, 16, 3), np.uint8), arr_1=np.array([0, 200]))
-    assert "labels beyond 0..199" in refused(capsys, *command)
+    with pytest.raises(UserError, match=r"labels beyond 0\.\.199"):
+        write_crops(images, tmp_path / "d.npz")
