@@ -98,7 +98,7 @@ class Comparison:
         return self.decode(teachers), teacher_time, [self.decode(x) for x in predictions.unbind(1)], student_time
 
     def edit(self, image: Image.Image, classes: list[int], seed: int, step: int) -> tuple[Image.Image, Image.Image]:
-        """The source as the student sees it, and what it makes of it after ``step`` for each class."""
+        """The source as the student sees it, and its image from it after ``step`` for each class."""
         cropped = center_crop(image.convert("RGB"), self.student.input_size * self.vae.factor)
         with torch.no_grad():
             source = source_latents(pil_to_tensor(cropped)[None].to(self.device), self.vae, self.student)
@@ -143,7 +143,7 @@ def build_page(gr: ModuleType, models: Comparison, editable: bool) -> Any:
             button = gr.Button("Draw", variant="primary")
             with gr.Row():
                 sides = [panel(teacher_says), panel(student_says)]
-            gr.Markdown("#### What the student predicts on the way")
+            gr.Markdown("#### The student's predictions on the way")
             with gr.Row():
                 points = [panel(f"after step {k + 1}" + " (the sample)" * (k == steps - 1)) for k in range(steps)]
             captions, pictures = zip(*sides, strict=True)
@@ -156,7 +156,7 @@ def build_page(gr: ModuleType, models: Comparison, editable: bool) -> Any:
                     with gr.Column():
                         step = gr.Slider(1, steps - 1, value=1, step=1, label="In place of the prediction of step")
                         edit_button = gr.Button("Edit", variant="primary")
-                        results = [panel("What the student sees"), panel("What it makes of it")]
+                        results = [panel("The image as the student sees it"), panel("The student's images")]
                 edit_button.click(edit, [source, classes, seed, step], [image for _, image in results])
     return page
 

@@ -27,7 +27,7 @@ Kernels = tuple[Any, Any, Any]  # of a head's three convolutions
 Features = tuple[list[torch.Tensor], torch.Tensor]  # the tokens after L blocks, (B, T, D) each; class embedding (B, D)
 
 #################################################################################
-#                              What the heads look at                           #
+#                             The heads' input                                  #
 #################################################################################
 
 
@@ -166,7 +166,7 @@ class Discriminator(nn.Module):
         return cls(len(teacher.blocks), teacher.config["hidden_size"], width, group)
 
     def forward(self, *batches: Features) -> list[torch.Tensor]:
-        """What ``FrozenFeatures`` made of each batch -> its logits, (B, L, T), without mixing batches."""
+        """The features of each batch by ``FrozenFeatures`` -> its logits, (B, L, T), without mixing batches."""
         weights = [head.weights() for head in self.heads]
         logits = []
         for features, label in batches:
@@ -197,7 +197,7 @@ def adaptive_weight(regression: torch.Tensor, adversarial: torch.Tensor) -> torc
 
 @torch.no_grad()
 def own_history(student: ARD, noise: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """What the student sees of itself when sampling: noise (B, C, H, W), y (B,) -> (B, S, C, H, W), the noise first.
+    """The student's own history, as in sampling: noise (B, C, H, W), y (B,) -> (B, S, C, H, W), the noise first.
 
     The last step, whose prediction no step sees, is not taken.
     """
@@ -215,7 +215,7 @@ class AdversarialLosses:
         total: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
         samples: float = 1,
     ):
-        """``student`` (an ARD) and ``heads`` (a Discriminator) are what is trained, wrapped in DDP or not. ``total``
+        """``student`` (an ARD) and ``heads`` (a Discriminator) are trained, wrapped in DDP or not. ``total``
         sums a tensor over all ranks; ``samples`` is how many samples one call has on all ranks together.
         """
         self.student, self.heads, self.features, self.total, self.samples = student, heads, features, total, samples
@@ -225,7 +225,7 @@ class AdversarialLosses:
     def student_losses(
         self, batch: dict[str, torch.Tensor], gan_weight: float
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """What the student minimises ("loss") and what is logged, (B,) each; and its last predictions (B, C, H, W).
+        """The student's loss ("loss") and the logged values, (B,) each; and its last predictions (B, C, H, W).
 
         ``batch`` holds "trajectory" (B, S+1, C, H, W) and "y" (B,); "rollout" (B, S, C, H, W) if the student is judged
         by its own history; "fake_noise" (B, C, H, W) if the teacher looks at diffused images. The loss is regression
@@ -273,7 +273,7 @@ class AdversarialLosses:
         return self.total(torch.stack(gradients)).flatten(1).norm(dim=1) / self.samples
 
     def discriminator_losses(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What the heads minimise ("loss") and what is logged, (B,) each.
+        """The heads' loss ("loss") and the logged values, (B,) each.
 
         ``batch`` holds pairs of a prediction "fake" and a real latent "real" (B, C, H, W) with their labels "y" and
         "real_y" (B,), and "fake_noise", "real_noise" (B, C, H, W) if the teacher looks at diffused images.

@@ -37,10 +37,12 @@ def build_parser() -> cli.Parser:
         "--encoder-precision", choices=("bf16", "fp32"), default="bf16", help="Number format of T5; not fp16."
     )
     group.add_argument(
-        "--max-tokens", type=cli.positive, help="Cut captions to so many tokens; without it 300, and 16 for words."
+        "--max-tokens",
+        type=cli.positive,
+        help="Cut captions to this number of tokens; without it 300, and 16 for words.",
     )
     group = parser.add_argument_group("store")
-    group.add_argument("--out", type=cli.folder, required=True, help="Write the store there.")
+    group.add_argument("--out", type=cli.folder, required=True, help="Write the store into this folder.")
     group.add_argument(
         "--rows-per-shard",
         type=cli.positive,
@@ -55,7 +57,7 @@ def build_parser() -> cli.Parser:
 
 
 def read_captions(path: str) -> tuple[list[str], str]:
-    """The captions of a text file and the file's SHA-256; ``UserError`` for an empty line, or what is no text."""
+    """The captions of a text file and the file's SHA-256; ``UserError`` for an empty line or bytes that are no text."""
     content = existing_file("--text", path).read_bytes()
     try:
         text = content.decode("utf-8-sig")

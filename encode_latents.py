@@ -35,16 +35,16 @@ def build_parser() -> cli.Parser:
     group.add_argument("--vae", type=cli.name, default="ema", help="Autoencoder: ema, mse, a folder or hub id.")
     add_precision_option(group, "--vae-precision", "the autoencoder")
     group = parser.add_argument_group("store")
-    group.add_argument("--out", type=cli.folder, required=True, help="Write the store there.")
+    group.add_argument("--out", type=cli.folder, required=True, help="Write the store into this folder.")
     group.add_argument("--dtype", choices=STORED, default="fp16", help="Number format of the stored latents.")
     group.add_argument(
         "--rows-per-shard",
         type=cli.positive,
         default=ROWS_PER_SHARD,
-        help="Images of a file; a rank makes one at a time.",
+        help="Images per file; a rank makes one file at a time.",
     )
     group = parser.add_argument_group("run")
-    group.add_argument("--per-proc-batch-size", type=cli.positive, default=64, help="Images of a rank at once.")
+    group.add_argument("--per-proc-batch-size", type=cli.positive, default=64, help="Batch size per rank, in images.")
     group.add_argument("--num-workers", type=cli.workers, default=4, help="Processes of a rank that read images.")
     cli.add_dry_run_option(group)
     distributed.add_device_option(group)

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# Queries, keys and values (B, h, T, D/h) -> what the queries read (B, h, T, D/h).
+# Queries, keys and values (B, h, T, D/h) -> the values that the queries read (B, h, T, D/h).
 AttentionFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 #################################################################################
@@ -82,7 +82,7 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. ``attention_fn`` decides what the queries look at; the student passes its own."""
+    """Multi-head self-attention. ``attention_fn`` decides which keys the queries meet; the student passes its own."""
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -236,7 +236,7 @@ class DiT(nn.Module):
         return self.unpatchify(self.final_layer(x, c))
 
     def embed(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """Tokens to start from (B, T, D), the conditioning on time and class (B, D), and what all blocks are given."""
+        """Tokens to start from (B, T, D), the conditioning on time and class (B, D), and the argument of all blocks."""
         e = self.y_embedder(y)
         c = self.condition(self.t_embedder(t), e)
         return self.embed_tokens(x), c, self.block_condition(c, e)
@@ -246,7 +246,7 @@ class DiT(nn.Module):
         return t + e
 
     def block_condition(self, c: torch.Tensor, e: torch.Tensor) -> Any:
-        """What all blocks are given of the conditioning c (B, D) and the embedded y: here c; a text model adds text."""
+        """The argument of all blocks, from the conditioning c (B, D) and the embedded y: c; a text model adds text."""
         return c
 
     def embed_tokens(self, x: torch.Tensor) -> torch.Tensor:
@@ -258,7 +258,7 @@ class DiT(nn.Module):
         return self.pos_embed + self.x_embedder(x)
 
     def features(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
-        """The tokens after each block, (B, T, D) each: what a discriminator looks at."""
+        """The tokens after each block, (B, T, D) each: a discriminator's input."""
         x, _, given = self.embed(x, t, y)
         return [x := self.run_block(block, x, given) for block in self.blocks]
 
@@ -280,7 +280,7 @@ class DiT(nn.Module):
         """Classifier-free guidance on a doubled batch: the first half has the labels, the second the null label.
 
         x: (2B, C, H, W), of which the first half is used for both, t and y: (2B,) -> (2B, 2C, H, W). Only the first
-        ``cfg_channels`` channels are guided: 3 is what DiT's published samples used for its 4-channel latents.
+        ``cfg_channels`` channels are guided: DiT's published samples used 3 for its 4-channel latents.
         """
         half = x[: len(x) // 2]
         out = self.forward(torch.cat([half, half]), t, y)

@@ -55,7 +55,7 @@ class TeacherForcedAttention:
         for step, seen in enumerate(self.visible):
             own = F.scaled_dot_product_attention(queries[step], tokens_of(keys, seen), tokens_of(values, seen))
             out.append(own.transpose(1, 2))  # (B, T, h, d)
-        # In memory (B * S, T, h, d), which is what the output projection reads: it needs no copy.
+        # In memory (B * S, T, h, d), as the output projection reads it: it needs no copy.
         return torch.stack(out, dim=1).flatten(0, 1).transpose(1, 2)
 
 
@@ -68,7 +68,7 @@ def cache_slots(mask: str, steps: int) -> list[int]:
     """The cache slot of each step's keys and values. M1 needs 1 slot, M2 and M3 2, M4 S.
 
     A step takes over the first slot whose content neither it nor a later step sees, or else opens a new one. Raises
-    ``ValueError`` for a mask under which the slots then hold what the step does not see.
+    ``ValueError`` for a mask under which the slots then hold a point that the step does not see.
     """
     owners: list[int] = []  # the step whose keys each slot holds
     slots = []
@@ -174,7 +174,7 @@ class ARD(DiT):
         level: torch.Tensor | None,
         attention_fns: Sequence[AttentionFn],
     ) -> torch.Tensor:
-        """Points x (n, C, H, W) with what ``block_condition`` gives for them -> tokens (n, T, D).
+        """Points x (n, C, H, W) with their ``block_condition`` -> tokens (n, T, D).
 
         ``attention_fns`` has the attention function of each of the lower N blocks; the others attend within points.
         """
@@ -211,7 +211,7 @@ class ARD(DiT):
         """The student's own trajectory, one step after another with a kv-cache (paper, section 3.3).
 
         noise: (B, C, H, W), y: (B,) labels -> (B, S, C, H, W) predictions, the last is the sample. ``given`` replaces
-        predictions: {k: (B, C, H, W)} takes the place of what step k predicts, e.g. a source image's latent (appendix
+        predictions: {k: (B, C, H, W)} takes the place of step k's prediction, e.g. a source image's latent (appendix
         C.2) or a teacher's point (Fig. 6b).
         """
         return torch.stack(list(self.sample_steps(noise, y, given)), dim=1)

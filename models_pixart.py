@@ -5,7 +5,7 @@ and MLP each block's tokens read the caption by cross-attention. Parameter names
 
     B batch   n points (B, or B * S of a student)   T tokens   D width   L text tokens, at most   h heads
 
-``y`` is text, (B, L, C): what an encoder made of the captions' tokens; rows of zeros are padding, which nothing reads.
+``y`` is text, (B, L, C): an encoder's output for the captions' tokens; rows of zeros are padding, which nothing reads.
 """
 
 from functools import partial
@@ -68,7 +68,7 @@ class PixArtBlock(nn.Module):
         c: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         attention_fn: AttentionFn = F.scaled_dot_product_attention,
     ) -> torch.Tensor:
-        """x: (n, T, D) tokens, c: what ``PixArt.block_condition`` returns -> (n, T, D)."""
+        """x: (n, T, D) tokens, c: the result of ``PixArt.block_condition`` -> (n, T, D)."""
         time, text, mask = c
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (self.scale_shift_table + time).unbind(1)
         x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), attention_fn)
@@ -110,7 +110,7 @@ class PixArt(DiT):
         self.initialize_text_weights()
 
     def initialize_text_weights(self) -> None:
-        """What DiT's recipe does not say is PixArt's. Xavier for the caption: for 4096 channels that is N(0, 0.02)."""
+        """DiT's recipe, and PixArt's for the caption: Xavier for the caption: for 4096 channels that is N(0, 0.02)."""
         side, scale = self.input_size // self.patch_size, self.config["position_scale"]
         self.pos_embed.data.copy_(sincos_positions(self.pos_embed.shape[2], side, scale))
         for layer in (self.y_embedder.y_proj.fc1, self.y_embedder.y_proj.fc2):

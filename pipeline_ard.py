@@ -6,7 +6,7 @@
     pipe = DiffusionPipeline.from_pretrained("digits-ard", trust_remote_code=True)
     images = pipe(class_labels=[3, 7], generator=torch.Generator().manual_seed(0)).images
 
-``pipe.push_to_hub("me/digits-ard")`` uploads what ``save_pretrained`` writes.
+``pipe.push_to_hub("me/digits-ard")`` uploads the folder that ``save_pretrained`` writes.
 
 The folder holds model_index.json, ``transformer`` (config.json and safetensors), ``vae`` for models on latents, a model
 card, and the code that it needs (stores/portable.py). There is no pickle. ``ARDPipeline.from_pretrained`` of this file
@@ -230,7 +230,7 @@ class ARDPipeline(DiffusionPipeline):
         return [self.labels[name] for name in wanted]
 
     def noise(self, seed: int, indices: Sequence[int]) -> torch.Tensor:
-        """What sample_ARD.py gives its samples of these indices, (B, C, H, W): for ``latents``."""
+        """sample_ARD.py's noise for the samples of these indices, (B, C, H, W): for ``latents``."""
         return noise(seed, "sample", indices, self.transformer.student.latent_shape)
 
     @torch.no_grad()
@@ -328,7 +328,7 @@ def build_parser() -> cli.Parser:
 def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.exists():
-        raise UserError(f"--out {out}: it is there already; give a new folder")
+        raise UserError(f"--out {out}: it exists already; give a new folder")
     pipe = ARDPipeline.from_checkpoint(args.checkpoint, args.vae, args.labels)
     pipe.to(DTYPES[args.precision])
     partial = out.with_name(f"{out.name}.partial")

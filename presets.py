@@ -1,7 +1,7 @@
 """The rows of the paper's Table 1: its published numbers, and the options that reproduce each with these scripts.
 
-DiT-XL/2 on ImageNet 256, 50k samples, ADM's protocol. ``preset(script)`` is what ``--preset`` offers; --dry-run shows
-what a preset sets. Table 6 and section 4.1 of the paper have the settings.
+DiT-XL/2 on ImageNet 256, 50k samples, ADM's protocol. ``preset(script)`` gives the choices of ``--preset``; --dry-run
+shows the options that a preset sets. Table 6 and section 4.1 of the paper have the settings.
 
 The rows "t2i-..." are those of Table 4 with a public teacher: PixArt-Sigma stands in for the paper's private model.
 """

@@ -1,1 +1,1 @@
-"""Times: what each stage takes on this machine."""
+"""Times of each stage on this machine."""

@@ -1,4 +1,4 @@
-"""Measure speed: each stage of the pipeline against what the device can do, and variants against each other.
+"""Measure speed: each stage of the pipeline against the device's limits, and variants against each other.
 
     python -m bench train --model DiT-S/2 --stack 3 --batch-size 2
     python -m bench sample --model DiT-B/2 --batch-size 4 --vs "--stack 0"
@@ -67,9 +67,9 @@ ABOUT = {
     "metrics": "Frechet distance, precision and recall",
     "ddp": "a training step on all GPUs of this machine",
     "gpu": "all of these for DiT-XL/2 in bf16",
-    "report": "a table of what another run printed",
+    "report": "a table of another run's output",
 }
-HIDDEN = ("command", "vs", "device", "repeats", "profile", "minutes", "file")  # what is no option of a case
+HIDDEN = ("command", "vs", "device", "repeats", "profile", "minutes", "file")  # options that no case takes
 
 
 def build_parser() -> cli.Parser:
@@ -78,24 +78,28 @@ def build_parser() -> cli.Parser:
     for name, text in ABOUT.items():
         command = commands.add_parser(name, help=text, description=text)
         if name == "report":
-            command.add_argument("file", metavar="FILE", help="What a run of this script printed.")
+            command.add_argument("file", metavar="FILE", help="Output of a run of this script.")
             continue
         distributed.add_device_option(command)
         if name == "gpu":
             command.add_argument(
-                "--minutes", type=cli.not_negative_number, default=8.0, help="Start no case after so many minutes."
+                "--minutes", type=cli.not_negative_number, default=8.0, help="Minutes after which no case starts."
             )
             continue
         models = name in ("train", "gan", "sample", "trajectories", "ddp")
         if models:
-            command.add_argument("--model", choices=DiT_models, default="DiT-XL/2", metavar="NAME", help="Model.")
+            command.add_argument(
+                "--model", choices=DiT_models, default="DiT-XL/2", metavar="NAME", help="Size of the model."
+            )
         if models or name == "decode":
-            command.add_argument("--input-size", type=cli.positive, default=32, help="Side of the latent.")
+            command.add_argument("--input-size", type=cli.positive, default=32, help="Side of the latent in pixels.")
             add_precision_option(command)
             add_compile_option(command)
         if name in ("train", "gan", "sample", "ddp"):
             command.add_argument("--steps", type=cli.positive, default=4, help="S, the student's steps.")
-            command.add_argument("--mask", choices=MASKS, default="M4", help="What a step sees.")
+            command.add_argument(
+                "--mask", choices=MASKS, default="M4", help="Points that a step sees: M1 its own .. M4 all before it."
+            )
             command.add_argument("--stack", type=cli.not_negative, default=6, help="N, lower blocks that see history.")
         switch: dict[str, Any] = {"action": argparse.BooleanOptionalAction, "default": False}
         if name in ("train", "ddp"):
@@ -134,7 +138,7 @@ def report(name: str, options: dict, case: Case, times: np.ndarray, device: torc
     median = statistics.median(done)
     line = {"case": name, **options, "seconds": median, "fastest": done.min(), "slowest": done.max()}
     line |= {"ms_per_image": 1000 * median / case.images, "images_per_second": case.images / median}
-    line["cpu_seconds"] = statistics.median(returned)  # near "seconds": the processor is what limits
+    line["cpu_seconds"] = statistics.median(returned)  # near "seconds": the processor limits
     if case.flops:
         peak = peak_flops(case.precision, device)
         line |= {"tflops": case.flops / 1e12, "mfu": case.flops / median / peak["best"]}
@@ -165,10 +169,10 @@ def table(text: str) -> str:
         lines = [json.loads(line) for line in text.splitlines() if line.startswith('{"case"')]
     except ValueError as error:
         raise cli.UserError(
-            f"FILE: a line of it is damaged ({error}); give what a run of this script printed"
+            f"FILE: a line of it is damaged ({error}); give the output of a run of this script"
         ) from None
     if not lines:
-        raise cli.UserError("FILE: holds no line of a benchmark; give what a run of this script printed")
+        raise cli.UserError("FILE: holds no line of a benchmark; give the output of a run of this script")
     rows = ["| " + " | ".join(TABLE.values()) + " |", "|" + "---|" * len(TABLE)]
     for line in lines:
         cells = (line.get(key, "-") for key in TABLE)
@@ -213,7 +217,7 @@ def measure(
 
 
 def measure_store(options: dict, repeats: int) -> None:
-    """Random reads of trajectories, and what they cost otherwise."""
+    """Random reads of trajectories, and the cost of other layouts."""
     cpu = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         stores = cases.store_cases(options, Path(folder))

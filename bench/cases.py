@@ -184,7 +184,7 @@ def decode_case(options: dict, context: DistributedContext) -> Case:
 
 
 def features_case(options: dict, context: DistributedContext) -> Case:
-    """What the evaluator does with a file of images: reading them and Inception-v3, here with random weights."""
+    """The evaluator's work on a file of images: reading them and Inception-v3, here with random weights."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Unloaded(FeatureExtractorInceptionV3):

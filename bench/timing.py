@@ -14,7 +14,7 @@ import torch
 
 from runtime.precision import DTYPES
 
-# What an operation or kernel is, by its name; the first that fits.
+# The kind of an operation or kernel, by its name; the first that fits.
 KINDS = {
     "optimiser": r"adam|multi_tensor|foreach",
     "attention": r"flash|fmha|attention|sdpa",
@@ -36,7 +36,7 @@ class Case:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
+    """Wait until the device has finished its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -51,7 +51,7 @@ def seconds(work: Callable, device: torch.device) -> tuple[float, float]:
 
 
 def time_in_turns(works: list[Callable], repeats: int, device: torch.device, warmup: int = 2) -> np.ndarray:
-    """Seconds of each work in each turn, done and returned: (repeats, works, 2). What disturbs one disturbs all."""
+    """Seconds of each work in each turn, done and returned: (repeats, works, 2). A disturbance hits all works."""
     return np.array([[seconds(work, device) for work in works] for _ in range(warmup + repeats)])[warmup:]
 
 
@@ -102,7 +102,7 @@ class PeakMemory:
 
 
 def kind_of(name: str) -> str:
-    """What an operation or kernel of that name is, one of ``KINDS`` or "other"."""
+    """The kind of an operation or kernel of that name, one of ``KINDS`` or "other"."""
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
 
 

@@ -1,1 +1,1 @@
-"""Counts: what a command needs and what a model costs, from shapes alone."""
+"""Counts: the needs of a command and the cost of a model, from shapes alone."""

@@ -3,7 +3,7 @@
     python -m costs.flops --json flops.json
 
 PyTorch's counter watches the same ``ARD.sample`` and ``DiT.forward`` that users run, for one image of DiT-XL/2. The
-paper counts multiply-accumulates, half of what PyTorch counts, of the backbone, without the VAE.
+paper counts multiply-accumulates, half of PyTorch's count, of the backbone, without the VAE.
 """
 
 import argparse
@@ -30,7 +30,7 @@ TEXT_TOKENS = 300  # of a caption where no store says how many: PixArt-Sigma's l
 
 
 def count_flops(work: Callable[[], object]) -> int:
-    """Floating-point operations (two for a multiply-accumulate) of what ``work()`` does."""
+    """Floating-point operations (two for a multiply-accumulate) of ``work()``."""
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
@@ -102,14 +102,14 @@ def count_online_step(student: dict, teacher: dict, solver_steps: int, text_toke
 def count_gan_step(
     student_config: dict, teacher_config: dict, *, d_time: int, d_width: int | None, bn_group: int, rollout: bool
 ) -> dict:
-    """What one sample's step of R and of R+D costs (two operations per multiply-accumulate), and the heads' size.
+    """Cost of one sample's step of R and of R+D (two operations per multiply-accumulate), and the heads' size.
 
     The options are those of train_ARD_gan.py, the configs those of the models; no weights are made.
     """
     with on_meta_device():
         student, teacher = ARD(**student_config).to("meta"), DiT(**teacher_config).to("meta")
         heads = Discriminator(1, teacher.config["hidden_size"], d_width, bn_group)
-        # All heads are alike: one, counted for each block, spares the seconds that making many takes.
+        # All heads cost the same: one, counted for each block, spares the seconds that making many takes.
         heads.heads = torch.nn.ModuleList([heads.heads[0]] * len(teacher.blocks))
         trajectory, y = torch.empty(1, student.steps + 1, *student.latent_shape), torch.zeros(1, dtype=torch.int64)
     adversarial = AdversarialLosses(student, heads, FrozenFeatures(teacher, d_time))

@@ -161,7 +161,7 @@ def plan_gan(
     frozen = meta_model(teacher)
     with on_meta_device():
         head = Discriminator(1, frozen.config["hidden_size"], d_width, bn_group)
-    heads = [head] * len(frozen.blocks)  # all alike: making one spares seconds
+    heads = [head] * len(frozen.blocks)  # all the same: making one spares seconds
     plan = plan_training(
         student,
         context,

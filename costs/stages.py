@@ -1,8 +1,8 @@
-"""What each stage of the ImageNet path costs: disk, memory, operations, and an estimate of the time.
+"""The cost of each stage of the ImageNet path: disk, memory, operations, and an estimate of the time.
 
     python -m costs.stages
     python -m costs.stages --tflops 400 --stack 28
-    python -m costs.stages --rows   # each row of Table 1 by itself: its published figures, what it takes to train
+    python -m costs.stages --rows   # each row of Table 1 by itself: its published figures, the cost of its training
 
 Bytes follow from the formats and the presets, operations are counted on the meta device from our own models; both are
 exact. Hours are an estimate: operations divided by a rate that you name, with nothing lost between steps. Memory of a
@@ -126,7 +126,7 @@ def count_stages(tflops: float, steps: int, mask: str, stack: int) -> list[dict[
 
 
 def count_rows(tflops: float) -> list[dict[str, Any]]:
-    """For each row of Table 1: what the paper found, and what its presets train (R+D: on top of its row of R)."""
+    """For each row of Table 1: the paper's figures, and the cost of training its presets (R+D: on top of R)."""
     regression, adversarial = preset("train_ARD.py"), preset("train_ARD_gan.py")
     teacher = dict(DiT_models["DiT-XL/2"].keywords, num_classes=CLASSES)
     counted = []
@@ -158,9 +158,11 @@ def build_parser() -> cli.Parser:
         "--tflops", type=cli.positive_number, default=300.0, help="Rate of a GPU, in 1e12 operations per second."
     )
     parser.add_argument("--steps", type=cli.positive, default=4, help="S, the student's steps.")
-    parser.add_argument("--mask", choices=MASKS, default="M4", help="What a step sees.")
+    parser.add_argument(
+        "--mask", choices=MASKS, default="M4", help="Points that a step sees: M1 its own .. M4 all before it."
+    )
     parser.add_argument("--stack", type=cli.not_negative, default=6, help="N, the lower blocks that see history.")
-    parser.add_argument("--rows", action="store_true", help="Each row of Table 1 instead, by its presets.")
+    parser.add_argument("--rows", action="store_true", help="Print each row of Table 1 instead, by its presets.")
     return parser
 
 

@@ -26,7 +26,7 @@ def add_ode_options(group: OptionGroup) -> None:
     group.add_argument(
         "--cfg-channels",
         type=positive,
-        help="Guide only so many first channels; without it 3, as DiT's sampler, or all of fewer, and of a text model.",
+        help="Guide only the first N channels; without it 3, as DiT's sampler, or all of fewer, and of a text model.",
     )
 
 

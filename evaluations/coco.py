@@ -61,11 +61,22 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(
         __doc__, prog="evaluations.coco", description="Draw COCO's reference images and their captions."
     )
-    parser.add_argument("--annotations", type=cli.file, required=True, help="COCO's captions_val2017.json.")
-    parser.add_argument("--images", type=cli.folder, required=True, help="Folder of its images.")
-    parser.add_argument("--out", type=cli.folder, required=True, help="Folder for reference.npz and captions.txt.")
-    parser.add_argument("--image-size", type=cli.positive, default=512, help="Pixels of a side, that of the samples.")
-    parser.add_argument("--count", type=cli.positive, default=5000, help="So many images.")
+    parser.add_argument(
+        "--annotations", type=cli.file, required=True, help="Read captions from COCO's captions_val2017.json."
+    )
+    parser.add_argument(
+        "--images", type=cli.folder, required=True, help="Read images from this folder, COCO's val2017."
+    )
+    parser.add_argument(
+        "--out", type=cli.folder, required=True, help="Write reference.npz and captions.txt into this folder."
+    )
+    parser.add_argument(
+        "--image-size",
+        type=cli.positive,
+        default=512,
+        help="Side of the cropped images in pixels, that of the samples.",
+    )
+    parser.add_argument("--count", type=cli.positive, default=5000, help="Images to draw from all.")
     parser.add_argument("--seed", type=cli.not_negative, default=0, help="Seed of the draw.")
     cli.add_dry_run_option(parser)
     return parser

@@ -39,7 +39,7 @@ def load(path: Path, width: int = 1024, depth: int = 24, heads: int = 16) -> Any
             embed_dim=width,
             depth=depth,
             num_heads=heads,
-            init_values=1e-5,  # which only says that there are layer scales
+            init_values=1e-5,  # any value makes timm add layer scales
             num_classes=0,
             global_pool="token",
         )
@@ -63,7 +63,7 @@ def positions(learned: torch.Tensor) -> torch.Tensor:
 
 
 def prepared(images: torch.Tensor) -> torch.Tensor:
-    """What the network is given of images (B, H, W, 3) uint8: (B, 3, 224, 224) float32."""
+    """Images (B, H, W, 3) uint8 -> the network's input (B, 3, 224, 224) float32."""
     x = images.permute(0, 3, 1, 2).float()
     x = F.interpolate(x, size=(SIDE, SIDE), mode="bicubic", antialias=True) / 255
     mean, deviation = (x.new_tensor(values)[:, None, None] for values in (MEAN, DEVIATION))

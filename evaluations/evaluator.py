@@ -54,7 +54,7 @@ class Evaluation:
         image_size: int | None = None,
         context: DistributedContext | None = None,
     ):
-        """``image_size``: crop the images of a reference folder to so many pixels."""
+        """``image_size``: crop the images of a reference folder to this side in pixels."""
         self.reference = open_images("REFERENCE", reference, image_size, context)
         self.samples, self.network = open_images("SAMPLES", samples, context=context), network
         ours, theirs = ((i.width, i.height) for i in (self.samples, self.reference))
@@ -87,7 +87,7 @@ class Evaluation:
         self.provenance_of_samples = self._read_provenance()
 
     def _read_provenance(self) -> dict | None:
-        """What the sampler wrote into the samples' file about their making, or None."""
+        """The provenance that the sampler wrote into the samples' file, or None."""
         text = self.samples.member("provenance")
         if text is None:
             return None
@@ -149,7 +149,7 @@ class Evaluation:
         result["precision"], result["recall"] = precision_recall(ref["pool"], sam["pool"], K, device)
         result["count"] = self.samples.count
         if floor:
-            # What FID a perfect sampler of the reference's images would get: as many draws, with replacement.
+            # The FID of a perfect sampler of the reference's images: as many draws from them, with replacement.
             rows = np.random.default_rng(0).integers(0, self.reference.count, self.samples.count)
             result["floor"] = frechet_distance(*statistics(ref["pool"]), *statistics(ref["pool"][rows]))
         if with_kid:
@@ -173,7 +173,7 @@ def evaluate(
     dinov2_weights: str | Path | None = None,
     kid: bool = False,
 ) -> dict:
-    """All figures of samples against a reference, files or folders: what the command prints, for other scripts.
+    """All figures of samples against a reference, files or folders: the command's JSON, for other scripts.
 
     features: one of ``features.NAMES``. Returns fid, for dinov2 fd_dinov2 instead, sfid and inception_score
     (None where the network has none), precision, recall, count, floor and kid (if asked for) and provenance. Raises
@@ -253,7 +253,9 @@ def build_parser() -> cli.Parser:
     parser.add_argument(
         "samples", metavar="SAMPLES", type=Path, help="Samples: an .npz with arr_0 (N, H, W, 3) uint8, or a folder."
     )
-    parser.add_argument("--image-size", type=cli.positive, help="Crop a reference folder's images to so many pixels.")
+    parser.add_argument(
+        "--image-size", type=cli.positive, help="Crop a reference folder's images to this side in pixels."
+    )
     group = parser.add_argument_group("features")
     group.add_argument(
         "--features",
@@ -271,7 +273,7 @@ def build_parser() -> cli.Parser:
         type=Path,
         help="Use this file of Meta's DINOv2 ViT-L/14 weights; without it, they are fetched.",
     )
-    group.add_argument("--batch-size", type=cli.positive, default=64, help="Images of a rank at once.")
+    group.add_argument("--batch-size", type=cli.positive, default=64, help="Batch size per rank, in images.")
     group.add_argument(
         "--cache", action=argparse.BooleanOptionalAction, default=True, help="Keep the features beside the files."
     )
@@ -286,7 +288,7 @@ def build_parser() -> cli.Parser:
     group.add_argument("--allow-few", action="store_true", help=few)
     group.add_argument("--kid", action="store_true", help="Add KID, in the features that are used.")
     group.add_argument(
-        "--floor", action="store_true", help="Add the distance of as many draws from the reference itself."
+        "--floor", action="store_true", help="Add the distance of the reference to as many draws from itself."
     )
     group.add_argument("--json", type=Path, metavar="OUT.json", help="Write the figures and their provenance there.")
     cli.add_dry_run_option(group)

@@ -29,7 +29,7 @@ def squared_mmd(a: torch.Tensor, b: torch.Tensor) -> float:
 def kid(
     samples: np.ndarray, reference: np.ndarray, device: str | torch.device = "cpu", subsets: int = SUBSETS
 ) -> dict[str, float]:
-    """KID of features (N, D) against (M, D): "mean" and "std" over subsets, and what these were. In float64.
+    """KID of features (N, D) against (M, D): "mean" and "std" over subsets, their count and size. In float64.
 
     Raises ``ValueError`` on other shapes, fewer than two rows, or values that are not finite.
     """

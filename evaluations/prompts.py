@@ -59,7 +59,7 @@ class Prompted:
         return self.store.text(int(self.labels[sample]))
 
 
-def own_folder(out: str, pattern: str) -> Path:
+def empty_image_folder(out: str, pattern: str) -> Path:
     """The folder to write to. ``UserError`` where it holds anything but files of this pattern, as an earlier run's."""
     folder = writable_folder("--out", out)
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -70,7 +70,7 @@ def own_folder(out: str, pattern: str) -> Path:
 
 
 def compbench_name(prompt: str, sample: int) -> str:
-    """The file of a sample as T2I-CompBench wants it; what a file's name cannot hold is left out of the prompt."""
+    """The file of a sample as T2I-CompBench wants it; characters that a file's name cannot hold are left out."""
     kept = "".join(" " if letter in "_/\\\0" else letter for letter in prompt)
     short = " ".join(kept.split()).encode()[:LONGEST_NAME].decode(errors="ignore").rstrip(" .") or "image"
     return f"{short}_{sample:06d}.png"
@@ -83,7 +83,7 @@ def save(path: Path, image: np.ndarray) -> None:
 
 
 def run_compbench(args: argparse.Namespace) -> None:
-    prompted, folder = Prompted(args.samples, args.captions), own_folder(args.out, r".+_\d{6,}\.png")
+    prompted, folder = Prompted(args.samples, args.captions), empty_image_folder(args.out, r".+_\d{6,}\.png")
     for samples, images in prompted.batches(64):
         for sample, image in zip(samples, images, strict=True):
             save(folder / compbench_name(prompted.text(sample), sample), image)
@@ -95,7 +95,7 @@ def run_geneval(args: argparse.Namespace) -> None:
     lines = existing_file("--metadata", args.metadata).read_text().splitlines()
     if len(lines) != prompted.store.count:
         raise UserError(f"--metadata {args.metadata}: {len(lines)} lines for {prompted.store.count} captions")
-    folder = own_folder(args.out, r"\d{5,}")
+    folder = empty_image_folder(args.out, r"\d{5,}")
     for number, line in enumerate(lines):
         write_text(folder / f"{number:05d}" / "metadata.jsonl", line + "\n")
     seen = [0] * len(lines)
@@ -163,15 +163,18 @@ def build_parser() -> cli.Parser:
         )
         add_captions_option(command)
         if name != "clip":
-            command.add_argument("--out", type=cli.folder, required=True, help="Folder of the images.")
+            command.add_argument("--out", type=cli.folder, required=True, help="Write the images into this folder.")
     found["compbench"].set_defaults(run=run_compbench)
     found["geneval"].add_argument(
-        "--metadata", type=cli.file, required=True, help="GenEval's file, one line for each prompt."
+        "--metadata",
+        type=cli.file,
+        required=True,
+        help="Read GenEval's file, which has a line of JSON for each prompt.",
     )
     found["geneval"].set_defaults(run=run_geneval)
-    found["clip"].add_argument("--clip-model", type=cli.name, default="ViT-L-14", help="open_clip's name of the model.")
+    found["clip"].add_argument("--clip-model", type=cli.name, default="ViT-L-14", help="Use this model of open_clip.")
     found["clip"].add_argument(
-        "--clip-weights", type=cli.name, required=True, help="open_clip's tag of the weights, or a file."
+        "--clip-weights", type=cli.name, required=True, help="Use the weights of this tag of open_clip, or this file."
     )
     found["clip"].add_argument("--json", type=cli.file, help="Write the score and its provenance there.")
     distributed.add_device_option(found["clip"])

@@ -23,8 +23,8 @@ class QualityOptions:
 
     eval_every: int = option(0, "Steps between evaluations, 0 for none.", not_negative)
     eval_reference: str | None = option(None, "Compare with these real images, an .npz in ADM's format.", file)
-    eval_features: str = option("inception", "Use this network for FID, or FD-DINOv2.", choices=NAMES)
-    eval_samples: int = option(2048, "Draw so many samples for an evaluation.", positive)
+    eval_features: str = option("inception", "Compare features of this network.", choices=NAMES)
+    eval_samples: int = option(2048, "Samples that an evaluation draws.", positive)
 
 
 def add_quality_options(parser: Parser) -> None:
@@ -33,13 +33,13 @@ def add_quality_options(parser: Parser) -> None:
 
 
 class PeriodicEvaluator:
-    """Evaluates what a sampler draws: a call gives {"fid", "precision", "recall"}, the same on every rank.
+    """Evaluates a sampler's images: a call gives {"fid", "precision", "recall"}, the same on every rank.
 
     With DINOv2's features the first of them is "fd_dinov2".
     """
 
     def __init__(self, sampler: Sampler, context: DistributedContext, image_size: int, options: QualityOptions):
-        """Refuses here, with a ``UserError``, what could not be evaluated later; ``image_size`` in pixels."""
+        """``UserError`` where an evaluation could not work later; ``image_size`` in pixels."""
         self.sampler, self.context, self.samples = sampler, context, options.eval_samples
         if not options.eval_reference:
             raise UserError("--eval-every: needs --eval-reference, an .npz of real images")
@@ -60,7 +60,7 @@ class PeriodicEvaluator:
             )
 
     def __call__(self, folder: Path) -> dict[str, float]:
-        """Sample, compare, and clean up what was written to ``folder`` meanwhile."""
+        """Sample, compare, and remove the files written to ``folder`` meanwhile."""
         file = folder / "samples.npz"
         if self.context.is_main:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that broke off

@@ -70,14 +70,16 @@ def _add(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
 def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="evaluations.reference", description="Make a reference file of a folder of images.")
     parser.add_argument("folder", metavar="FOLDER", help="Folder of images, with or without sub-folders.")
-    parser.add_argument("--image-size", type=cli.positive, required=True, help="Crop to so many pixels, as ADM does.")
+    parser.add_argument(
+        "--image-size", type=cli.positive, required=True, help="Crop images to this side in pixels, as ADM does."
+    )
     parser.add_argument("--out", type=Path, required=True, help="File to write, an .npz.")
     add_skip_bad_option(parser)
     parser.add_argument(
         "--features", choices=("inception",), help="Store mean and covariance of these features as well."
     )
     parser.add_argument("--inception-weights", type=Path, help="Use this file of torch-fidelity's Inception weights.")
-    parser.add_argument("--batch-size", type=cli.positive, default=64, help="Images at once.")
+    parser.add_argument("--batch-size", type=cli.positive, default=64, help="Images in a batch.")
     distributed.add_device_option(parser)
     cli.add_dry_run_option(parser)
     return parser
@@ -97,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"FOLDER {args.folder}: {images.count} image, a covariance needs two")
     provenance = images.source.fingerprint | {"weights_sha256": network.weights_sha256 if network else None}
     if args.out.exists():
-        require_same(f"--out {args.out}: the images there are others", read_provenance(args.out), provenance)
+        require_same(f"--out {args.out}: it holds other images", read_provenance(args.out), provenance)
     if args.dry_run:
         cli.show_plan(provenance | {"out": str(args.out), "bytes": int(np.prod(images.shape))}, args)
         return

@@ -1,6 +1,6 @@
-"""What a command needs before it starts: places that can be written, room on the disk, memory. A sentence each.
+"""Checks before a command starts: places that can be written, room on the disk, memory. A sentence each.
 
-Refused is only what cannot work. Bytes are counted from shapes, by the owners of the formats.
+Only a run that cannot work is refused. Bytes are counted from shapes, by the owners of the formats.
 """
 
 import os
@@ -21,7 +21,7 @@ def in_words(count: float) -> str:
 
 
 def writable_folder(option: str, path: str | Path) -> Path:
-    """The path of a folder to write to, which need not be there. ``UserError`` where it cannot be made or written."""
+    """The path of a folder to write to, which need not exist. ``UserError`` where it cannot be made or written."""
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{option} {path}: is a file, give a folder")
@@ -50,7 +50,7 @@ def nearest(path: Path) -> Path:
 
 
 def require_disk(what: str, path: str | Path, needed: int) -> None:
-    """``UserError`` where the disk of a place has less room than what is to be written there."""
+    """``UserError`` where the disk of a place has less room than the files to be written."""
     free = shutil.disk_usage(nearest(Path(path))).free
     if needed > free:
         raise UserError(

@@ -1,7 +1,7 @@
-"""What the command lines of all scripts share: one-sentence errors, presets, --dry-run.
+"""The shared parts of all command lines: one-sentence errors, presets, --dry-run.
 
-Nothing in here knows about diffusion; a script is ``cli.main(build_parser(), run)``. values.py has what options take,
-checks.py what else a command needs before it starts.
+Nothing in here knows about diffusion; a script is ``cli.main(build_parser(), run)``. values.py has their types,
+checks.py the other checks before a command starts.
 """
 
 import argparse
@@ -38,7 +38,7 @@ RANK_LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed? ?out|broken 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 DISK_ERRORS = (*FULL_DISK, errno.EROFS, errno.EIO)
 NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)  # torch's words
-RANKS_PAUSE = 30.0  # seconds that the main rank has to say first what all ranks have found
+RANKS_PAUSE = 30.0  # seconds in which the main rank alone may print an error that all ranks have found
 
 
 # False in a dry run, which downloads nothing and waits for no other rank.
@@ -46,7 +46,7 @@ FETCHING: ContextVar[bool] = ContextVar("FETCHING", default=True)
 
 
 class UserError(Exception):
-    """A mistake in what the user gave. The text is one sentence: the option, its value, what would be right."""
+    """A user's mistake. The text is one sentence: the option, its value, and a right value."""
 
 
 class AbsentError(UserError):
@@ -54,7 +54,7 @@ class AbsentError(UserError):
 
 
 class ShortageError(UserError):
-    """Room or memory do not suffice. A dry run shows what was counted all the same, ``plan()``."""
+    """Room or memory do not suffice. A dry run shows the counted needs all the same, ``plan()``."""
 
     def __init__(self, text: str, plan: Callable[[], dict]):
         super().__init__(text)
@@ -70,11 +70,11 @@ class PlanShown(BaseException):
 
 
 class RunError(Exception):
-    """Something that went wrong during the work, not in what the user gave: one sentence, exit code 1."""
+    """A failure during the work, not a user's mistake: one sentence, exit code 1."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """argparse's, with the default behind an option's help only where there is one to tell, and what it takes by type.
+    """argparse's, with the default behind an option's help where it has one, and a value's name by its type.
 
     Examples keep their lines.
     """
@@ -115,7 +115,7 @@ class Parser(argparse.ArgumentParser):
     def add_presets(self, presets: dict[str, dict], estimate: Callable[[dict], dict]) -> None:
         """Add ``--preset``: a name for values of this parser's options, which the command line may still override.
 
-        ``estimate`` tells ``--dry-run`` what follows from the options alone, where weights or data are missing.
+        ``estimate`` gives ``--dry-run`` the plan by the options alone, where weights or data are missing.
         """
         self.presets, self.estimate = presets, estimate
         self.add_argument(
@@ -137,7 +137,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             action.default = chosen.get(action.dest, action.default)
             if chosen and given.dry_run and action.required:
-                # A preset can be shown before its weights and data are there.
+                # A preset can be shown before its weights and data exist.
                 action.default = action.default or f"({action.option_strings[0]} is not given)"
             action.required = action.required and action.default is None
         return super().parse_args(args, namespace)
@@ -219,7 +219,7 @@ def world_size() -> int:
 
 
 def one_line(text: str) -> str:
-    """The text with what would break its line, in a file's name for one, written as an escape."""
+    """The text, with characters that would break its line (in a file's name, for one) written as escapes."""
     return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
@@ -255,7 +255,7 @@ def run_command(args: argparse.Namespace) -> None:
 
 
 def chosen(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """The values of some options by name, as keyword arguments for what is below a script."""
+    """The values of some options by name, as keyword arguments for the functions below a script."""
     return {name: getattr(args, name) for name in names}
 
 
@@ -265,7 +265,7 @@ def add_dry_run_option(group: OptionGroup) -> None:
 
 
 def show_plan(plan: dict, args: argparse.Namespace) -> None:
-    """Print what a run would do, and all options, as JSON: the whole of ``--dry-run``."""
+    """Print the plan of a run, and all options, as JSON: the whole of ``--dry-run``."""
     if os.environ.get("RANK", "0") == "0":
         options = {name: value for name, value in vars(args).items() if not callable(value)}
         print(json.dumps(plan | {"options": options}, indent=2, default=str))

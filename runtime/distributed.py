@@ -1,4 +1,4 @@
-"""All that this project knows about processes and devices: works alike under torchrun and plain python.
+"""All that this project knows about processes and devices: the same code works under torchrun and plain python.
 
 Losses never see ranks: every script computes on its share of the indices and meets the other processes only in the
 functions below.
@@ -46,7 +46,7 @@ class DistributedContext:
 
     @property
     def in_process_group(self) -> bool:
-        """Whether there are others with whom to agree on anything (``join``)."""
+        """Whether this process has joined others (``join``)."""
         return self.world_size > 1 and dist.is_initialized()
 
     def share(self, count: int) -> range:
@@ -76,7 +76,7 @@ class DistributedContext:
         return tensor
 
     def on_main(self, work: Callable[[], Result]) -> Result:
-        """What ``work()`` returns in the main rank, on every rank; its error about files and options is everybody's."""
+        """The main rank's result of ``work()``, on every rank; its error about files and options is everybody's."""
         if not self.in_process_group:
             return work()
         outcome: tuple[bool, Any] = (True, None)
@@ -91,7 +91,7 @@ class DistributedContext:
         return value
 
     def agree(self, value: torch.Tensor) -> bool:
-        """Whether a number is the same on all ranks, to the bit; said alike on every rank."""
+        """Whether a number is the same on all ranks, to the bit; every rank gets the same answer."""
         extremes = torch.stack([value, -value]).to(self.device)
         if self.world_size > 1:
             dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
@@ -114,7 +114,7 @@ def setup(device: str = "auto") -> DistributedContext:
 
 
 def choose_device(device: str = "auto") -> DistributedContext:
-    """Choose this process's device, and wait for nobody: what can be refused, each rank refuses by itself.
+    """Choose this process's device, and wait for nobody: each rank refuses a bad one by itself.
 
     ``device`` is "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1". Raises ``UserError`` if it is not there.
     """
@@ -232,12 +232,12 @@ def read_with_workers(
 ) -> Iterator[Any]:
     """The items of these indices, read ahead by processes that end with this one, also when that ends by an error.
 
-    They never get SIGTERM, which is what python would end them with, to wait for ever then.
+    They never get SIGTERM, with which python would end them, to wait for ever then.
     """
     loader: Any = DataLoader(data, batch_size=None, sampler=indices, num_workers=num_workers, pin_memory=pin_memory)
     with held_back():
         items = iter(loader)
-    end = getattr(items, "_shutdown_workers", lambda: None)  # what torch calls when all goes well
+    end = getattr(items, "_shutdown_workers", lambda: None)  # torch calls it when all goes well
     atexit.register(end)  # for errors where the items are used, which keep this generator alive until then
     try:
         yield from items

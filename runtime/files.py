@@ -99,21 +99,21 @@ def require_replaceable(option: str, path: str | Path, what: str, is_ours: Calla
     with contextlib.suppress(Exception):  # a foreign file can fail to be read in any way
         if path.is_file() and is_ours(path):
             return
-    raise UserError(f"{option} {path}: is there already and is not {what}; give another name")
+    raise UserError(f"{option} {path}: exists already and is not {what}; give another name")
 
 
 def read_json(path: Path) -> Any:
-    """What a small text file of JSON holds. ``ValueError`` for any other."""
+    """The content of a small text file of JSON. ``ValueError`` for any other."""
     if path.stat().st_size > MOST_OF_JSON:
         raise ValueError(f"{path}: too large")
     return json.loads(path.read_text())
 
 
-_claims: dict[Path, FileLock] = {}  # what this process holds
+_claims: dict[Path, FileLock] = {}  # the locks that this process holds
 
 
 def lock_of(place: Path) -> Path:
-    """Where the lock of a folder, or of a file that is there, lies: in the folder, or beside the file."""
+    """The path of the lock of a folder, in it, or of an existing file, beside it."""
     return (place.with_name(f"{place.name}{LOCK}") if place.is_file() else place / LOCK).absolute()
 
 
@@ -260,7 +260,7 @@ class WriteBehind:
 
 
 class SharedWriter(WriteBehind):
-    """What many ranks fill together: every rank writes its part in a thread, the main rank closes the whole.
+    """A place that many ranks fill together: every rank writes its part in a thread, the main rank closes the whole.
 
     A subclass sets ``complete`` where nothing is missing from the start. Leaving without an
     error waits for all ranks and has the main rank call ``close``.
@@ -278,7 +278,7 @@ class SharedWriter(WriteBehind):
         self.progress = tqdm(total=total, unit=unit, disable=None if self.context.is_main else True)
 
     def close(self) -> None:
-        """Finish what all ranks have written."""
+        """Close the whole when all ranks have written."""
         raise NotImplementedError
 
     def __exit__(

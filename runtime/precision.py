@@ -126,7 +126,7 @@ class CUDAGraph:
         self.output = torch.empty(0)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """What ``function(*inputs)`` returns."""
+        """The result of ``function(*inputs)``."""
         if self.possible and self.graph is None:
             self._record(inputs)
         if self.graph is None or [x.shape for x in inputs] != [x.shape for x in self.inputs]:
@@ -156,14 +156,14 @@ class CUDAGraph:
 
 
 def prepare_blocks(model: DiT, *, compile: bool, checkpoint_activations: bool) -> None:
-    """Do what ``--compile`` and ``--checkpoint-activations`` say, in place."""
+    """Apply ``--compile`` and ``--checkpoint-activations``, in place."""
     model.checkpoint_activations = checkpoint_activations
     if compile:
         compile_blocks(model)
 
 
 class SkipInit(TorchFunctionMode):
-    """Leaves out what ``torch.nn.init`` would do."""
+    """Skips the initialisation of ``torch.nn.init``."""
 
     def __torch_function__(self, func: Any, types: Any, inputs: tuple = (), named: dict | None = None) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init":

@@ -1,4 +1,4 @@
-"""Where artefacts come from: the hash of a model's weights, and the refusal of what does not belong together."""
+"""Where artefacts come from: the hash of a model's weights, and the refusal of those that do not match."""
 
 import hashlib
 from collections.abc import Callable
@@ -10,12 +10,12 @@ from runtime.cli import UserError
 
 # Keys of provenance that artefacts of earlier versions have under another name.
 RENAMED_KEYS = {"points": "solver_indices", "classes": "class_names"}
-# Keys that they lack: beside which one each stands, and what was meant without it.
+# Keys that they lack: beside which one each stands, and its meaning where it lacks.
 ADDED_KEYS: list[tuple[str, str, Callable[[dict], Any]]] = [
     ("gan_weight", "d_clip", lambda training: training.get("clip")),  # the heads were clipped as the student
     ("ema_decay", "ema_warmup", lambda training: False),
 ]
-# What does not decide which images they are, where the hash of their listing is known.
+# Keys that do not decide which images they are, where the hash of their listing is known.
 IGNORED_IF_LISTING_MATCHES = {"data", "class_names"}
 
 

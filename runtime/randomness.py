@@ -55,10 +55,10 @@ def labels(seed: int, indices: Sequence[int], num_classes: int, policy: str = "b
 
 
 class Conditions(Protocol):
-    """What labels stand for: a model is given ``conditions(labels)``. Label ``count`` is null, the others are below."""
+    """The meaning of labels: a model is given ``conditions(labels)``. Label ``count`` is null, others are smaller."""
 
     count: int
-    about: dict  # what artefacts made with them say of them in their provenance
+    about: dict  # their entry in the provenance of artefacts made with them
     max_text_tokens: int  # tokens of y, 0 for classes
 
     def __call__(self, label: torch.Tensor) -> torch.Tensor:

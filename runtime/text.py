@@ -107,7 +107,7 @@ class T5Encoder:
 
     @staticmethod
     def _load(kind: Any, name: str, part: str, **options: Any) -> Any:
-        """A pipeline's part where there is one, or else what is in the folder itself."""
+        """A pipeline's sub-folder where there is one, or else the folder itself."""
         local = Path(name)
         if local.is_dir():
             return kind.from_pretrained(local / part if (local / part).is_dir() else local, **options)
@@ -130,7 +130,7 @@ class T5Encoder:
 
 @dataclass(frozen=True)
 class T5Outline:
-    """What T5's files say of it before it is loaded."""
+    """T5's config, read before it is loaded."""
 
     name: str
     channels: int

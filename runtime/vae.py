@@ -22,7 +22,7 @@ SDXL_SCALE = 0.13025  # of the autoencoders that overflow in fp16, unless their 
 WEIGHTS = (f"{DIFFUSERS_STEM}.safetensors", f"{DIFFUSERS_STEM}.bin")
 EXPECTED = f"give {', '.join(NAMES)}, none or a folder in diffusers' layout (config.json and {WEIGHTS[0]})"
 VAE_BYTES = 4 * 83_653_863  # of the weights of each of these
-IMAGES_AT_ONCE = 16  # what an encoder or decoder takes at a time: 16 images of 512 pixels need about 10 GB in fp32
+IMAGES_AT_ONCE = 16  # the largest batch of an encoder or decoder: 16 images of 512 pixels need about 10 GB in fp32
 
 
 class Pixels:
@@ -42,7 +42,7 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Outline:
-    """What an autoencoder's config says of it: how many times smaller latents are, and channels."""
+    """By an autoencoder's config: how many times smaller latents are than images, and their channels."""
 
     name: str
     scale: float
@@ -153,7 +153,7 @@ def load_autoencoder(name: str) -> Any:
     from diffusers import AutoencoderKL  # seconds to import, not needed for pixels
     from diffusers.utils import logging
 
-    logging.set_verbosity(logging.CRITICAL)  # our sentence below says what failed
+    logging.set_verbosity(logging.CRITICAL)  # our sentence below names the failure
     try:
         folder = cached_snapshot(path, "vae") if fetch else Path(path)
         within = "vae" if (folder / "vae" / "config.json").is_file() else None  # a whole pipeline's folder
@@ -183,12 +183,12 @@ def latent_space_hash(model: Any) -> str:
 
 
 def resolve_name(name: str | None) -> str | None:
-    """What ``--vae`` stands for: a hub id or a folder; None for pixel space ("none")."""
+    """The hub id or folder that ``--vae`` means; None for pixel space ("none")."""
     return None if name in (None, "none") else NAMES.get(name, name)
 
 
 def decoder_precision(given: str, device: torch.device) -> str:
-    """What ``--vae-precision`` stands for: "auto" is bf16 on GPUs, where decoding costs more than sampling, or fp32."""
+    """The number format of ``--vae-precision``: "auto" is bf16 on GPUs, where decoding costs most, or fp32."""
     return given if given != "auto" else "bf16" if device.type == "cuda" else "fp32"
 
 
@@ -212,7 +212,7 @@ def load_same_vae(
 ) -> Any:
     """The autoencoder of this name and hash, loaded from ``given`` (``--vae``) if there is one; ``UserError`` if not.
 
-    Where no hash is known, as with others' weights and those of earlier versions, what is given is believed.
+    Where no hash is known, as with others' weights and those of earlier versions, the given one is taken unchecked.
     """
     if given and (resolve_name(given) is None) != (name is None):
         space = "pixels" if name is None else f"latents of {name}"

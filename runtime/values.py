@@ -1,4 +1,4 @@
-"""The values that options take: argparse types, each of which refuses with a sentence, and what the help calls them."""
+"""The values that options take: argparse types, each of which refuses with a sentence, and their names in the help."""
 
 import argparse
 import math
@@ -99,7 +99,7 @@ def folder(text: str) -> str:
     return name(text)
 
 
-# What the help calls the value of an option of each type.
+# The help's name for the value of an option of each type.
 METAVARS: dict[Any, str] = dict.fromkeys((positive, not_negative, workers), "N")
 METAVARS |= dict.fromkeys((positive_number, not_negative_number, fraction), "X")
 METAVARS |= {file: "FILE", Path: "FILE", folder: "FOLDER"}

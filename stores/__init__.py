@@ -1,1 +1,1 @@
-"""What lies on disk, one owner for each format. Imports only ``runtime``, ``diffusion`` and the models."""
+"""The formats on disk, one owner for each. Imports only ``runtime``, ``diffusion`` and the models."""

@@ -27,11 +27,11 @@ from stores.shards import ShardStore, store_parser
 
 KIND = "captions"  # the manifest's word for this format
 NEEDED = ("text_sha256", "encoder", "encoder_hash", "channels", "max_tokens")  # of its provenance, by those who read it
-ENCODER = ("encoder_hash", "max_tokens")  # what a model must have been trained with; other texts it may read
+ENCODER = ("encoder_hash", "max_tokens")  # the same as in a model's training; other texts it may read
 
 
 def row_bytes(tokens: int, channels: int, text: str) -> int:
-    """What a caption of so many tokens takes: these, its text and four numbers."""
+    """Bytes of a caption of ``tokens`` tokens: these, its text and four numbers."""
     return 2 * tokens * channels + len(text.encode()) + 4 * 8
 
 
@@ -51,7 +51,7 @@ def shard_tensors(
 
 
 class CaptionStore(ShardStore):
-    """A finished store of captions. Called with their numbers, it gives their tokens: what a text model takes as y."""
+    """A finished store of captions. Called with their numbers, it gives their tokens, a text model's y."""
 
     kind = "caption store"
     ragged = ("tokens", "text")
@@ -108,7 +108,7 @@ def add_captions_option(group: OptionGroup) -> None:
 def open_conditions(
     captions: str | None, model: DiT, provenance: dict, *, same_text: bool = False, verify: bool = False
 ) -> Conditions:
-    """What a model's labels stand for: its classes, or the captions of a store, which must suit it.
+    """The meaning of a model's labels: its classes, or the captions of a store, which must suit it.
 
     ``provenance`` is that of the model, or of its trajectories: the captions must come from the encoder that it names,
     and with ``same_text`` be the very ones. ``UserError`` where they are not, or where the model reads no captions.
@@ -126,7 +126,7 @@ def open_conditions(
     wanted = provenance.get("captions")
     if wanted:
         names = (*ENCODER, "text_sha256") if same_text else ENCODER
-        what = f"--captions {captions}: not what this was made with"
+        what = f"--captions {captions}: not the captions that this was made with"
         require_same(what, store.about["captions"], {name: wanted.get(name) for name in names})
     return store
 

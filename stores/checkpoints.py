@@ -1,7 +1,7 @@
 """The one owner of checkpoints: tensors and a plain-dict config, read with ``weights_only=True``.
 
     {"config": {"kind", "model", "vae", "provenance", "training"}, "step": int,
-     "model": weights, "ema": weights, "opt": optimiser state}          + what a trainer adds, e.g. its discriminator
+     "model": weights, "ema": weights, "opt": optimiser state}          + a trainer's own, e.g. its discriminator
 
 ``config`` rebuilds the model and says where it comes from. A file may lack "model" and "opt" (a shipped, slim one).
 
@@ -57,7 +57,7 @@ def load(path: str | Path, option: str) -> dict:
         if damaged:
             raise ValueError(f"its part {damaged} differs from its checksum")
         with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's training script saves its options so
-            mapped = zipfile.is_zipfile(path)  # then what is not looked at takes no memory
+            mapped = zipfile.is_zipfile(path)  # then tensors that are not used take no memory
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds for truncated, foreign and pickled files
         raise UserError(f"{option} {path}: not a readable checkpoint ({explain_load_error(path, error)})") from None
@@ -69,17 +69,17 @@ def load(path: str | Path, option: str) -> dict:
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """What a model's weights take in a checkpoint, and in memory."""
+    """Bytes of a model's weights in a checkpoint, and in memory."""
     return sum(value.numel() * value.element_size() for value in model.state_dict().values())
 
 
 def moments_bytes(model: nn.Module) -> int:
-    """What AdamW keeps of a model in training, two moments of each weight that is trained."""
+    """Bytes of AdamW's state in training, two moments of each trained weight."""
     return 2 * sum(value.numel() * value.element_size() for value in model.parameters() if value.requires_grad)
 
 
 def load_weights(model: nn.Module, state: dict[str, torch.Tensor], what: str, take: bool = False) -> None:
-    """Load weights that must fit exactly and be finite; ``UserError`` names what does not.
+    """Load weights that must fit exactly and be finite; ``UserError`` names the first that does not.
 
     ``take``: the model takes over the tensors themselves, so that a mapped file is in memory once and not twice.
     """
@@ -121,7 +121,7 @@ def _own(content: dict, kind: str, weights: str, what: str) -> tuple[dict, dict]
 
 
 def _foreign_config(kind: str, shape: dict) -> dict:
-    """What is known of weights that came without a config of ours."""
+    """The provenance of weights that came without a config of ours."""
     return {"kind": kind, "model": shape, "vae": foreign_weights.latent_space(shape), "provenance": {}, "training": {}}
 
 
@@ -155,7 +155,7 @@ def load_teacher(
     ``source`` is a checkpoint of ours, an official or diffusers' DiT (file, folder, official name or hub id), or
     diffusers' PixArt, whose autoencoder is ``vae`` where none is in the same folder. Weights that came alone are "ema",
     as the official ones are. ``heads`` is the number of attention heads where the file does not say it; where it is not
-    that of a known size, ``provenance`` has it as "teacher_heads". ``UserError`` names what is missing or does not fit.
+    that of a known size, ``provenance`` has it as "teacher_heads". ``UserError`` names missing or unfitting weights.
     """
     bare = False
     path, what = foreign_weights.find(source, option), f"{option} {source}"
@@ -204,7 +204,7 @@ def load_student(
 
     Ours is rebuilt without being told its steps, mask or depth of history; one of the authors' re-implementation says
     its steps only. ``given`` are the user's options, of {"steps", "mask", "history_layers"} and DiT's arguments: they
-    fill in what the authors' file does not say (ARD's defaults otherwise), and a contradiction is refused.
+    fill in the settings that the authors' file lacks (ARD's defaults otherwise), and a contradiction is refused.
     """
     content, what, given = load(path, option), f"{option} {path}", given or {}
     if isinstance(content.get("config"), dict):
@@ -231,7 +231,7 @@ def student_config(
     target: str,
     training: dict,
 ) -> dict:
-    """The config of a run that trains a student: it rebuilds the student, and says what was trained on and how.
+    """The config of a run that trains a student: it rebuilds the student, and records its data and training.
 
     ``provenance`` is that of the trajectories, the next three say which points of them the student learns.
     """
@@ -246,7 +246,7 @@ def student_config(
 
 
 def add_student_options(group: OptionGroup) -> None:
-    """``--ckpt-path``, and what the authors' commands say of the student in it besides."""
+    """``--ckpt-path``, and the options by which the authors' commands describe its student."""
     group.add_argument(
         "--ckpt-path",
         "--ckpt_path",
@@ -279,7 +279,7 @@ def load_named_student(
     return load_student(ckpt_path, weights=weights, given=given)
 
 
-STUDENT_OPTIONS = ("ckpt_path", "model", "steps", "mask", "stack")  # what ``load_named_student`` takes of them
+STUDENT_OPTIONS = ("ckpt_path", "model", "steps", "mask", "stack")  # arguments of ``load_named_student``
 
 
 def slim(args: argparse.Namespace) -> None:
@@ -288,7 +288,7 @@ def slim(args: argparse.Namespace) -> None:
     if "ema" not in content or "config" not in content:
         raise UserError(f"SOURCE {args.source}: no checkpoint of this project's trainers")
     if writable_file("OUT", args.out).exists():
-        raise UserError(f"OUT {args.out}: the file is there already")
+        raise UserError(f"OUT {args.out}: the file exists already")
     ema = {name: value.to(DTYPES[args.precision]) for name, value in content["ema"].items()}
     save(args.out, {"config": content["config"], "step": content["step"], "ema": ema})
     print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB")
@@ -312,12 +312,12 @@ if __name__ == "__main__":
 
 
 #################################################################################
-#                          What is wrong with a file                            #
+#                              Errors of a file                                 #
 #################################################################################
 
 
 def explain_load_error(path: Path, error: Exception) -> str:
-    """Why a file cannot be read. torch's own words are codes, and advice to load what may run code."""
+    """Why a file cannot be read. torch's own words are codes, and advice to load files that may run code."""
     with path.open("rb") as file:
         begin = file.read(2)
     if not begin:

@@ -34,7 +34,7 @@ class DigitImages:
 
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# Relation, first and second digit, shuffled: what never stands together in training is the last fifth.
+# Relation, first and second digit, shuffled: the last fifth never stands together in training.
 SCENES = [
     (("above", "beside")[i // 100], i // 10 % 10, i % 10) for i in np.random.default_rng(0).permutation(200).tolist()
 ]

@@ -69,7 +69,7 @@ class EmojiImages:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The index of a folder of sheets. ``UserError`` where there is none."""
+    """The index of a folder of sheets. ``UserError`` where it has none."""
     try:
         index = read_json(folder / "index.json")
         if not all(isinstance(index["pictures"][kind], list) for kind in CLASSES):
@@ -80,7 +80,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def read_sheet(path: Path, count: int) -> np.ndarray:
-    """The pictures of a sheet: (count, 32, 32, 3) uint8. ``UserError`` where they are not there."""
+    """The pictures of a sheet: (count, 32, 32, 3) uint8. ``UserError`` where they are missing."""
     try:
         with Image.open(path) as image:
             sheet = np.asarray(image.convert("RGB"))
@@ -118,7 +118,7 @@ def draw(svg: str) -> np.ndarray:
 
 
 def read_set(icons: Path, name: str) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
-    """An icon set in Iconify's JSON: what its index tells of it, and its pictures as (class, name, SVG)."""
+    """An icon set in Iconify's JSON: the entries of its index, and its pictures as (class, name, SVG)."""
     folder = icons / name
     try:
         package, info, data = (read_json(folder / f"{part}.json") for part in ("package", "info", "icons"))

@@ -1,4 +1,4 @@
-"""PixArt's weights in diffusers' layout, in terms of ours: names, shapes, and what is folded into other weights.
+"""PixArt's weights in diffusers' layout, in terms of ours: names, shapes, and the weights that are folded into others.
 
     PixArt-alpha/PixArt-Sigma-XL-2-512-MS      (transformer/config.json and its weights), or such a folder
 
@@ -80,7 +80,7 @@ def pixart_config(path: Path, option: str) -> dict:
 
 
 def from_diffusers(theirs: State, config: dict) -> State:
-    """diffusers' names -> ours; what has no counterpart keeps its name, for the strict load to complain about.
+    """diffusers' names -> ours; a tensor without counterpart keeps its name, for the strict load to complain about.
 
     Positions are computed, as diffusers does. What alpha's largest model is told of the image's size is the same for
     all square images: it is added to the embedding of time.

@@ -37,13 +37,13 @@ def find(source: str | Path, option: str) -> Path:
     """The file or folder that an option names: a path, one of ``OFFICIAL``, or a hub id such as facebook/DiT-XL-2-256.
 
     Names are looked up in the caches of torch.hub (TORCH_HOME) and Hugging Face (HF_HOME) and downloaded into them.
-    ``UserError`` says what to fetch, and where to put it, when that fails.
+    ``UserError`` names the file to fetch, and its place, when that fails.
     """
     path = Path(source)
     if path.exists():
         return path
     if str(source) in OFFICIAL:
-        # No checksum of Meta's files is published. What stands in for one is the strict load (every name, shape and
+        # No checksum of Meta's files is published. In its place stands the strict load (every name, shape and
         # finite value) and the hash of the weights, which all artefacts record as teacher_hash.
         return cached_download(URL + str(source), f"{option} {source}")
     if shape_by_name(str(source)) or is_hub_id(str(source)):
@@ -253,7 +253,7 @@ def diffusers_config(path: Path, option: str) -> dict:
 
 
 def from_diffusers(theirs: State, config: dict, what: str) -> State:
-    """diffusers' names -> ours; what has no counterpart keeps its name, for the strict load to complain about.
+    """diffusers' names -> ours; a tensor without counterpart keeps its name, for the strict load to complain about.
 
     Positions are computed where the file lacks them, as current versions of diffusers do. Their DiTTransformer2DModel
     itself deviates from the official model with the same weights: its sinusoids of the time have 127 instead of 128

@@ -6,7 +6,7 @@ Both ``Images`` and ``FolderImages`` have
     digest()                a hash, the ``hashed`` of what they are
     features_path(name)     where features of that name may be kept; None: nowhere
     batches(rows, size)     (index of the first image, images (B, H, W, 3) uint8), B of at most ``size``
-    member(name)            another array of the file, None where there is none
+    member(name)            another array of the file, None where the file lacks it
 """
 
 import os

@@ -1,9 +1,9 @@
-"""Folders of images, with a sub-folder for each class or with none: what is in them, checked before the work begins.
+"""Folders of images, with a sub-folder for each class or with none: their content, checked before the work begins.
 
 Images are known by their suffix (``pictures.SUFFIXES``, in any case). Names that begin with a dot, and the folders
-``HIDDEN``, are neither images nor classes. Every header is read when a folder is opened, and what does not end as a
-whole file does is decoded, so that what cannot be used is said at the start, all at once. Where some of it may be left
-out (``--skip-bad``), every image is decoded once: then the list of images is settled, and with it their order.
+``HIDDEN``, are neither images nor classes. Every header is read when a folder is opened, and a file
+that does not end as a whole one does is decoded, so that unusable files are named at the start, all at once. Where some
+may be left out (``--skip-bad``), every image is decoded once: then the list of images is settled, and their order.
 
 A folder is known by the hash of its listing: paths inside the folder and sizes in bytes, not by where it lies.
 """
@@ -24,26 +24,26 @@ from runtime.cli import OptionGroup, UserError, existing_folder, not_negative, s
 from runtime.distributed import DistributedContext
 from stores.pictures import LIMIT, SUFFIXES, BadImageError, Header, center_crop, croppable, look, read
 
-HIDDEN = ("__MACOSX", "@eaDir")  # what macOS and network drives leave, with small copies of the images
+HIDDEN = ("__MACOSX", "@eaDir")  # folders of macOS and network drives, with small copies of the images
 AT_ONCE = 256  # files that a thread looks at
 
 
 class Survey(NamedTuple):
-    """What a folder holds."""
+    """The content of a folder."""
 
     names: list[str]  # paths of the images inside the folder
     labels: list[int]
     classes: list[str]
     listing: str  # hash of names and sizes in bytes
     shapes: set[tuple[int, int]]  # widths and heights
-    notes: list[str]  # what is worth saying of the rest
+    notes: list[str]  # remarks on the other files
 
 
 class ImageFolder:
     """A folder with one sub-folder of images per class, read as ADM does: centre crop, resized to ``size``.
 
     ``unconditional`` takes every image below the folder, with or without sub-folders, and no classes. ``channels`` 1 is
-    for folders of grey images. ``size`` None leaves the images as they are. (images.py says what a source is.)
+    for folders of grey images. ``size`` None leaves the images as they are. (images.py defines a source.)
     """
 
     vae, vae_hash = None, None
@@ -59,8 +59,8 @@ class ImageFolder:
         skip_bad: int | None = None,
         context: DistributedContext | None = None,
     ):
-        """The main rank looks for all. ``skip_bad``: go on without so many bad images; None where that cannot be asked
-        for. ``UserError`` names what is bad.
+        """The main rank looks for all. ``skip_bad``: go on without this number of bad images; None where the command has
+        no such option. ``UserError`` names the bad ones.
         """
         self.option, self.size, self.channels, self.skip_bad = option, size or 0, channels, skip_bad
         self.root = root = existing_folder(option, folder)
@@ -114,7 +114,7 @@ def add_skip_bad_option(group: OptionGroup) -> None:
 def _survey(
     root: Path, size: int | None, unconditional: bool, option: str, channels: int, skip_bad: int | None
 ) -> Survey:
-    """What is in the folder; ``UserError`` where it cannot be used."""
+    """The content of the folder; ``UserError`` where it cannot be used."""
     where = f"{option} {root}"
     classes = [] if unconditional else _classes(root, where)
     if unconditional:
@@ -192,7 +192,7 @@ def _in_order(folder: Path, root: Path) -> list[str]:
 
 
 def _files(folder: Path, root: Path) -> Iterator[str]:
-    """The files below a folder that are not hidden, by their paths inside ``root``; what is linked twice once."""
+    """The files below a folder that are not hidden, by their paths inside ``root``; each linked file once."""
     met = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
@@ -212,7 +212,7 @@ def _is_image(name: str) -> bool:
 
 
 def _look_at(root: Path, names: list[str], decode: bool) -> Iterator[tuple[int, Header | str]]:
-    """Of each image its size in bytes, and its header or what is wrong with it; in threads."""
+    """Of each image its size in bytes, and its header or its error; in threads."""
 
     def some(start: int) -> list[tuple[int, Header | str]]:
         return [_look(root / name, decode) for name in names[start : start + AT_ONCE]]

@@ -86,7 +86,7 @@ def open_source(
 
 
 def summary(source: Source) -> str:
-    """What a source holds, in a line: "303 images, 3 classes: a, b, c"."""
+    """The content of a source, in a line: "303 images, 3 classes: a, b, c"."""
     text, names = f"{source.count} images", source.fingerprint.get("class_names")
     if source.num_classes:
         text += f", {source.num_classes} classes" + (f": {shortened(names, 8)}" if names else "")
@@ -105,7 +105,7 @@ def open_vae(
 ) -> tuple[Any, str | None, str | None]:
     """The autoencoder to use, its full name and hash: ``--vae`` as given, else the source's own; None is pixel space.
 
-    Latents need one for pictures only: what is not needed is not loaded. ``UserError`` when they are another one's.
+    Latents need one for pictures only: else none is loaded. ``UserError`` when they are another one's.
     """
     if not isinstance(source, LatentStore):
         vae = load_vae(given, device)
@@ -142,7 +142,7 @@ def latent_shape(source: Source, vae: VAE | Outline | Pixels) -> tuple[int, ...]
 def real_latents(batch: dict[str, torch.Tensor], vae: VAE | Pixels) -> torch.Tensor:
     """x_0 of a batch: (B, C, h, w), drawn from the encoder's posterior with the noise ``batch["posterior_noise"]``.
 
-    ``batch`` holds what ``read`` gave. Pixels have no deviation, so they are x_0 themselves.
+    ``batch`` is the result of ``read``. Pixels have no deviation, so they are x_0 themselves.
     """
     if "images" in batch:
         mean, std = vae.encode(from_uint8(batch["images"]))

@@ -25,7 +25,7 @@ KIND = "latents"  # the manifest's word for this format
 
 
 def row_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    """What an image takes: mean and deviation of both sides, latents of ``shape``, and the label."""
+    """Bytes of an image: mean and deviation of both sides, latents of ``shape``, and the label."""
     return 4 * torch.Size(shape).numel() * DTYPES[dtype].itemsize + torch.int64.itemsize
 
 
@@ -34,12 +34,12 @@ def is_store(folder: str | Path) -> bool:
     return (Path(folder) / "manifest.json").is_file() or any(Path(folder).glob("shard-*"))
 
 
-# Of a store's provenance, what its readers ask for.
+# The keys of a store's provenance that its readers need.
 NEEDED = ("data", "listing", "image_size", "channels", "class_names", "num_classes", "vae", "dtype", "vae_precision")
 
 
 class LatentStore(ShardStore):
-    """A finished store of latents as a source of real images (images.py says what a source is)."""
+    """A finished store of latents as a source of real images (images.py defines a source)."""
 
     kind = "latent store"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-# What reading a damaged .npz may raise: RuntimeError where a bit says that it is encrypted (NotImplementedError is one:
+# Exceptions of reading a damaged .npz: RuntimeError where a bit says that it is encrypted (NotImplementedError is one:
 # another compression), OSError where a position is impossible, TokenError from numpy's second try at a header.
 DAMAGED_NPZ = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, OSError, tokenize.TokenError)
 MOST_OF_A_MEMBER = 1 << 28  # bytes of an array that is read whole: statistics of 2048 features take 34 MB
@@ -28,7 +28,7 @@ def has_lost_members(archive: zipfile.ZipFile) -> bool:
 
 
 def npz_member(path: Path, name: str, most: int = MOST_OF_A_MEMBER) -> np.ndarray | None:
-    """An array of an .npz, None where it has no such. What a damaged file may raise is ``DAMAGED_NPZ``.
+    """An array of an .npz, None where it has no such. A damaged file raises one of ``DAMAGED_NPZ``.
 
     Never a pickle, and never more memory than ``most`` bytes, whatever the headers claim.
     """

@@ -3,9 +3,9 @@
 An opaque, upright image of 8 bits is read as ADM reads it, by Pillow's ``convert("RGB")``. Else, in this order:
 
     frames        the first one of an animation, or of a file of several pages
-    bits          of 16 (or 12) the upper 8, which is also what Pillow takes of 16-bit colours; 1 bit is black and white
-    ranges        floats and integers of 32 bits are refused: no file says what is white
-    transparency  on white, as it is seen on a page; ADM's convert uncovers what lies below, which nobody has looked at
+    bits          of 16 (or 12) the upper 8, as Pillow does with 16-bit colours; 1 bit is black and white
+    ranges        floats and integers of 32 bits are refused: no file names its white
+    transparency  on white, as it is seen on a page; ADM's convert uncovers the colours below, which nobody has seen
     orientation   upright, as EXIF says; ADM leaves such photographs on their side
     colours       CMYK, YCbCr and palettes become RGB by Pillow's formulas, as in ADM; colour profiles are not applied
 """
@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")  # in any case
-# Nothing else is tried, whatever a file is called: Pillow would start Ghostscript for what begins like PostScript.
+# Nothing else is tried, whatever a file is called: Pillow would start Ghostscript for a file like PostScript.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 MOST_PIXELS = 89_478_485  # of an image, where Pillow begins to warn: 360 MB while it is read
 LIMIT = f"the limit is {MOST_PIXELS / 1e6:.0f} million"
@@ -38,7 +38,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# How whole files end. What ends otherwise may still be whole: such a file is decoded to know.
+# How whole files end. Another end may still be whole: such a file is decoded to know.
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
 
 
@@ -47,7 +47,7 @@ class BadImageError(Exception):
 
 
 class Header(NamedTuple):
-    """What is known of an image before its pixels are decoded."""
+    """The header of an image, read before its pixels are decoded."""
 
     width: int  # upright
     height: int
@@ -83,7 +83,7 @@ def read(path: str | Path, channels: int = 3) -> Image.Image:
         if orientation in UPRIGHT:
             picture = picture.transpose(UPRIGHT[orientation])
         picture = picture.convert("RGB")
-        return picture if channels == 3 else picture.convert("L")  # grey in three channels stays what it is
+        return picture if channels == 3 else picture.convert("L")  # grey in three channels keeps its values
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

@@ -1,8 +1,8 @@
 """The one owner of run folders: ``results/000-DiT-XL-2`` or the folder of ``--run-dir``.
 
-config.json            the run's config: what decides its result, and by which it is found again
+config.json            the run's config: all that decides its result, and by which it is found again
 checkpoints/           0050000.pt, ...: kept; latest.pt: the newest snapshot, until a later checkpoint replaces it
-samples/  log.txt      previews, log lines; beside them what tracking.py writes
+samples/  log.txt      previews, log lines; beside them the files of tracking.py
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from stores.tracking import Tensorboard, Wandb, trackers
 
 
 def run_bytes(checkpoint_bytes: int, iterations: int, ckpt_every: int, keep: int) -> int:
-    """What a run writes: the checkpoints that are kept, and the snapshot, or the one that is being written."""
+    """Bytes that a run writes: the checkpoints that are kept, and the snapshot, or the one that is being written."""
     written = -(-iterations // ckpt_every)
     return checkpoint_bytes * (1 + (min(keep, written) if keep else written))
 
@@ -95,7 +95,7 @@ class RunFolder:
         """Write ``checkpoints/0050000.pt``, which makes an older snapshot superfluous.
 
         Waits for a copy of the state to the host only, and for an earlier write; the file is written in a thread.
-        ``last``: nothing will change the state any more, so what is on the host is not copied.
+        ``last``: nothing will change the state any more, so tensors on the host are not copied.
         """
         self.background.submit(self._write_checkpoint, f"{step:07d}.pt", step, on_host(state, copy=not last))
 
@@ -160,7 +160,7 @@ class RunFolder:
         return self.path / "samples" / f"{step:07d}.png"
 
     def log_preview(self, step: int) -> None:
-        """The preview of a step, which is there, beside the curves."""
+        """The preview of a step, an existing file, beside the curves."""
         for tracker in self._trackers:
             tracker.picture(step, self.preview(step))
 
@@ -217,7 +217,7 @@ def began(folder: Path, config: dict) -> bool:
 
 
 def is_fresh(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a run leaves that was killed before its config was written."""
+    """Whether a folder holds only the files of a run that was killed before its config was written."""
     checkpoints_of_it = folder / "checkpoints"
     names = {path.name for path in folder.iterdir()} - {LOCK, "config.json.partial", "checkpoints"}
     return not names and not (checkpoints_of_it.is_dir() and any(checkpoints_of_it.iterdir()))

@@ -3,7 +3,7 @@
 ``arr_0`` (N, H, W, 3) uint8 images, ``arr_1`` (N,) int64 labels, ``provenance`` JSON text; on request ``latents``
 (N, C, h, w) float32, the samples before decoding and rounding. While it is being filled:
 
-    samples.partial/provenance.json              what it will hold
+    samples.partial/provenance.json              the provenance of the .npz
     samples.partial/00000064-00000128.npz        the samples 64 .. 127, written by one rank, whole or not at all
 """
 
@@ -30,7 +30,7 @@ INDEX_BYTES = 40  # that a rank needs for each sample, to know which are missing
 
 
 def row_bytes(size: int, latent_shape: tuple[int, ...] = ()) -> int:
-    """What a sample of ``size`` pixels takes: image, label and, where latents of a shape are kept, the latent."""
+    """Bytes of a sample of ``size`` pixels: image, label and, where latents of a shape are kept, the latent."""
     latent = torch.Size(latent_shape).numel() * torch.float32.itemsize if latent_shape else 0
     return 3 * size * size + torch.int64.itemsize + latent
 
@@ -46,10 +46,10 @@ class SampleWriter(SharedWriter):
     """Fills ``path`` with exactly ``count`` samples, by any number of ranks, and writes a PNG grid of the first 100.
 
     with SampleWriter(path, count, provenance, context) as writer:
-        for indices in writer.missing_batches(64):      # this rank's part of what is not there yet
+        for indices in writer.missing_batches(64):      # this rank's part of the missing ones
             writer.write(indices, latents, images, y)   # in a thread, while the next batch is drawn
 
-    Leaving the block without an error packs the .npz. ``complete`` says that it was there from the start, with the same
+    Leaving the block without an error packs the .npz. ``complete`` says that it existed from the start, with the same
     provenance; another one is refused. A run that broke off is continued; no sample is drawn twice. Ranks on several
     nodes share nothing but the folder of the file.
     """
@@ -72,7 +72,7 @@ class SampleWriter(SharedWriter):
         self.complete = self.path.exists()
         self._note = self.folder / "provenance.json"
         if self.complete:
-            self._require_same(f"--out {path}: the samples there are others", read_provenance(path))
+            self._require_same(f"--out {path}: it holds other samples", read_provenance(path))
         else:
             found = self._noted()
             if found is not None:
@@ -87,7 +87,7 @@ class SampleWriter(SharedWriter):
         require_same(what, {"trajectories": self.provenance.get("trajectories")} | found, self.provenance)
 
     def _noted(self) -> dict | None:
-        """What the unfinished samples say of themselves; None where there are none, or nothing that can be read."""
+        """The provenance of the unfinished samples; None where there are none, or none that can be read."""
         try:
             return with_current_keys(json.loads(self._note.read_text()))
         except (OSError, ValueError, AttributeError):
@@ -107,7 +107,7 @@ class SampleWriter(SharedWriter):
         return self
 
     def _begin(self) -> set[int]:
-        """Claim the folder; the samples that are there already."""
+        """Claim the folder; the indices of the samples that it holds."""
         claim(self.folder, "--out")
         if self._noted() is None:
             write_text(self._note, json.dumps(self.provenance))

@@ -1,10 +1,10 @@
-"""Folders of large safetensors shards under one manifest: what the stores of trajectories and of latents share.
+"""Folders of large safetensors shards under one manifest, for the stores of trajectories, latents and captions.
 
     DIR/manifest.json              {"provenance": {...}, "shards": [{"file", "rows", "bytes", "sha256"}, ...]}
     DIR/shard-00000.safetensors    tensors of equally many rows; its metadata repeats the provenance
 
 Row i of the store is row i modulo rows-per-shard of shard i // rows-per-shard, and a function of i alone: any number of
-ranks writes the same files, and a run that broke off is continued. The manifest comes last and says that all is there.
+ranks writes the same files, and a run that broke off is continued. The manifest comes last, when all is written.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def note_of(shard: Path) -> Path:
 
 
 def shard_provenance(path: Path) -> dict:
-    """What a shard says of itself. ``UserError`` when it is truncated or no shard."""
+    """A shard's metadata. ``UserError`` when it is truncated or no shard."""
     try:
         with safe_open(path, "pt") as file:
             return with_current_keys(json.loads((file.metadata() or {})["provenance"]))
@@ -58,7 +58,7 @@ class ShardWriter(SharedWriter):
     """Fills a store by any number of ranks, which share its shards among them; continues one that broke off.
 
     with ShardWriter(folder, provenance, context, unit="image") as writer:
-        for rows in writer.missing_shards():       # this rank's part of what is not there yet
+        for rows in writer.missing_shards():       # this rank's part of the missing ones
             writer.write(rows, tensors)            # in a thread, while the next shard is made
 
     Leaving the block without an error writes the manifest. ``complete`` says that nothing is missing from the start.
@@ -75,7 +75,7 @@ class ShardWriter(SharedWriter):
         self.rows_per_shard = provenance["rows_per_shard"]
         self._starts = range(0, provenance["count"], self.rows_per_shard)  # as many as shards
         names = {path.name for path in self.folder.iterdir()} - {LOCK} if self.folder.is_dir() else set()
-        names = context.broadcast_object(names)  # one list for all: no rank must see what a faster one has begun
+        names = context.broadcast_object(names)  # one list for all: no rank must see a faster one's new files
         if names and not any(name.startswith("shard-") for name in names):
             raise UserError(f"{option} {folder}: the folder holds other files, give a new one")
         self._present = {name for name in names if name.endswith(".safetensors")}
@@ -115,7 +115,7 @@ class ShardWriter(SharedWriter):
         contiguous = {name: value.contiguous() for name, value in tensors.items()}
         content = save(contiguous, metadata={"provenance": json.dumps(self.provenance)})
         path = self.folder / shard_name(number)
-        # What is hashed is what was meant to be written, by the rank that wrote it, while it is in memory.
+        # The hash is of the bytes in memory, made by the rank that writes them: it shows what the disk changed.
         note = {"rows": len(tensors["label"]), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         write_text(note_of(path), json.dumps(note))
         with atomic_write(path) as partial:
@@ -142,7 +142,7 @@ class ShardWriter(SharedWriter):
         self._clean_up()
 
     def _read_note(self, path: Path) -> dict:
-        """What a shard's note says. ``UserError`` where it is damaged; both are removed then, to be made again."""
+        """A shard's note. ``UserError`` where it is damaged; both are removed then, to be made again."""
         try:
             note = json.loads(note_of(path).read_text())
             if note.keys() == {"rows", "bytes", "sha256"} and path.stat().st_size == note["bytes"]:
@@ -154,7 +154,7 @@ class ShardWriter(SharedWriter):
         raise UserError(f"{self.option} {note_of(path)}: damaged; removed with its shard, run the same command again")
 
     def _clean_up(self) -> None:
-        """Remove what the manifest has made superfluous, and give up the folder."""
+        """Remove the files that the manifest replaces, and give up the folder."""
         for path in self._paths:
             note_of(path).unlink(missing_ok=True)
         if (self.folder / LOCK).exists():
@@ -163,7 +163,7 @@ class ShardWriter(SharedWriter):
 
 
 def repair(folder: str | Path, option: str) -> list[str]:
-    """Remove the shards that are not what the manifest says, and the manifest with them; the names, missing ones too.
+    """Remove the shards that differ from the manifest, and the manifest with them; the names, missing ones too.
 
     The command that made the store then makes exactly these anew. ``UserError`` where there is no manifest.
     """
@@ -176,7 +176,7 @@ def repair(folder: str | Path, option: str) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{option} {manifest}: no manifest that can be read; run the command that made it") from None
     if bad:
-        for shard in shards:  # what is known of the good ones stays known
+        for shard in shards:  # the entries of the good ones stay
             note = {name: shard[name] for name in ("rows", "bytes", "sha256")}
             write_text(note_of(folder / shard["file"]), json.dumps(note))
         for shard in bad:
@@ -201,7 +201,7 @@ def _is_whole(folder: Path, shard: dict) -> bool:
 class ShardStore:
     """A finished store, open for random reads. ``provenance`` is the manifest's, ``len`` the number of rows."""
 
-    kind = "store"  # in messages; a subclass says of what
+    kind = "store"  # in messages; a subclass names its own
     ragged: tuple[str, ...] = ()  # tensors in which a row of the store has several rows
 
     def __init__(self, folder: str | Path, option: str = "--data-path", verify: bool = False):

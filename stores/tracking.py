@@ -4,7 +4,7 @@ Both have ``scalars(step, {name: value})`` and ``picture(step, PNG file)``, and 
 config, where provenance stands, and its options. Only the main rank has any.
 
 wandb-id               which run at Weights & Biases this one is, however often it goes on
-wandb/                 what wandb keeps on the disk; of a run that was offline, what `wandb sync` uploads
+wandb/                 wandb's files; those of a run that was offline are for `wandb sync` to upload
 """
 
 import json
@@ -25,7 +25,7 @@ UPLOAD_SECONDS = 60.0  # that the end of a run waits for wandb; the files stay
 
 
 class Tensorboard:
-    """Event files in the run's folder; what an earlier process has logged there after ``step`` is not shown."""
+    """Event files in the run's folder; an earlier process's entries after ``step`` are not shown."""
 
     def __init__(self, folder: Path, step: int, about: dict):
         from torch.utils.tensorboard import SummaryWriter  # seconds to import
@@ -47,7 +47,7 @@ class Tensorboard:
             self._writer.add_image("samples", np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the rest."""
         with naming(self.folder):
             self._writer.close()
 

@@ -4,7 +4,7 @@
     DIR/shard-00000.safetensors
         noise (n, C, H, W)     label (n,) int64
         xt    (n, K, C, H, W)  the teacher's state after each of the K stored steps
-        x0    (n, K, C, H, W)  what the teacher predicts x_0 to be from that state; the last point is the sample itself
+        x0    (n, K, C, H, W)  the teacher's prediction of x_0 from that state; the last point is the sample itself
 
 Trajectory i is a function of (seed, i) alone. Shards are memory-mapped: a batch is gathered from the page cache
 straight into one tensor.
@@ -36,7 +36,7 @@ from stores.shards import ShardStore, store_parser
 
 
 def row_bytes(shape: tuple[int, ...], points: int, targets: int, dtype: str) -> int:
-    """What a trajectory takes: latents of ``shape``, the noise and each target at each point, and the label."""
+    """Bytes of a trajectory: latents of ``shape``, the noise and each target at each point, and the label."""
     return torch.Size(shape).numel() * DTYPES[dtype].itemsize * (1 + points * targets) + torch.int64.itemsize
 
 
@@ -45,7 +45,7 @@ def kept_targets(store: str) -> tuple[str, ...]:
     return TARGETS if store == "both" else (store,)
 
 
-# Of a store's provenance, what its readers ask for.
+# The keys of a store's provenance that its readers need.
 NEEDED = ("teacher", "teacher_hash", "teacher_weights", "vae", "num_classes", "solver_steps", "cfg_scale")
 
 
@@ -73,7 +73,7 @@ class TrajectoryStore(ShardStore):
     def load_teacher(self, path: str | None = None, heads: int | None = None) -> tuple[DiT, dict]:
         """The teacher whose trajectories these are, from ``path`` or where the store says; another one is refused.
 
-        ``heads`` as for ``checkpoints.load_teacher``, by default what the dump was told.
+        ``heads`` as for ``checkpoints.load_teacher``, by default the dump's option.
         """
         weights, heads = self.provenance["teacher_weights"], heads or self.provenance.get("teacher_heads")
         source, vae = path or self.provenance["teacher"], self.provenance["vae"]
@@ -182,8 +182,12 @@ def build_parser() -> cli.Parser:
     command.add_argument("--out", type=cli.file, required=True, help="Write this .npz.")
     vae = "Load the teacher's autoencoder from this folder or hub id instead of by name."
     command.add_argument("--vae", type=cli.name, help=vae)
-    command.add_argument("--num-samples", type=cli.positive, help="Write only the first so many samples.")
-    command.add_argument("--per-proc-batch-size", type=cli.positive, default=64, help="Decode so many samples at once.")
+    command.add_argument(
+        "--num-samples", type=cli.positive, help="Number of samples to write, the first ones; without it, all."
+    )
+    command.add_argument(
+        "--per-proc-batch-size", type=cli.positive, default=64, help="Samples that are decoded in a batch."
+    )
     distributed.add_device_option(command)
     command.set_defaults(run=export)
     return parser

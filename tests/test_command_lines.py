@@ -175,7 +175,7 @@ CASES = {
     ),
     "a file for a store": (DUMP, ["--out", "BAD/text.pt"], "BAD/text.pt: is a file, give a folder"),
     "samples over another file": (SAMPLE, ["--out", "BAD/text.npz"], "text.npz: not a complete .npz file"),
-    "samples over other images": (SAMPLE, ["--out", "BAD/images.npz"], "the samples there are others"),
+    "samples over other images": (SAMPLE, ["--out", "BAD/images.npz"], "it holds other samples"),
     "samples over the checkpoint": (SAMPLE, ["--ckpt-path", "BAD/a.npz", "--out", "BAD/a.npz"], "BAD/a.npz: "),
     "zero samples": (TEACHER_SAMPLE, ["--num-samples", 0], "--num-samples"),
 }

@@ -94,8 +94,8 @@ def test_the_block_for_ones_own_pictures_runs_as_typed(space, ranks, photos, aut
             more += ["--skip-bad", "2"]
         elif "photos" in line:
             more += ["--skip-bad", "2"]
-        alike = space == "pixels" and "photos" not in line  # the same under torchrun as with latents
-        if not ranks or alike or line[0].startswith("evaluations."):
+        tested = space == "pixels" and "photos" not in line  # with latents, under torchrun
+        if not ranks or tested or line[0].startswith("evaluations."):
             call(*line, *more)
             continue
         done = subprocess.run(words(*line, *more, ranks=ranks), capture_output=True, text=True, timeout=300,

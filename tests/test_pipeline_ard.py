@@ -251,7 +251,7 @@ def test_mistakes_of_the_command_are_named(student_file, teacher_file, tmp_path,
     out = ("--out", tmp_path / "out")
     assert "holds a teacher" in refused(capsys, "pipeline_ard.py", teacher_file, *out)
     assert "works on pixels" in refused(capsys, "pipeline_ard.py", student_file, *out, "--vae", "ema")
-    assert "it is there already" in refused(capsys, "pipeline_ard.py", student_file, "--out", tmp_path)
+    assert "it exists already" in refused(capsys, "pipeline_ard.py", student_file, "--out", tmp_path)
     assert not list(tmp_path.iterdir())
     (few, wrong) = (tmp_path / "few.txt", tmp_path / "wrong.json")
     few.write_text("a\nb\n")

@@ -242,9 +242,9 @@ def test_figures_are_written_over_no_input_and_over_nothing_but_figures(digit_fi
         samples: "would be written over SAMPLES",
         tmp_path / "link.json": "would be written over SAMPLES",
         tmp_path / "x" / ".." / "samples.npz": "would be written over SAMPLES",
-        tmp_path / "list.json": "is there already and is not figures of this command; give another name",
-        tmp_path / "folder.json": "is there already",
-        digit_files[0]: "is there already",
+        tmp_path / "list.json": "exists already and is not figures of this command; give another name",
+        tmp_path / "folder.json": "exists already",
+        digit_files[0]: "exists already",
     }.items():
         error = refused(capsys, *command, out)
         assert f"--json {out}: {message}" in error
@@ -260,5 +260,5 @@ def test_features_are_kept_over_no_other_file(digit_files, tmp_path, capsys):
     samples.write_bytes(digit_files[1].read_bytes())
     reference.write_bytes(digit_files[0].read_bytes())
     call("evaluations.evaluator", reference, samples, *DIGITS)
-    assert f"features {reference}: is there already" in capsys.readouterr().err
+    assert f"features {reference}: exists already" in capsys.readouterr().err
     assert reference.read_bytes() == digit_files[0].read_bytes()

@@ -76,7 +76,7 @@ def test_mistakes_about_folders_are_named(photos, sample_folder, tmp_path, capsy
         ((*evaluator, photos, file, "--image-size", 16), "8x8 images, the reference's are 16x16"),
         ((*evaluator, file, file, "--image-size", 16), f"--image-size 16: REFERENCE {file} has 8x8 images already"),
         ((*reference, tmp_path / "ref.zip"), "must end in .npz"),
-        ((*reference, tmp_path / "out.npz"), "the images there are others: "),
+        ((*reference, tmp_path / "out.npz"), "it holds other images: "),
         ((*reference, tmp_path / "text.npz"), "text.npz: not a complete .npz"),
         ((*reference, tmp_path / "a.npz", "--inception-weights", file), "is for --features inception"),
         (("evaluations.reference", tmp_path, "--image-size", 8, "--out", tmp_path / "a.npz"), "holds no images"),

@@ -144,7 +144,7 @@ def read_samples(path: Path) -> dict:
 
 
 def read_finished(path: Path, provenance: dict) -> dict:
-    """What the sampler of samples with this provenance asks of a file that is there already."""
+    """The sampler's check of an existing file of samples with this provenance."""
     assert SampleWriter(path, provenance["count"], provenance, DistributedContext()).complete
     return read_provenance(path)
 

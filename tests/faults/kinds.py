@@ -86,7 +86,7 @@ def kinds(base: Path) -> dict[str, Kind]:
             run / "config.json", lambda: bits.run_by_config(run, config), 200, ("001-DiT-Nano-2",)
         ),  # fmt: skip
         "samples": Kind(samples, lambda: bits.read_samples(samples), 400),
-        "samples that are there already": Kind(
+        "samples that exist already": Kind(
             base / "samples.npz", lambda: bits.read_finished(base / "samples.npz", provenance), 400
         ),  # fmt: skip
         "statistics beside real images": Kind(reference, lambda: bits.read_statistics(reference), 400),

@@ -118,7 +118,7 @@ def stages(base: Path, times: int = 1) -> dict[str, Stage]:
         "sample": Stage("sample.py", into("--teacher", teacher, *few, *ode, "--out", "s.npz")),
         "sample_ARD": Stage("sample_ARD.py", into("--ckpt-path", student, *few, "--save-latents", "--out", "s.npz")),
         "evaluator": Stage("evaluations.evaluator", evaluate, two_files),
-        "slim": Stage("stores.checkpoints", into("slim", student, "slim.pt"), done="is there already"),
+        "slim": Stage("stores.checkpoints", into("slim", student, "slim.pt"), done="exists already"),
         "export": Stage("stores.trajectories", into("export", store, "--per-proc-batch-size", 8, "--out", "s.npz")),
         "repair": Stage("stores.trajectories", into("repair", "store"), damaged, done="no manifest that can be read"),
     }

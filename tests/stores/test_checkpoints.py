@@ -47,7 +47,7 @@ def test_a_slim_copy_is_the_same_student_and_nothing_is_overwritten(student_file
     assert all(halved[name].dtype == ours[name].dtype for name in ours)
     assert all(torch.equal(halved[name], ours[name].half().float()) for name in ours if "times" not in name)
     before = slim.read_bytes()
-    assert "the file is there already" in refused(capsys, "stores.checkpoints", "slim", student_file, slim)
+    assert "the file exists already" in refused(capsys, "stores.checkpoints", "slim", student_file, slim)
     assert f"OUT {slim}: is a file" in refused(capsys, "stores.checkpoints", "slim", student_file, slim / "x")
     torch.save({"weights": torch.zeros(1)}, tmp_path / "foreign.pt")
     foreign = ("slim", tmp_path / "foreign.pt", tmp_path / "new.pt")

@@ -62,7 +62,7 @@ def test_samples_of_an_earlier_version_are_taken_for_what_they_are(tmp_path):
     np.savez(path, **arrays(path) | {"provenance": np.array(json.dumps(with_old_keys(read_provenance(path))))})
     assert "points" in str(arrays(path)["provenance"]) and read_provenance(path) == PROVENANCE | {"count": 10}
     assert fill(path, 10) == []
-    with pytest.raises(UserError, match=r"the samples there are others: teacher.solver_indices is \[6, 25\] there"):
+    with pytest.raises(UserError, match=r"it holds other samples: teacher.solver_indices is \[6, 25\] there"):
         fill(path, 10, provenance=PROVENANCE | {"teacher": {"solver_indices": [25]}})
 
 
