@@ -197,7 +197,7 @@ def features_case(options: dict, context: DistributedContext) -> Case:
     torch.save({}, weights)
     torch.save(Unloaded("inception", ["2048"], str(weights)).state_dict(), weights)
     np.savez(file, arr_0=np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8))
-    network, images = InceptionFeatures(context.device, weights, options["tf32"]), Images("images", file)
+    network, images = InceptionFeatures(context.device, weights, options["tf32"]).load(), Images("images", file)
 
     def work(folder: tempfile.TemporaryDirectory = folder) -> None:  # which keeps the files there
         extract(images, network, options["batch_size"], DistributedContext(device=context.device))

@@ -5,6 +5,7 @@
     python -m evaluations.evaluator data/digits_reference.npz samples.npz --features digits --floor
     python -m evaluations.evaluator photos folder_of_samples --image-size 256
     python -m evaluations.evaluator imagenet256.npz samples.npz --features dinov2 --kid
+    python -m evaluations.evaluator photos.npz samples.npz --features pixels
 
 Files hold arr_0 (N, H, W, 3) uint8; a folder of images serves as well. As in ADM: FID and sFID use the mu, sigma, mu_s,
 sigma_s stored in the reference file where it has them; the Inception Score is the samples'; precision and recall (k=3)
@@ -13,6 +14,7 @@ of a folder are not (``evaluations.reference`` makes a file of it).
 
 With ``--features dinov2`` the Frechet distance is FD-DINOv2 (evaluations/dinov2.py), which is never called FID;
 published values compare with all training images. ``--kid`` adds KID (evaluations/kid.py), in whichever features.
+``--features pixels`` needs no weights: FD-pixels, of colours on a grid of 8x8, compares runs on small pictures.
 """
 
 import argparse
@@ -32,7 +34,7 @@ from evaluations.features import FRECHET, NAMES, YARDSTICKS, Extractor, extracto
 from evaluations.kid import kid
 from evaluations.metrics import frechet_distance, inception_score, precision_recall, statistics
 from runtime import cli, distributed
-from runtime.cli import UserError
+from runtime.cli import AbsentError, UserError
 from runtime.distributed import DistributedContext
 from runtime.files import held, read_json, require_different, require_replaceable
 from runtime.provenance import with_current_keys
@@ -43,7 +45,7 @@ PUBLISHED_COUNT = 50_000  # FID falls with the number of samples; published valu
 
 
 class Evaluation:
-    """Two files or folders and a network, opened and checked: everything that can be refused is refused here."""
+    """Two files or folders and a network, opened and checked before the network's weights are loaded or fetched."""
 
     def __init__(
         self,
@@ -182,6 +184,7 @@ def evaluate(
     context = context or DistributedContext()
     network = extractor(features, context.device, inception_weights, tf32, dinov2_weights)
     evaluation = Evaluation(reference_path, samples_path, network, allow_few, image_size, context)
+    network.load()
     return evaluation.run(batch_size, context, cache, floor, kid)
 
 
@@ -206,7 +209,7 @@ def show(result: dict, network: Extractor) -> None:
         print(
             f"{distance} floor{label}, the reference against {result['count']} draws from itself: {result['floor']:.6g}"
         )
-    if name not in YARDSTICKS and result["count"] < PUBLISHED_COUNT:
+    if name in ("inception", "dinov2") and result["count"] < PUBLISHED_COUNT:
         print(
             f"warning: {distance} of {result['count']} samples is higher than that of {PUBLISHED_COUNT}, "
             "which published values use",
@@ -222,17 +225,22 @@ def run(args: argparse.Namespace) -> None:
         ours = "figures of this command"
         require_replaceable("--json", args.json, ours, lambda path: FRECHET.keys() & read_json(path).keys())
     context = distributed.setup(args.device)
-    if not context.is_main:
-        context.barrier()  # the main rank goes first, in case that the weights have to be fetched
     network = extractor(args.features, context.device, args.inception_weights, args.tf32, args.dinov2_weights)
-    if context.is_main:
-        context.barrier()
     evaluation = Evaluation(args.reference, args.samples, network, args.allow_few, args.image_size, context)
     if args.dry_run:
         if context.is_main:
-            plan = dict(device=str(context.device), ranks=context.world_size)
+            plan = dict(device=str(context.device), ranks=context.world_size, fetch=[])
+            try:
+                network.load()
+            except AbsentError as absent:
+                plan["fetch"] = [str(absent)]
             cli.show_plan(evaluation.provenance(evaluation.digests()) | plan, args)
     else:
+        if not context.is_main:
+            context.barrier()  # the main rank goes first, in case that the weights have to be fetched
+        network.load()
+        if context.is_main:
+            context.barrier()
         with held(args.samples, "SAMPLES", context) if args.samples.is_file() else nullcontext():
             result = evaluation.run(args.batch_size, context, args.cache, args.floor, args.kid)
             if context.is_main:
@@ -261,7 +269,7 @@ def build_parser() -> cli.Parser:
         "--features",
         choices=NAMES,
         default="inception",
-        help="Use ADM's network, DINOv2 (for FD-DINOv2), or ours for 8x8 digits or 32x32 emoji.",
+        help="Use ADM's network, DINOv2 (for FD-DINOv2), ours for 8x8 digits or 32x32 emoji, or coarse pixels.",
     )
     group.add_argument(
         "--inception-weights",
@@ -284,7 +292,7 @@ def build_parser() -> cli.Parser:
     )
     distributed.add_device_option(group)
     group = parser.add_argument_group("figures")
-    few = "Accept fewer images than features (2048; dinov2: 1024; emoji: 128; digits: 64)."
+    few = "Accept fewer images than features (2048; dinov2: 1024; pixels: 192; emoji: 128; digits: 64)."
     group.add_argument("--allow-few", action="store_true", help=few)
     group.add_argument("--kid", action="store_true", help="Add KID, in the features that are used.")
     group.add_argument(

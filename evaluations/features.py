@@ -1,4 +1,5 @@
-"""Images in, features out: Inception-v3 of 2015, with which ADM's figures are made, DINOv2, our small classifiers.
+"""Images in, features out: Inception-v3 of 2015, with which ADM's figures are made, DINOv2, our small classifiers,
+and, without a network, coarse pixels.
 
 All answer the same call, so that the evaluator does not know which one it holds.
 """
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from evaluations import dinov2
 from evaluations.classifier import Yardstick
@@ -17,13 +19,13 @@ from runtime.files import cached_download, file_sha256
 from stores.images import from_uint8
 
 YARDSTICKS = {yardstick.name: yardstick for yardstick in (DIGITS, EMOJI)}
-NAMES = ("inception", "dinov2", *YARDSTICKS)
-# What the Frechet distance in a network's features is called, as a key and in print.
-FRECHET = {"fid": "FID", "fd_dinov2": "FD-DINOv2"}
+NAMES = ("inception", "dinov2", *YARDSTICKS, "pixels")
+# Names of the Frechet distance in a network's features, as a key and in print.
+FRECHET = {"fid": "FID", "fd_dinov2": "FD-DINOv2", "fd_pixels": "FD-pixels"}
 
 
 class Extractor:
-    """Features of images: called with (B, H, W, 3) uint8 it returns a dict of float32 arrays on the CPU.
+    """Features of images: loaded and called with (B, H, W, 3) uint8 it returns a dict of float32 arrays on the CPU.
 
     pool: (B, D) for the Frechet distance, one of ``FRECHET``, for KID, precision and recall; spatial: (B, D2) for sFID
     or None; probs: (B, K) for Inception Score or None. ``widths`` has the widths of those that are not None. ``name``
@@ -33,7 +35,7 @@ class Extractor:
 
     name: str
     widths: dict[str, int]
-    weights_sha256: str
+    weights_sha256: str | None = None
     frechet = "fid"
     adm = False
     remark = ""
@@ -41,6 +43,10 @@ class Extractor:
 
     def check_size(self, width: int, height: int) -> None:
         """Raise ``UserError`` if the network does not read images of this size (pixels)."""
+
+    def load(self) -> "Extractor":
+        """Load the weights, and fetch them first where no file was given. ``UserError`` on wrong ones."""
+        raise NotImplementedError
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray | None]:
         raise NotImplementedError
@@ -54,6 +60,9 @@ class ClassifierFeatures(Extractor):
         self.weights_sha256 = file_sha256(existing_file(f"{yardstick.name} classifier", yardstick.weights))
         self.model, self.device = yardstick.load().to(device), device
         self.widths = dict(pool=self.model.head.in_features, probs=self.model.config["num_classes"])
+
+    def load(self) -> "Extractor":
+        return self  # its weights lie in assets/
 
     def check_size(self, width: int, height: int) -> None:
         side = self.model.size
@@ -83,27 +92,28 @@ class InceptionFeatures(Extractor):
     PUBLISHED = "6726825d"  # the published weights' SHA-256 starts so, and their file name ends so
 
     def __init__(self, device: torch.device | str = "cpu", weights: str | Path | None = None, tf32: bool = False):
+        self.weights = existing_file("--inception-weights", weights) if weights else None
+        self.device, self.tf32 = device, tf32
+
+    def load(self) -> "Extractor":
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-        if weights:
-            weights = existing_file("--inception-weights", weights)
-        else:
-            weights = cached_download(URL_INCEPTION_V3, "--inception-weights", self.PUBLISHED)
+        weights = self.weights or cached_download(URL_INCEPTION_V3, "--inception-weights", self.PUBLISHED)
         wrong = f"--inception-weights {weights}: not the weights of torch-fidelity's Inception-v3"
         try:
             torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity itself would run any pickle
         except Exception:  # the ways in which a wrong file fails to unpickle are not a closed list
             raise UserError(wrong) from None
         try:
-            self.model = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(weights)).to(device)
+            model = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(weights))
         except (RuntimeError, TypeError, AttributeError):
             raise UserError(wrong + " (names or shapes differ)") from None
-        self.device = device
+        self.model = model.to(self.device)
         self.weights_sha256 = file_sha256(weights)
-        self.adm = self.weights_sha256.startswith(self.PUBLISHED) and not tf32
+        self.adm = self.weights_sha256.startswith(self.PUBLISHED) and not self.tf32
         self.remark = "" if self.adm else "not ADM: other Inception weights than the published ones, or TF32"
-        self.tf32 = tf32
         self.model.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+        return self
 
     def _keep_spatial(self, module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         self.spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 192, 17, 17) -> (B, 17 * 17 * 7)
@@ -125,19 +135,42 @@ class Dinov2Features(Extractor):
         self, device: torch.device | str = "cpu", weights: str | Path | None = None, tf32: bool = False, **shape: int
     ):
         """``shape``: the arguments of ``dinov2.load`` for weights of another size."""
-        if weights:
-            weights = existing_file("--dinov2-weights", weights)
-        else:
-            weights = cached_download(dinov2.URL, "--dinov2-weights", dinov2.PUBLISHED)
-        self.model, self.device = dinov2.load(weights, **shape).to(device), device
-        self.widths = dict(pool=self.model.embed_dim)
-        self.weights_sha256, self.tf32 = file_sha256(weights), tf32
-        if tf32 or not self.weights_sha256.startswith(dinov2.PUBLISHED):
+        self.weights = existing_file("--dinov2-weights", weights) if weights else None
+        self.device, self.tf32, self.shape = device, tf32, shape
+        self.widths = dict(pool=shape.get("width", 1024))
+
+    def load(self) -> "Extractor":
+        weights = self.weights or cached_download(dinov2.URL, "--dinov2-weights", dinov2.PUBLISHED)
+        self.model = dinov2.load(weights, **self.shape).to(self.device)
+        self.weights_sha256 = file_sha256(weights)
+        if self.tf32 or not self.weights_sha256.startswith(dinov2.PUBLISHED):
             self.remark = "not as published: other DINOv2 weights than Meta's, or TF32"
+        return self
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray | None]:
         pool = self.model(dinov2.prepared(torch.from_numpy(images).to(self.device)))
+        return dict(pool=pool.cpu().numpy(), spatial=None, probs=None)
+
+
+class PixelFeatures(Extractor):
+    """Colours averaged over a grid of 8x8 fields, 192 numbers: no weights, so nothing to fetch.
+
+    They see layout and colour and no detail: enough to compare runs on small pictures, and no FID.
+    """
+
+    name, frechet = "pixels", "fd_pixels"
+    widths = dict(pool=8 * 8 * 3)
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = device
+
+    def load(self) -> "Extractor":
+        return self
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray | None]:
+        x = from_uint8(torch.from_numpy(images).to(self.device)).permute(0, 3, 1, 2)  # (B, 3, H, W)
+        pool = F.adaptive_avg_pool2d(x, 8).flatten(1)
         return dict(pool=pool.cpu().numpy(), spatial=None, probs=None)
 
 
@@ -148,7 +181,7 @@ def extractor(
     tf32: bool = False,
     dinov2_weights: str | Path | None = None,
 ) -> Extractor:
-    """The extractor of that name, one of ``NAMES``, on the device. Raises ``UserError`` on wrong weights."""
+    """The extractor of that name, one of ``NAMES``, for the device, not loaded yet. ``UserError`` on wrong options."""
     for of, weights in (("inception", inception_weights), ("dinov2", dinov2_weights)):
         if weights and name != of:
             raise UserError(f"--{of}-weights {weights}: of no use with --features {name}, leave it out")
@@ -160,4 +193,6 @@ def extractor(
         raise UserError(f"--tf32: of no use with --features {name}, leave it out")
     if name in YARDSTICKS:
         return ClassifierFeatures(YARDSTICKS[name], device)
+    if name == "pixels":
+        return PixelFeatures(device)
     raise ValueError(f"features {name!r} are none of {', '.join(NAMES)}")

@@ -35,7 +35,7 @@ def add_quality_options(parser: Parser) -> None:
 class PeriodicEvaluator:
     """Evaluates a sampler's images: a call gives {"fid", "precision", "recall"}, the same on every rank.
 
-    With DINOv2's features the first of them is "fd_dinov2".
+    With DINOv2's features the first of them is "fd_dinov2", with pixels "fd_pixels".
     """
 
     def __init__(self, sampler: Sampler, context: DistributedContext, image_size: int, options: QualityOptions):
@@ -58,6 +58,7 @@ class PeriodicEvaluator:
                 f"--eval-samples {self.samples}: {FRECHET[network.frechet]} needs at least {network.widths['pool']} "
                 f"samples and as many real images (there are {reference.count})"
             )
+        network.load()  # or it is refused here, before the training
 
     def __call__(self, folder: Path) -> dict[str, float]:
         """Sample, compare, and remove the files written to ``folder`` meanwhile."""

@@ -97,6 +97,8 @@ def run(args: argparse.Namespace) -> None:
     images = FolderImages("FOLDER", args.folder, args.image_size, skip_bad=args.skip_bad)
     if network is not None and images.count < 2:
         raise UserError(f"FOLDER {args.folder}: {images.count} image, a covariance needs two")
+    if network is not None:
+        network.load()
     provenance = images.source.fingerprint | {"weights_sha256": network.weights_sha256 if network else None}
     if args.out.exists():
         require_same(f"--out {args.out}: it holds other images", read_provenance(args.out), provenance)

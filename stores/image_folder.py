@@ -59,8 +59,8 @@ class ImageFolder:
         skip_bad: int | None = None,
         context: DistributedContext | None = None,
     ):
-        """The main rank looks for all. ``skip_bad``: go on without this number of bad images; None where the command has
-        no such option. ``UserError`` names the bad ones.
+        """The main rank looks for all. ``skip_bad``: go on without up to that number of bad images; None where the
+        command has no such option. ``UserError`` names the bad ones.
         """
         self.option, self.size, self.channels, self.skip_bad = option, size or 0, channels, skip_bad
         self.root = root = existing_folder(option, folder)

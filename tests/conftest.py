@@ -131,7 +131,7 @@ def inception(inception_weights):
     """The extractor with these weights."""
     from evaluations import features
 
-    return features.extractor("inception", inception_weights=inception_weights)
+    return features.extractor("inception", inception_weights=inception_weights).load()
 
 
 @pytest.fixture(scope="session")

@@ -88,7 +88,7 @@ def test_its_commands_write_over_nothing_but_their_own_files(digit_files, tmp_pa
         for path in (mine, digit_files[1]):
             before = path.read_bytes()
             error = refused(capsys, "evaluations.digits", *command, "--out", path)
-            assert f"--out {path}: is there already and is not" in error
+            assert f"--out {path}: exists already and is not" in error
             assert path.read_bytes() == before
     for _ in range(2):
         call("evaluations.digits", "reference", "--out", tmp_path / "digits.npz")

@@ -62,7 +62,7 @@ def weights(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def network(weights) -> Dinov2Features:
-    return Dinov2Features(weights=weights, **SMALL)
+    return Dinov2Features(weights=weights, **SMALL).load()
 
 
 def pictures(count: int, side: int = 20, seed: int = 0) -> np.ndarray:
@@ -165,7 +165,7 @@ def test_fd_dinov2_is_the_frechet_distance_and_is_not_called_fid(network, tmp_pa
 
 
 def test_other_weights_are_refused(digit_files, weights, tmp_path, capsys, monkeypatch):
-    command = ("evaluations.evaluator", *digit_files, "--device", "cpu", "--features", "dinov2")
+    command = ("evaluations.evaluator", *digit_files, "--device", "cpu", "--features", "dinov2", "--allow-few")
     given = (*command, "--dinov2-weights")
     (tmp_path / "text").write_text("hello")
     torch.save({"w": torch.zeros(1)}, tmp_path / "other")
@@ -186,7 +186,7 @@ def test_other_weights_are_refused(digit_files, weights, tmp_path, capsys, monke
     where = tmp_path / "cache/hub/checkpoints/dinov2_vitl14_pretrain.pth"
     assert f"fetch {dinov2.URL} to {where}" in refused(capsys, *command)
     call(*command, "--dry-run")
-    assert f"would be fetched from {dinov2.URL} to {where}" in json.loads(capsys.readouterr().out)["not_checked"]
+    assert f"would be fetched from {dinov2.URL} to {where}" in json.loads(capsys.readouterr().out)["fetch"][0]
 
 
 @pytest.mark.slow

@@ -199,7 +199,7 @@ def test_identical_files_have_no_distance_and_lie_inside_each_other(tmp_path):
 
 
 def test_precision_is_that_of_samples_and_recall_that_of_the_reference(digit_files):
-    network = features.extractor("digits")
+    network = features.extractor("digits").load()
     pools = [network(arrays(path)["arr_0"])["pool"] for path in digit_files]
     expected = precision_recall(*pools)
     result = evaluate(*digit_files, cache=False)

@@ -1,11 +1,12 @@
-"""Networks that make features: Inception-v3 as torch-fidelity has it, and the classifier of digits."""
+"""Features of images: Inception-v3 as torch-fidelity has it, the classifier of digits, coarse pixels."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import draw_digits, refused
+from helpers import call, draw_digits, refused
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from evaluations import features
@@ -48,7 +49,7 @@ def test_inception_does_not_depend_on_the_batch_size(inception):
 
 
 def test_digit_features_tell_generators_apart():
-    network = features.extractor("digits")
+    network = features.extractor("digits").load()
     real = statistics(network(digits_images()[0].permute(0, 2, 3, 1).numpy().repeat(3, axis=3))["pool"])
 
     def fid(seed, noise):
@@ -61,7 +62,7 @@ def test_digit_features_tell_generators_apart():
 
 
 def test_wrong_weights_are_refused(digit_files, tmp_path, capsys, monkeypatch):
-    command = ("evaluations.evaluator", *digit_files, "--device", "cpu")
+    command = ("evaluations.evaluator", *digit_files, "--device", "cpu", "--allow-few")
     given = (*command, "--inception-weights")
     (tmp_path / "text").write_text("hello")
     torch.save({"w": torch.zeros(1)}, tmp_path / "other")
@@ -75,8 +76,35 @@ def test_wrong_weights_are_refused(digit_files, tmp_path, capsys, monkeypatch):
     assert "weights-inception-2015-12-05-6726825d.pth" in refused(capsys, *command)
 
 
+def test_images_are_checked_before_weights_are_fetched(digit_files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    command = ("evaluations.evaluator", *digit_files, "--device", "cpu")
+    for network, width in (("inception", 2048), ("dinov2", 1024)):
+        assert f"400 images, give {width} or --allow-few" in refused(capsys, *command, "--features", network)
+        assert "give" in refused(capsys, *command, "--features", network, "--dry-run")
+        call(*command, "--features", network, "--allow-few", "--dry-run")
+        (fetch,) = json.loads(capsys.readouterr().out)["fetch"]
+        assert fetch.startswith(f"--{network}-weights: would be fetched from https://") and str(tmp_path) in fetch
+
+
+def test_coarse_pixels_need_no_network_and_are_not_called_fid(digit_files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    network = features.extractor("pixels").load()
+    (flat,) = network(np.full((1, 19, 32, 3), (255, 0, 51), np.uint8))["pool"]
+    np.testing.assert_allclose(flat.reshape(3, 64), np.broadcast_to([[1], [-1], [-0.6]], (3, 64)), atol=1e-6)
+    (halves,) = network(np.repeat(np.repeat([[[[0] * 3, [255] * 3]]], 16, axis=1), 8, axis=2).astype(np.uint8))["pool"]
+    assert (halves.reshape(3, 8, 8)[:, :, :4] == -1).all() and (halves.reshape(3, 8, 8)[:, :, 4:] == 1).all()
+    out = tmp_path / "figures.json"
+    call("evaluations.evaluator", *digit_files, "--features", "pixels", "--device", "cpu", "--no-cache", "--json", out)
+    figures, said = json.loads(out.read_text()), capsys.readouterr()
+    assert figures["fd_pixels"] > 0 and "fid" not in figures and figures["inception_score"] is None
+    assert "FD-pixels (pixels features, not ADM): " in said.out and "FID" not in said.out + said.err
+
+
 def test_options_and_networks_that_do_not_go_together_are_refused(digit_files, capsys):
     command = ("evaluations.evaluator", *digit_files, "--features", "digits", "--device", "cpu")
     assert "--tf32: of no use with --features digits" in refused(capsys, *command, "--tf32")
-    with pytest.raises(ValueError, match="'clip' are none of inception, dinov2, digits"):
+    with pytest.raises(ValueError, match="'clip' are none of inception, dinov2, digits, pixels"):
         features.extractor("clip")

@@ -53,7 +53,7 @@ def test_the_evaluator_says_on_which_features(digit_files, tmp_path, capsys):
     call("evaluations.evaluator", *digit_files, "--features", "digits", "--device", "cpu", "--no-cache", "--kid",
          "--json", tmp_path / "out.json")  # fmt: skip
     found = json.loads((tmp_path / "out.json").read_text())["kid"]
-    network = features.extractor("digits")
+    network = features.extractor("digits").load()
     real, drawn = (network(arrays(path)["arr_0"])["pool"] for path in digit_files)
     wanted = kid(drawn, real)
     assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-4)

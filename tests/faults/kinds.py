@@ -44,7 +44,7 @@ def kinds(base: Path) -> dict[str, Kind]:
     write_images(samples, content["arr_0"][:40], provenance=content["provenance"])
     write_images(reference, content["arr_0"][:40], mu=np.arange(64.0), sigma=np.eye(64))
     evaluate(samples, samples, allow_few=True)
-    kept, network = samples.with_name("few.digits.features.npz"), extractor("digits")
+    kept, network = samples.with_name("few.digits.features.npz"), extractor("digits").load()
     whole, unfinished = kept.read_bytes(), bits.break_off(store, base / "unfinished")
     partial, provenance = bits.begin_samples(base / "nine.npz"), bits.read_provenance(base / "samples.npz")
 

@@ -142,7 +142,7 @@ def test_a_header_that_promises_fewer_images_than_there_are_is_refused(samples):
 
 @pytest.mark.parametrize("what", ["samples", "features"])
 def test_a_length_in_the_directory_that_hides_what_follows_is_noticed(what, samples):
-    network, kept = extractor("digits"), samples.with_name("s.digits.features.npz")
+    network, kept = extractor("digits").load(), samples.with_name("s.digits.features.npz")
     evaluate(samples, samples, allow_few=True)
     whole = kept.read_bytes()
     path, read = {
@@ -173,7 +173,7 @@ def test_unfinished_samples_that_are_damaged_are_refused_or_drawn_again(name, tm
 
 
 def test_features_beside_damaged_ones_are_made_anew(samples):
-    network, path = extractor("digits"), samples.with_name("s.digits.features.npz")
+    network, path = extractor("digits").load(), samples.with_name("s.digits.features.npz")
     evaluate(samples, samples, allow_few=True)
     whole, draw = path.read_bytes(), random.Random(12)
     read = lambda: read_features(samples, network, whole)  # noqa: E731
