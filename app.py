@@ -44,7 +44,11 @@ CSS = """
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description="Try a student in the browser, beside its teacher.")
-    parser.add_argument("--ckpt-path", "--ckpt_path", help=f"Checkpoint of a student; the newest in {DEMO} if absent.")
+    parser.add_argument(
+        "--ckpt-path",
+        "--ckpt_path",
+        help=f"Checkpoint of a student, or a pipeline's folder; the newest in {DEMO} if absent.",
+    )
     parser.add_argument("--teacher", help="Find its teacher here instead of where the checkpoint says.")
     parser.add_argument(
         "--vae", help="Decode by ema, mse, a folder or a hub id instead of the model's own autoencoder."

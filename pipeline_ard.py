@@ -229,6 +229,10 @@ class ARDPipeline(DiffusionPipeline):
             raise ValueError(f"{', '.join(unknown)}: no such label, choose among {', '.join(self.labels)}")
         return [self.labels[name] for name in wanted]
 
+    def _classes(self, class_labels: Sequence[int | str]) -> list[int]:
+        """The numbers of classes given by number or name."""
+        return [self.get_label_ids(label)[0] if isinstance(label, str) else int(label) for label in class_labels]
+
     def noise(self, seed: int, indices: Sequence[int]) -> torch.Tensor:
         """sample_ARD.py's noise for the samples of these indices, (B, C, H, W): for ``latents``."""
         return noise(seed, "sample", indices, self.transformer.student.latent_shape)
@@ -236,7 +240,7 @@ class ARDPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Sequence[int] | None = None,
+        class_labels: Sequence[int | str] | int | str | None = None,
         batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -244,19 +248,28 @@ class ARDPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], Any] | None = None,
+        num_inference_steps: int | None = None,
     ) -> Any:
-        """Images of these classes, or of an unconditional student as many as ``batch_size`` says (1).
+        """Images of these classes, numbers or names, or ``batch_size`` (1) images of an unconditional student.
 
         ``latents``: noise (B, C, H, W), drawn with ``generator`` otherwise. ``given``: as ``ARD.sample``'s.
         ``output_type``: "pil"; "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1]; "latent", the samples before decoding.
         ``callback_on_step_end(pipe, step, time, {"latents": prediction})`` is called after each step.
+        ``num_inference_steps``, an argument of other pipelines, can only be the student's own number.
         """
         student, device = self.transformer.student, self._execution_device
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type {output_type!r} is none of pil, np, pt, latent")
         if bool(student.num_classes) != (class_labels is not None) or (class_labels is not None and batch_size):
             raise ValueError("give class_labels to a student with classes, batch_size to an unconditional one")
-        chosen = [int(label) for label in class_labels] if class_labels is not None else [0] * (batch_size or 1)
+        if num_inference_steps not in (None, student.steps):
+            raise ValueError(
+                f"num_inference_steps {num_inference_steps}: this student has {student.steps} steps, each trained for "
+                "its place; leave the argument out"
+            )
+        if isinstance(class_labels, int | str):
+            class_labels = [class_labels]
+        chosen = self._classes(class_labels) if class_labels is not None else [0] * (batch_size or 1)
         if not all(0 <= label < max(student.num_classes, 1) for label in chosen):
             raise ValueError(f"class_labels {chosen}: this student has the labels 0..{student.num_classes - 1}")
         shape = (len(chosen), *student.latent_shape)

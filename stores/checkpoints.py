@@ -11,6 +11,7 @@ Weights that other projects made (foreign_weights.py) are loaded here too, by th
 """
 
 import argparse
+import json
 import zipfile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +26,7 @@ from models_pixart import MODELS, student_type, teacher_type
 from runtime import cli
 from runtime.checks import writable_file
 from runtime.cli import OptionGroup, UserError, existing_file, not_negative, positive, shortened
-from runtime.files import atomic_write
+from runtime.files import DIFFUSERS_STEM, atomic_write
 from runtime.precision import DTYPES
 from runtime.provenance import require_same, weights_hash, with_current_keys
 from stores import foreign_pixart, foreign_weights
@@ -200,13 +201,14 @@ def load_teacher(
 def load_student(
     path: str | Path, option: str = "--ckpt-path", weights: str = "ema", given: dict | None = None
 ) -> tuple[ARD, dict]:
-    """A student and its config.
+    """A student and its config, from a checkpoint or the folder of a pipeline (``pipeline_ard.py``).
 
     Ours is rebuilt without being told its steps, mask or depth of history; one of the authors' re-implementation says
     its steps only. ``given`` are the user's options, of {"steps", "mask", "history_layers"} and DiT's arguments: they
     fill in the settings that the authors' file lacks (ARD's defaults otherwise), and a contradiction is refused.
     """
-    content, what, given = load(path, option), f"{option} {path}", given or {}
+    content = load_pipeline(Path(path), option) or load(path, option)
+    what, given = f"{option} {path}", given or {}
     if isinstance(content.get("config"), dict):
         config, state = _own(content, "student", weights, what)
     else:
@@ -219,6 +221,24 @@ def load_student(
     load_weights(model, state, what, take=True)
     details = {"weights_hash": weights_hash(state), "student": model.config, "training": config["training"]}
     return model.eval(), {**config, "model": model.config, "provenance": config["provenance"] | details}
+
+
+def load_pipeline(folder: Path, option: str) -> dict | None:
+    """The content of a checkpoint from the folder that ``ARDPipeline.save_pretrained`` writes; None for other paths."""
+    index = folder / "model_index.json"
+    if not index.is_file() or "ARDPipeline" not in index.read_text(errors="replace"):
+        return None
+    try:
+        provenance = json.loads(index.read_text())["provenance"]
+        shape = json.loads((folder / "transformer/config.json").read_text())["shape"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{option} {folder}: not a whole pipeline of pipeline_ard.py ({error})") from None
+    weights = load(folder / f"transformer/{DIFFUSERS_STEM}.safetensors", option)
+    vae = folder / "vae"
+    config = {"kind": "student", "model": shape, "vae": str(vae) if vae.is_dir() else None}
+    config |= {"provenance": provenance, "training": provenance.get("training", {})}
+    state = {name.removeprefix("student."): value for name, value in weights.items()}
+    return {"config": config, "step": provenance.get("step"), "ema": state}
 
 
 def student_config(
@@ -252,7 +272,7 @@ def add_student_options(group: OptionGroup) -> None:
         "--ckpt_path",
         type=cli.file,
         required=True,
-        help="Checkpoint of train_ARD.py or train_ARD_gan.py.",
+        help="Checkpoint of train_ARD.py or train_ARD_gan.py, or a pipeline's folder.",
     )
     checked = "only checked against the checkpoint"
     group.add_argument("--model", choices=MODELS, metavar="NAME", help=f"Its size, {checked}.")

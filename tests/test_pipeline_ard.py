@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,10 @@ def test_the_pipeline_draws_sample_ards_samples_to_the_bit_before_and_after_savi
     files = [file.name for file in (tmp_path / "saved").rglob("*") if file.is_file()]
     assert (tmp_path / "saved/vae").exists() is (kind == "latents")
     assert {name.rpartition(".")[2] for name in files} == {"json", "safetensors", "md", "py"}
+    again = ("--num-samples", 20, "--seed", 5, "--save-latents", "--device", "cpu", "--out", tmp_path / "again.npz")
+    call("sample_ARD.py", "--ckpt-path", tmp_path / "saved", *again)  # the folder serves as the checkpoint does
+    found = arrays(tmp_path / "again.npz")
+    assert all(np.array_equal(found[name], wanted[name]) for name in ("arr_0", "arr_1", "latents"))
 
 
 ELSEWHERE = """
@@ -115,6 +120,19 @@ def test_half_precision_halves_the_weights(student_file, tmp_path):
     ours, theirs = (quiet(ARDPipeline.from_pretrained(tmp_path / name)) for name in ("fp32", "bf16"))
     given = dict(class_labels=[3], latents=ours.noise(0, [0]), output_type="latent")
     assert 0 < (ours(**given).images - theirs(**given).images).abs().max() < 0.1
+
+
+def test_classes_are_taken_by_number_and_by_name(student_file, tmp_path):
+    (tmp_path / "names.txt").write_text("".join(f"{i}_food\n" for i in range(10)))
+    pipe = quiet(ARDPipeline.from_checkpoint(student_file, labels=tmp_path / "names.txt"))
+
+    def draw(*labels) -> np.ndarray:
+        return pipe(*labels, generator=torch.Generator().manual_seed(0), output_type="np", num_inference_steps=4).images
+
+    assert np.array_equal(draw("3_food"), draw([3])) and np.array_equal(draw(3), draw([3]))
+    assert np.array_equal(draw(["3_food", 7]), draw([3, 7])) and not np.array_equal(draw("4_food"), draw([3]))
+    with pytest.raises(ValueError, match="5_drink: no such label, choose among 0_food, 1_food"):
+        draw("5_drink")
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +203,7 @@ def test_an_unconditional_student_is_told_how_many(tmp_path):
     [
         (dict(), "give class_labels"),
         (dict(class_labels=[10]), r"class_labels \[10\]: this student has the labels 0..9"),
+        (dict(class_labels=[1], num_inference_steps=25), "num_inference_steps 25: this student has 4 steps"),
         (dict(class_labels=[1], output_type="jpg"), "'jpg' is none of"),
         (dict(class_labels=[1], latents=torch.zeros(2, 1, 8, 8)), r"need \(1, 1, 8, 8\)"),
     ],
@@ -251,6 +270,10 @@ def test_mistakes_of_the_command_are_named(student_file, teacher_file, tmp_path,
     out = ("--out", tmp_path / "out")
     assert "holds a teacher" in refused(capsys, "pipeline_ard.py", teacher_file, *out)
     assert "works on pixels" in refused(capsys, "pipeline_ard.py", student_file, *out, "--vae", "ema")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/model_index.json").write_text('{"_class_name": "ARDPipeline"}')
+    assert "not a whole pipeline" in refused(capsys, "sample_ARD.py", "--ckpt-path", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half")
     assert "it exists already" in refused(capsys, "pipeline_ard.py", student_file, "--out", tmp_path)
     assert not list(tmp_path.iterdir())
     (few, wrong) = (tmp_path / "few.txt", tmp_path / "wrong.json")
