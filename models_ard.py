@@ -153,8 +153,8 @@ class ARD(DiT):
         Raises ``TypeError`` for a class of teachers that ``STUDENTS`` does not know: its changes would be lost.
         """
         if type(teacher) not in STUDENTS:
-            known = ", ".join(kind.__name__ for kind in STUDENTS)
-            raise TypeError(f"no student is known for a teacher of class {type(teacher).__name__}, only for {known}")
+            name, known = type(teacher).__name__, ", ".join(kind.__name__ for kind in STUDENTS)
+            raise TypeError(f"no student is known for a teacher of class {name}, only for {known}; add one to STUDENTS")
         student = STUDENTS[type(teacher)](steps, mask, history_layers, level_embedding, **teacher.config)
         missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
         new = {name for name in student.state_dict() if name.startswith(("heads.", "level"))}

@@ -6,6 +6,7 @@ checks.py the other checks before a command starts.
 
 import argparse
 import contextlib
+import difflib
 import errno
 import json
 import os
@@ -38,6 +39,7 @@ RANK_LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed? ?out|broken 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 DISK_ERRORS = (*FULL_DISK, errno.EROFS, errno.EIO)
 NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)  # torch's words
+OTHER_NAMES = {"--epochs": "--iterations", "--learning-rate": "--lr", "--output": "--out"}  # other projects' -> ours
 RANKS_PAUSE = 30.0  # seconds in which the main rank alone may print an error that all ranks have found
 
 
@@ -166,7 +168,18 @@ class Parser(argparse.ArgumentParser):
         if names:
             first = names[1].split("/")
             message = message.replace(names[1], self.typed(first) or first[0], 1)
+        if message.startswith("unrecognized arguments: "):
+            message += self._suggestion(message.split()[2:])
         fail(self, message, 2)
+
+    def _suggestion(self, words: Sequence[str]) -> str:
+        """ "; did you mean ...?" for the first unknown option that is like one of ours; empty where none is."""
+        known = sorted(name for action in self._actions for name in action.option_strings if name.startswith("--"))
+        for word in (word.split("=")[0] for word in words if word.startswith("--")):
+            close = [name for name in known if name == OTHER_NAMES.get(word) or name.startswith(word)]
+            if close := close or difflib.get_close_matches(word, known, n=1):
+                return f"; did you mean {close[0]}?"
+        return ""
 
 
 def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[str] | None = None) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import DiT
-from models_ard import ARD, MASKS, KVCache, TeacherForcedAttention, cache_slots, visible_steps
+from models_ard import ARD, MASKS, STUDENTS, KVCache, TeacherForcedAttention, cache_slots, visible_steps
 
 TEACHER = random_teacher(std=0.1, input_size=4, in_channels=2, num_classes=5)
 DEPTH = len(TEACHER.blocks)
@@ -166,6 +166,21 @@ def test_samples_do_not_depend_on_the_batch_size():
 def test_impossible_students_are_refused(wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         ARD.from_teacher(TEACHER, **(dict(history_layers=0) | wrong))
+
+
+class Variant(DiT):
+    """A teacher whose changes a student on plain DiT would not have."""
+
+
+@pytest.mark.parametrize("teacher", [Variant(**TEACHER.config), torch.nn.Linear(2, 2)])
+def test_a_teacher_without_a_student_of_its_own_is_refused_and_taken_once_it_has_one(teacher, monkeypatch):
+    with pytest.raises(
+        TypeError, match=rf"a teacher of class {type(teacher).__name__}, only for DiT.*; add one to STUDENTS"
+    ):
+        ARD.from_teacher(teacher, history_layers=2)
+    if isinstance(teacher, Variant):
+        monkeypatch.setitem(STUDENTS, Variant, type("VariantARD", (ARD, Variant), {}))
+        assert isinstance(ARD.from_teacher(teacher, history_layers=2), Variant)
 
 
 def rows_without_gradient(student: ARD, y: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -61,6 +61,19 @@ def test_the_table_beside_the_paper_is_the_studys():
     assert gain in " ".join(RESULTS.split())
 
 
+def test_the_advice_on_targets_has_the_studys_figures():
+    lines = json.loads((ROOT / "assets/study/table.json").read_text())
+    above = {(line["target"], line["mask"], line["loss"]): line["degradation"] for line in lines
+             if line["steps"] == 4 and line["history_layers"] in (0, 2)}  # fmt: skip
+    figures = (
+        f"{above['xt', 'M1', 'R']:.2f} (M1) and {above['xt', 'M4', 'R']:.2f} (M4), against "
+        f"{above['x0', 'M1', 'R']:.1f} and {above['x0', 'M4', 'R']:.1f} under x0",
+        f"(FID {-above['x0', 'M4', 'R+D']:.2f} below the teacher's)",
+    )
+    text = " ".join((ROOT / "docs/own-model.md").read_text().split())
+    assert all(figure in text for figure in figures)
+
+
 def rows_of(text: str) -> list[dict[str, str]]:
     """The rows of a page's first table that begins with the column "row", by their columns' names."""
     table = text[text.index("| row |") :].split("\n\n")[0]
@@ -101,7 +114,7 @@ def all_options() -> set[str]:
 
 
 def test_the_options_that_our_pages_name_are_some_commands():
-    others = {"--nproc_per_node", "--nnodes", "--max-restarts", "--local-dir"}  # torchrun's, hf's
+    others = {"--nproc_per_node", "--nnodes", "--max-restarts", "--local-dir", "--include"}  # torchrun's, hf's
     for page in DOCS:
         named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()))
         assert named <= all_options() | others, page
