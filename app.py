@@ -35,7 +35,7 @@ from stores.pictures import center_crop
 
 DEMO = Path("results/demo/ard-x0/checkpoints")
 CSS = """
-.gradio-container {max-width: 1100px !important}
+.gradio-container {max-width: 1100px !important; margin-inline: auto !important}
 .picture {border: none !important; min-height: 40px}
 .picture img {object-fit: contain; image-rendering: pixelated}
 .picture .icon-button-wrapper {display: none}

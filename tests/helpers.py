@@ -73,7 +73,7 @@ def start(script: str | Path, *argv) -> subprocess.Popen:
 
 
 def call_on_ranks(ranks: int, script: str, *argv, kill: str = "") -> list[int]:
-    """``call`` on so many ranks, which are forks of this process and meet over gloo; their exit codes.
+    """``call`` on several ranks, which are forks of this process and meet over gloo; their exit codes.
 
     The first that opens a file whose path holds ``kill`` gets kill -9 at that moment: its code is -9.
     """
@@ -182,7 +182,7 @@ def write_images(path: Path, images: np.ndarray, **members) -> Path:
 
 @contextlib.contextmanager
 def memory_limit(megabytes: int) -> Iterator[None]:
-    """Within it, this process cannot take so much more memory, touched or not: what tries fails with MemoryError."""
+    """Within it, this process can take at most that much more memory, touched or not: else MemoryError."""
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (now + megabytes * 2**20, hard))
@@ -193,7 +193,7 @@ def memory_limit(megabytes: int) -> Iterator[None]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All that a flat folder holds."""
+    """The files of a flat folder, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

@@ -1,4 +1,4 @@
-"""The page: what it draws is what the samplers draw, and a real browser shows it."""
+"""The page draws the samplers' images, and a real browser shows it."""
 
 import contextlib
 import shutil

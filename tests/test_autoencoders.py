@@ -1,4 +1,4 @@
-"""Autoencoders are told apart by what they make of images: moved ones are the same, and others are refused everywhere.
+"""Autoencoders are told apart by the latents they make: moved ones are the same, and others are refused everywhere.
 
 The road of a cluster without a network: an autoencoder that lies in some folder, and later in another.
 """

@@ -1,4 +1,4 @@
-"""Command lines from end to end: mistakes end in one sentence and write nothing, and what must work does.
+"""Command lines from end to end: mistakes end in one sentence and write nothing, and right lines work.
 
 A sentence names option and value; the exit code is 2 and there is no traceback.
 """
@@ -116,7 +116,7 @@ CASES = {
         ["--data-path", "BAD/picture", "--image-size", "2e6"],
         "too long to crop 2000000 of",
     ),
-    # What is given is something else.
+    # Files of another kind.
     "a folder of runs": (SAMPLE, ["--ckpt-path", "BAD/runs"], "such as BAD/runs/000-x/checkpoints/0000003.pt"),
     "a run's folder": (SAMPLE, ["--ckpt-path", "BAD/runs/000-x"], "such as BAD/runs/000-x/checkpoints/0000003.pt"),
     "a folder of runs as teacher": (DUMP, ["--teacher", "BAD/runs"], "such as BAD/runs/000-x/checkpoints/0000003.pt"),

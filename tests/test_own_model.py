@@ -19,7 +19,7 @@ from stores.samples import read_provenance
 README = (ROOT / "README.md").read_text()
 FORMATS = ("png", "jpg", "webp", "bmp", "gif", "tiff", "PNG", "jpeg")
 MODES = {"png": ("RGB", "L", "RGBA", "P", "1", "I;16", "LA"), "tiff": ("RGB", "CMYK", "L"), "jpg": ("RGB", "L", "CMYK")}
-# What is added behind each command: the last of two equal options holds.
+# Options behind each command: the last of two equal options holds.
 SMALLER = {
     "encode_latents.py": "--image-size 8 --vae VAE --num-workers 0",
     "train.py": "--model DiT-Nano/2 --global-batch-size 8",
@@ -66,7 +66,7 @@ def photos(tmp_path, monkeypatch) -> Path:
 
 
 def turned() -> Image.Exif:
-    """What a camera writes that was held upright."""
+    """The tag of a camera that was held upright."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return exif

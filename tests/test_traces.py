@@ -1,4 +1,4 @@
-"""What makes it fast, seen in traces: memory layouts, graphs, generated code. No clock is read here."""
+"""Means of speed, seen in traces: memory layouts, graphs, generated code. No clock is read here."""
 
 import copy
 import re

@@ -1,6 +1,6 @@
-"""Damage to single files, and what reading them comes to: shared by test_bits.py and soak.py.
+"""Damage to single files, and the outcome of reading them: shared by test_bits.py and soak.py.
 
-A reader returns what it has read, as nested dictionaries and lists of tensors and plain values; ``UserError`` is the
+A reader returns the content, as nested dictionaries and lists of tensors and plain values; ``UserError`` is the
 only error that it may raise.
 """
 
@@ -63,7 +63,7 @@ def outcome(read: Reader, *allowed: Any) -> str:
         found = read()
     except UserError as error:
         return "refused" if str(error).count("\n") == 0 else f"traceback: of several lines: {error}"
-    except Exception as error:  # what a user would see as a traceback
+    except Exception as error:  # a user would see a traceback
         return f"traceback: {type(error).__name__}: {error}"
     if same(found, allowed[0]):
         return "equal"
@@ -112,7 +112,7 @@ def read_latents(folder: Path) -> dict:
 
 
 def read_student(path: Path) -> dict:
-    """What a sampler takes from a checkpoint."""
+    """A sampler's part of a checkpoint."""
     student, config = checkpoints.load_student(path)
     return {"config": config, "weights": student.state_dict()}
 
@@ -125,7 +125,7 @@ def resume(run: Path, config: dict) -> dict | None:
 
 
 def run_by_name(run: Path, config: dict) -> dict:
-    """The run that ``--run-dir`` continues: what its config says."""
+    """The run that ``--run-dir`` continues: its config."""
     begin(config, "", str(run))
     return read_config(run)
 
@@ -136,7 +136,7 @@ def run_by_config(run: Path, config: dict) -> str:
 
 
 def read_samples(path: Path) -> dict:
-    """What the evaluator reads of samples."""
+    """The evaluator's part of samples."""
     images = Images("SAMPLES", path)
     batches = [torch.from_numpy(batch) for _, batch in images.batches(range(images.count), 16)]
     provenance = images.member("provenance")
@@ -150,7 +150,7 @@ def read_finished(path: Path, provenance: dict) -> dict:
 
 
 def read_statistics(path: Path) -> dict:
-    """What the evaluator takes from a reference file: images, and the statistics stored beside them."""
+    """The evaluator's part of a reference file: images, and the statistics stored beside them."""
     images = Images("REFERENCE", path)
     return read_samples(path) | {name: torch.from_numpy(images.member(name)) for name in ("mu", "sigma")}
 
@@ -169,7 +169,7 @@ def read_features(samples: Path, network: Extractor, whole: bytes) -> dict:
 
 
 def twice(attempt: Reader) -> dict:
-    """What a command makes that may refuse damage once, remove it, and ask to be run again: then that is in "again"."""
+    """A command's result; it may refuse damage once, remove it, and ask to be run again: then that is in "again"."""
     try:
         return attempt() | {"again": False}
     except UserError as error:
@@ -233,7 +233,7 @@ def break_off(store: Path, folder: Path) -> Path:
 
 
 def begin_samples(path: Path) -> Path:
-    """Nine samples for ``draw_all``, of which four are there; their folder."""
+    """Nine samples for ``draw_all``, of which four exist; their folder."""
     writer = SampleWriter(path, 9, {"seed": 1}, DistributedContext())
     with contextlib.suppress(KeyboardInterrupt), writer:
         grey = torch.arange(4).view(4, 1, 1, 1).expand(4, 1, 4, 4) / 127.5 - 1

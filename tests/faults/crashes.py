@@ -1,4 +1,4 @@
-"""Kill every stage before each call that changes its folder, run it again, and compare with what was never disturbed.
+"""Kill every stage before each call that changes its folder, run it again, and compare with an undisturbed run.
 
     python tests/faults/crashes.py
 
@@ -42,7 +42,7 @@ def path_of(event: str, arguments: tuple) -> str | None:
 
 
 def crash_before(number: int, folder: Path, seen: mmap.mmap) -> Callable[[], None]:
-    """What a process calls to be killed before its ``number``-th change below ``folder``; ``seen`` counts them."""
+    """A hook that kills its process before the ``number``-th change below ``folder``; ``seen`` counts them."""
 
     def install() -> None:
         def watch(event: str, arguments: tuple) -> None:
@@ -59,7 +59,7 @@ def crash_before(number: int, folder: Path, seen: mmap.mmap) -> Callable[[], Non
 
 
 def changes(stage: Stage, out: Path) -> tuple[dict, int]:
-    """What an undisturbed stage leaves, and in how many changes."""
+    """The files of an undisturbed stage, and the number of its changes."""
     seen = mmap.mmap(-1, 8)  # shared with the forked process
     with fresh(stage, out):
         job = Job(stage, out, crash_before(0, out, seen))
@@ -68,7 +68,7 @@ def changes(stage: Stage, out: Path) -> tuple[dict, int]:
 
 
 def crashes(stage: Stage, base: Path, at_most: int | None = None) -> Counter:
-    """How often each end came, over the points of a stage (``at_most`` so many, from the first to the last)."""
+    """How often each end came, over the points of a stage (of ``at_most`` points, from the first to the last)."""
     wanted, points = changes(stage, base / "whole")
     step = max(1, -(-points // at_most)) if at_most else 1
     counts: Counter = Counter()

@@ -3,7 +3,7 @@
     python tests/faults/disks.py --trials 20 --ranked 2 --seed 0
 
 Each disk is a tmpfs in a mount namespace of a process of its own, so that no mount outlives it; by turns it has a few
-pages, a random size, and room enough until somebody else takes what is left of it. Wanted of a full disk: exit code 1
+pages, a random size, and room enough until somebody else takes the rest of it. Wanted of a full disk: exit code 1
 and one sentence that names a file there. Exit code 1 on anything else, or where a run with room does not end with equal
 files.
 """
@@ -25,7 +25,7 @@ from stages import EQUAL, SENTENCE, Job, Stage, ends_well, make_inputs, stages, 
 
 NEW_MOUNTS, NEW_USER = 0x00020000, 0x10000000  # CLONE_NEWNS and CLONE_NEWUSER of sched.h
 SAYS = "No space left on device"
-REFUSED = "where the disk has"  # what a command says that has counted beforehand
+REFUSED = "where the disk has"  # the words of a command that has counted beforehand
 FULL, ROOM, COUNTED = "full", "had room", "refused before the work"
 OTHERS = "somebody else's"  # a file
 
@@ -64,7 +64,7 @@ def apart(work: Callable[[], Counter], log: Path) -> Counter | None:
 
 
 def mount(folder: Path, size: int, *more: str) -> None:
-    """A disk of that many bytes at a folder."""
+    """A disk of this size in bytes at a folder."""
     options = ",".join((f"size={size}", *more))
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True)
 
@@ -89,7 +89,7 @@ def says_so(job: Job, code: int | None, out: Path) -> str:
 
 
 def fill(stage: Stage, base: Path, draw: random.Random, trials: int) -> Counter:
-    """What comes of so many disks of random sizes."""
+    """The ends on a number of disks of random sizes."""
     counts: Counter = Counter()
     base.mkdir()
     wanted, seconds = undisturbed(stage, base / "whole")

@@ -34,7 +34,7 @@ SUFFIXES = (".npz", ".pt", ".json", "")
 
 
 class Line(NamedTuple):
-    """A command line, and what is wrong with it."""
+    """A command line, and its mistake."""
 
     stage: str
     script: str
@@ -42,7 +42,7 @@ class Line(NamedTuple):
 
 
 def options_of(script: str, words: list[str]) -> list[argparse.Action]:
-    """The options that a script knows, or the command of it that the words name."""
+    """The options of a script, or the command of it that the words name."""
     parser = importlib.import_module(script.removesuffix(".py")).build_parser()
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -59,7 +59,7 @@ def bad_paths(base: Path, draw: random.Random) -> list[str]:
         (bad / "letters").mkdir()
         (bad / "letters/one.txt").write_text("mine")
         for suffix in (".pt", ".npz", ".safetensors", ".json"):
-            (bad / f"text{suffix}").write_text("not what it says")
+            (bad / f"text{suffix}").write_text("another format")
             (bad / f"empty{suffix}").write_bytes(b"")
         for name in ("student/checkpoints/0000002.pt", "samples.npz", "store/shard-00000.safetensors"):
             content = (base / name).read_bytes()
@@ -96,7 +96,7 @@ def spoiled(words: list[str], actions: list[argparse.Action], base: Path, draw: 
     if kind < 0.3:
         del words[draw.randrange(len(words))]
         return words
-    if kind < 0.5:  # a word that is there becomes another
+    if kind < 0.5:  # an existing word becomes another
         at = draw.randrange(len(words))
         if not words[at].startswith("--"):
             words[at] = draw.choice((*NUMBERS, *bad_paths(base, draw)))
@@ -111,7 +111,7 @@ def spoiled(words: list[str], actions: list[argparse.Action], base: Path, draw: 
 
 
 def lines(base: Path, count: int, draw: random.Random) -> list[tuple[Line, Stage]]:
-    """So many lines, of all scripts in turn; half of those that can say so are --dry-run."""
+    """A number of lines, of all scripts in turn; half of those that have the option are --dry-run."""
     known = {name: stage for name, stage in stages(base).items() if name != "repair"}
     known["verify"] = Stage("stores.trajectories", lambda out: ["verify", base / "store"])
     known["latents verify"] = Stage("stores.latents", lambda out: ["verify", base / "store"])
@@ -140,7 +140,7 @@ def limited(folder: Path) -> None:
 
 
 def outcome(stage: Stage, base: Path, folder: Path, whole: Path) -> str:
-    """ "refused", "right by accident", or what is wrong with the end of a command."""
+    """ "refused", "right by accident", or the error in the end of a command."""
     folder.mkdir()
     before = state_of(base)
     job = Job(stage, folder, lambda: limited(folder))
@@ -153,7 +153,7 @@ def outcome(stage: Stage, base: Path, folder: Path, whole: Path) -> str:
         shutil.rmtree(base)
         shutil.copytree(whole, base)
         if not right:
-            return f"exit code {code}, CHANGED what was there: {text[-300:]}"
+            return f"exit code {code}, CHANGED existing files: {text[-300:]}"
     if right:
         return RIGHT
     one_line = text.count("\n") == 1 and ": error: " in text.split("\n")[0]
@@ -163,7 +163,7 @@ def outcome(stage: Stage, base: Path, folder: Path, whole: Path) -> str:
 
 
 def trial(base: Path, count: int, draw: random.Random, show: bool = True) -> Counter:
-    """The outcomes of so many lines, by stage; what is wrong is shown at once."""
+    """The outcomes of a number of lines, by stage; errors are shown at once."""
     bad_paths(base, draw)
     counts, whole = Counter(), base.with_name("whole")
     shutil.copytree(base, whole)

@@ -33,7 +33,7 @@ def look(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def wait(done: Callable[[], bool], seconds: float) -> bool:
-    """Whether it is done within so many seconds."""
+    """Whether it is done within this number of seconds."""
     end = time.monotonic() + seconds
     while not done():
         if time.monotonic() > end:
@@ -127,7 +127,7 @@ class Job:
         return look(self.out) != self._before
 
     def changes(self, count: int, seconds: float) -> None:
-        """Wait until the folder has changed so many times, as far as one can see, or the job has ended."""
+        """Wait until the folder has changed this number of times, as far as one can see, or the job has ended."""
         seen, now = 0, self._before
 
         def enough() -> bool:

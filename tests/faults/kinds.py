@@ -19,7 +19,7 @@ from runtime.files import release
 
 
 class Kind(NamedTuple):
-    """A file, what reads it, the part at its beginning that is damaged half of the time, what it may be instead."""
+    """A file, its reader, the bytes at its start that are damaged half of the time, other content it may have."""
 
     path: Path
     read: bits.Reader
@@ -97,7 +97,7 @@ def kinds(base: Path) -> dict[str, Kind]:
 
 
 def damage(known: dict[str, Kind], faults: int, seed: int) -> dict[str, Counter]:
-    """So many faults over all kinds: of each, a tenth cut short, half of the rest with a bit flipped near the start."""
+    """Faults over all kinds: of each, a tenth cut short, half of the rest with a bit flipped near the start."""
     counts = {name: Counter() for name in known}
     draw, each = random.Random(seed), -(-faults // len(known))
     for name, (path, read, head, allowed) in known.items():

@@ -1,10 +1,10 @@
-"""Interrupt and terminate every stage at random moments, run it again, and compare with what was never disturbed.
+"""Interrupt and terminate every stage at random moments, run it again, and compare with an undisturbed run.
 
     python tests/faults/signals.py --trials 20 --ranked 2 --seed 0
 
 Wanted: one sentence and exit code 130 for SIGINT; one sentence and exit code 1 for SIGTERM, or a plain death by it
 where no handler is there yet; no traceback; a second SIGTERM kills. The same command then ends with equal files. In
-forks, so that signals hit the work; under torchrun, with two ranks, from the start on. What python itself says of an
+forks, so that signals hit the work; under torchrun, with two ranks, from the start on. Python's own words about an
 interrupt while it imports torch is counted apart, as "importing", and so is one that it passes over ("Exception
 ignored in"), as "lost in python". Exit code 1 on anything else.
 """
@@ -50,7 +50,7 @@ def started(stage: Stage, out: Path) -> Job:
 
 
 def end_of(job: Job, code: int | None, sent: signal.Signals) -> str:
-    """How a job has ended after a signal: one of ``GOOD``, or what is wrong."""
+    """How a job has ended after a signal: one of ``GOOD``, or the error."""
     text = job.output
     wrong = f"{sent.name}: it ends with {code}: {text[-1200:]}"
     said = any(words in text for words in SAYS[sent])
@@ -74,7 +74,7 @@ def end_of(job: Job, code: int | None, sent: signal.Signals) -> str:
 
 
 def disturb(stage: Stage, out: Path, wanted: dict, seconds: float, draw: random.Random) -> list[str]:
-    """One signal at a random moment and what comes of it, then of the same command."""
+    """The end after one signal at a random moment, and then of the same command."""
     sent = draw.choice(list(SAYS))
     group = draw.random() < 0.5  # as a terminal does; else as kill does
     with fresh(stage, out):
@@ -108,7 +108,7 @@ def twice(stage: Stage, out: Path, wanted: dict, seconds: float, draw: random.Ra
 
 
 def send(stage: Stage, base: Path, draw: random.Random, trials: int, doubles: int = 0) -> Counter:
-    """What comes of so many signals, and of so many double ones."""
+    """The ends after a number of signals, and after a number of double ones."""
     wanted, seconds = undisturbed(stage, base / "whole")
     counts: Counter = Counter()
     for number in range(trials + doubles):

@@ -1,7 +1,7 @@
-"""Kill everything at random moments, run it again until it ends, and compare with what was never disturbed.
+"""Kill everything at random moments, run it again until it ends, and compare with an undisturbed run.
 
     python tests/faults/soak.py                                  # 200 kills of dumps, 100 of training, ...
-    python tests/faults/soak.py --kills training=20 drawing=10   # so many instead, of these groups alone
+    python tests/faults/soak.py --kills training=20 drawing=10   # other numbers, of these groups alone
     python tests/faults/soak.py --minutes 5 --only train_ARD evaluator
     python tests/faults/soak.py --bits 10000                     # flipped bits and files cut short, no kills
 
@@ -44,7 +44,7 @@ GOOD = ("kills", "kills of all", "kills of one rank", "kills of torchrun", "kill
         "others ended with a sentence", "others had not begun", "others were done", "held by a child", "refused",
         "complaints of orphaned data workers",
         "made good")  # fmt: skip
-AT_WORK = "is at work there"  # what a command says of a folder that another process holds
+AT_WORK = "is at work there"  # a command's words about a folder that another process holds
 
 
 class Whole(NamedTuple):
@@ -147,7 +147,7 @@ class Disturbance:
         """Whether the folder is as an undisturbed job leaves it."""
         try:
             return bits.same(self.stage.result(self.out), self.whole.content)
-        except Exception:  # what is unfinished cannot be read
+        except Exception:  # an unfinished file cannot be read
             return False
 
     def _compare(self) -> None:
@@ -258,11 +258,13 @@ def kills_of_group(text: str) -> tuple[str, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kill, rerun, compare.")
-    what = f"So many kills of these groups alone, by default {COUNTS}."
+    what = f"Kills of these groups alone, by default {COUNTS}."
     parser.add_argument("--kills", type=kills_of_group, nargs="+", default=list(COUNTS.items()), help=what)
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="Only these stages, e.g. evaluator.")
     parser.add_argument("--minutes", type=float, help="Go on for so long instead, whatever the number of kills.")
-    parser.add_argument("--bits", type=int, help="Instead, damage so many files by a flipped bit or by cutting them.")
+    parser.add_argument(
+        "--bits", type=int, help="Number of files to damage instead, by a flipped bit or by cutting them."
+    )
     parser.add_argument("--jobs", type=int, default=2, help="Stages that are disturbed at the same time.")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The commands that soak.py disturbs, with inputs of their own, and what each leaves."""
+"""The commands that soak.py disturbs, with inputs of their own, and readers of their results."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ GROUPS = (
 
 
 class Stage(NamedTuple):
-    """A command whose words know the folder that it writes to, and a reader of what it leaves there."""
+    """A command whose words know the folder that it writes to, and a reader of its results."""
 
     group: str
     script: str
@@ -35,7 +35,7 @@ class Stage(NamedTuple):
 
 
 def names(folder: Path) -> list[str]:
-    """All that lies in a folder, whose sub-folders' files are named by their paths."""
+    """The files of a folder, whose sub-folders' files are named by their paths."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
@@ -58,7 +58,7 @@ def samples_content(out: Path) -> dict:
 
 
 def samples_near(out: Path, of_one: Path) -> dict:
-    """The same where ranks share anew what is missing: other batches, so the arrays are near those of one rank."""
+    """The same where ranks share anew the missing parts: other batches, so the arrays are near those of one rank."""
     found, one = arrays(out / "s.npz"), arrays(of_one)
     bound = 1e-4 * np.abs(one["latents"]).max()
     near = np.abs(found["latents"] - one["latents"]).max() < bound and (found["arr_1"] == one["arr_1"]).all()
@@ -67,7 +67,7 @@ def samples_near(out: Path, of_one: Path) -> dict:
 
 
 def figures(out: Path) -> dict:
-    """What the evaluator has found, and the names of all files."""
+    """The evaluator's figures, and the names of all files."""
     return {"metrics": json.loads((out / "m.json").read_text()), "files": names(out)}
 
 

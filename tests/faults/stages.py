@@ -47,13 +47,13 @@ def nothing() -> None:
 
 
 class Stage(NamedTuple):
-    """A command whose words know the folder that it writes to, and what has to lie there before it starts."""
+    """A command whose words know the folder that it writes to, and the files that it needs before it starts."""
 
     script: str
     options: Callable[[Path], list]
     prepare: Callable[[Path], object] = lambda out: None
     ranks: int = 0
-    done: str = "nothing"  # with these words a command may refuse what it has finished
+    done: str = "nothing"  # with these words a command may refuse a finished result
 
 
 def make_inputs(base: Path) -> Path:
@@ -127,9 +127,9 @@ def stages(base: Path, times: int = 1) -> dict[str, Stage]:
 
 
 def content(out: Path) -> dict:
-    """All files below a folder, tensors as tensors: what two runs of a command must have in common.
+    """All files below a folder, tensors as tensors: two runs of a command must have them in common.
 
-    Of logs and tensorboard's files nothing but that they are there, since they tell the time.
+    Of logs and tensorboard's files only their existence, since they tell the time.
     """
     found: dict[str, object] = {}
     for path in sorted(path for path in out.rglob("*") if not path.is_dir()):
@@ -156,7 +156,7 @@ def differences(found: dict, wanted: dict) -> str:
 
 
 class Job:
-    """One run of a command in a process group of its own; what it says goes to ``log``."""
+    """One run of a command in a process group of its own; its output goes to ``log``."""
 
     def __init__(self, stage: Stage, out: Path, before: Callable[[], object] = nothing):
         """``before`` is called in the forked process first; under torchrun there is no such place."""
@@ -237,7 +237,7 @@ class Job:
 
     @property
     def output(self) -> str:
-        """What the command has said; of ranks what they have, and not torchrun."""
+        """The command's output; of ranks theirs, and not torchrun's."""
         logs = sorted(self._rank_logs.rglob("*.log")) if self.stage.ranks else [self.log]
         return "".join(path.read_text(errors="replace") for path in logs)
 
@@ -254,7 +254,7 @@ def fresh(stage: Stage, out: Path) -> Iterator[Path]:
 
 
 def undisturbed(stage: Stage, out: Path) -> tuple[dict, float]:
-    """What the stage leaves, and the seconds that it takes."""
+    """The files of the stage, and the seconds that it takes."""
     with fresh(stage, out):
         begun = time.monotonic()
         job = Job(stage, out)
@@ -264,7 +264,7 @@ def undisturbed(stage: Stage, out: Path) -> tuple[dict, float]:
 
 
 def ends_well(stage: Stage, out: Path, wanted: dict) -> str:
-    """Run the command in ``out`` to its end: "equal", or what is wrong with the end."""
+    """Run the command in ``out`` to its end: "equal", or the error in its end."""
     job = Job(stage, out)
     code = job.wait()
     if code is None:

@@ -141,7 +141,7 @@ def test_a_header_that_promises_fewer_images_than_there_are_is_refused(samples):
 
 
 @pytest.mark.parametrize("what", ["samples", "features"])
-def test_a_length_in_the_directory_that_hides_what_follows_is_noticed(what, samples):
+def test_a_length_in_the_directory_that_hides_the_next_entries_is_noticed(what, samples):
     network, kept = extractor("digits").load(), samples.with_name("s.digits.features.npz")
     evaluate(samples, samples, allow_few=True)
     whole = kept.read_bytes()
@@ -158,7 +158,7 @@ def test_a_length_in_the_directory_that_hides_what_follows_is_noticed(what, samp
 
 
 def test_a_sampler_refuses_a_damaged_file_in_its_place(samples):
-    """It reads the provenance only: what else is damaged, the evaluator finds."""
+    """It reads the provenance only: the evaluator finds other damage."""
     wanted = read_provenance(samples)
     expect(trial(samples, lambda: read_finished(samples, wanted), random.Random(9), 200, 20), 220)
 

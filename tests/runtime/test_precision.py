@@ -1,4 +1,4 @@
-"""What is there for speed changes no result: compiled blocks, recomputed activations."""
+"""Means of speed change no result: compiled blocks, recomputed activations."""
 
 import copy
 import re

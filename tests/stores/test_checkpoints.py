@@ -1,4 +1,4 @@
-"""Checkpoints: what is shipped, slim copies, strict loading, students of any version."""
+"""Checkpoints: shipped files, slim copies, strict loading, students of any version."""
 
 import errno
 from pathlib import Path

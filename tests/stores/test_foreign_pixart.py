@@ -1,4 +1,4 @@
-"""PixArt's files in diffusers' layout: what is taken, and the sentences for what is not."""
+"""PixArt's files in diffusers' layout: the accepted ones, and the sentences for others."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Folders of images: what is an image and a class, what is bad and said at the start, by what a folder is known."""
+"""Folders of images: images and classes, bad files named at the start, the identity of a folder."""
 
 import hashlib
 import json
@@ -46,7 +46,7 @@ def read_all(source: ImageFolder) -> torch.Tensor:
 
 
 #################################################################################
-#                              What is in a folder                              #
+#                             Content of a folder                               #
 #################################################################################
 
 
@@ -200,7 +200,7 @@ def test_two_ranks_leave_out_the_same_images(folder, tmp_path):
 
 
 #################################################################################
-#                          By what a folder is known                            #
+#                            Identity of a folder                               #
 #################################################################################
 
 

@@ -1,4 +1,4 @@
-"""Sources of real images: uint8 that survives, mirror images, what is said of a source and refused of its options."""
+"""Sources of real images: uint8 that survives, mirror images, a source's description and refused options."""
 
 import numpy as np
 import pytest

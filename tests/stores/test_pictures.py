@@ -19,13 +19,13 @@ DEEP = RNG.integers(65536, size=(6, 9), dtype=np.uint16)
 
 
 def on_white(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """(H, W, 3) and (H, W) -> what is seen on a white page."""
+    """(H, W, 3) and (H, W) -> its look on a white page."""
     share = alpha[..., None] / 255
     return np.floor(pixels * share + 255 * (1 - share) + 0.5 + 1e-9).astype(np.uint8)
 
 
 def of_cmyk(inks: np.ndarray) -> np.ndarray:
-    """(H, W, 4) inks -> RGB: each ink takes its share of what black leaves."""
+    """(H, W, 4) inks -> RGB: each ink takes its share of the light that black leaves."""
     left = 255.0 - inks[..., 3:]
     return np.floor(left - np.floor(inks[..., :3] * left / 255 + 0.5)).clip(0, 255).astype(np.uint8)
 
@@ -44,7 +44,7 @@ def palette_image() -> tuple[Image.Image, np.ndarray, np.ndarray]:
 
 
 def cases() -> dict[str, tuple[Image.Image, str, dict, np.ndarray]]:
-    """Name -> image, format, options of saving, and what must be read."""
+    """Name -> image, format, options of saving, and the right pixels."""
     palette, colours, alphas, table = palette_image()
     inks = RNG.integers(256, size=(6, 9, 4), dtype=np.uint8)
     high = (DEEP // 256).astype(np.uint8)
@@ -134,7 +134,7 @@ def test_of_an_animation_the_first_frame_is_read(form, tmp_path):
 
 
 #################################################################################
-#                              What cannot be read                              #
+#                                Unreadable files                               #
 #################################################################################
 
 
@@ -157,7 +157,7 @@ def test_a_truncated_file_is_found_by_its_header_alone(form, tmp_path):
         path.write_bytes(whole[: int(share * len(whole))])
         with pytest.raises(BadImageError):
             look(path)
-    if form in ENDS:  # what follows the end, or an end that lacks, is no damage as long as all pixels are there
+    if form in ENDS:  # bytes after the end, or a missing end, are no damage as long as all pixels are there
         path.write_bytes(whole + b"something else")
         assert look(path)[:2] == (64, 64)
 

@@ -33,7 +33,7 @@ def fill(path, count: int, stop_after: int | None = None, provenance: dict = PRO
 
 
 def finished(path) -> list[int]:
-    """The samples of an unfinished file that are there."""
+    """The samples that an unfinished file holds."""
     return [i for part in sorted(path.with_suffix(".partial").glob("*-*.npz")) for i in range_of(part)]
 
 

@@ -177,7 +177,7 @@ def test_an_interrupted_dump_leaves_notes_that_the_next_run_uses_and_removes(tmp
     first = folder / "shard-00000.safetensors"
     note = json.loads(note_of(first).read_text())
     assert note == {"rows": 3, "bytes": first.stat().st_size, "sha256": file_sha256(first)}
-    # What the disk made of a shard is not what its hash says: the hash is of what was meant.
+    # The disk changed a shard: the hash is of the bytes that were meant.
     content = first.read_bytes()
     first.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     write(folder, 10, 3)

@@ -1,4 +1,4 @@
-"""What a run leaves for tensorboard and for Weights & Biases, read from their own files."""
+"""A run's logs for tensorboard and for Weights & Biases, read from their own files."""
 
 import json
 import sys
@@ -99,7 +99,7 @@ def offline(monkeypatch, tmp_path):
 
 
 def records(run: Path) -> list:
-    """What wandb has written in all parts of a run, in order: its log of records is LevelDB's, in blocks of 32 KiB."""
+    """wandb's records in all parts of a run, in order: its log of records is LevelDB's, in blocks of 32 KiB."""
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -121,7 +121,7 @@ def records(run: Path) -> list:
 
 
 def rows(run: Path) -> list[dict]:
-    """What was logged, a dict for each call."""
+    """The logged values, a dict for each call."""
     histories = [record.history for record in records(run) if record.WhichOneof("record_type") == "history"]
     items = [{"/".join(item.nested_key) or item.key: item.value_json for item in each.item} for each in histories]
     return [{name: json.loads(value) for name, value in each.items() if value} for each in items]

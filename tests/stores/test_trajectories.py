@@ -26,7 +26,7 @@ def test_rows_are_the_teachers_trajectories(store, teacher_file):
         assert torch.equal(stored_labels, y)
         wanted = torch.cat([z[:, None], points[target]], dim=1)
         assert ((trajectory - wanted).abs() / wanted.abs().clamp(min=1)).max() < 2e-3  # fp16 on disk
-    # What a point's predicted x_0 is: made from the state after that many steps; the last is the sample.
+    # A point's predicted x_0 is made from the state after that number of steps; the last is the sample.
     assert torch.equal(points["x0"][:, 0], x0[:, 6]) and torch.equal(points["x0"][:, 3], x[:, 25])
 
 
