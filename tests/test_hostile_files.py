@@ -66,7 +66,7 @@ def test_pickles_are_never_run(tmp_path, digit_files, capsys):
         student = ("sample_ARD.py", "--num-samples", 2, "--out", tmp_path / "out.npz", "--ckpt-path", bad / name)
         assert f"--ckpt-path {bad}/{name}" in refused(capsys, *student)
         assert "SOURCE" in refused(capsys, "stores.checkpoints", "slim", bad / name, tmp_path / "out.pt")
-        weights = ("evaluations.evaluator", *digit_files, "--inception-weights", bad / name)
+        weights = ("evaluations.evaluator", *digit_files, "--allow-few", "--inception-weights", bad / name)
         assert "not the weights of torch-fidelity" in refused(capsys, *weights)
     evaluator = ("evaluations.evaluator", "--features", "digits", "--device", "cpu")
     for name in ("objects.npz", "note.npz"):
