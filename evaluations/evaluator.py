@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from evaluations.extraction import features
-from evaluations.features import FRECHET, NAMES, YARDSTICKS, Extractor, extractor
+from evaluations.features import FRECHET, NAMES, Extractor, extractor
 from evaluations.kid import kid
 from evaluations.metrics import frechet_distance, inception_score, precision_recall, statistics
 from runtime import cli, distributed

@@ -106,5 +106,5 @@ def test_coarse_pixels_need_no_network_and_are_not_called_fid(digit_files, tmp_p
 def test_options_and_networks_that_do_not_go_together_are_refused(digit_files, capsys):
     command = ("evaluations.evaluator", *digit_files, "--features", "digits", "--device", "cpu")
     assert "--tf32: of no use with --features digits" in refused(capsys, *command, "--tf32")
-    with pytest.raises(ValueError, match="'clip' are none of inception, dinov2, digits, pixels"):
+    with pytest.raises(ValueError, match="'clip' are none of inception, dinov2, digits, emoji, pixels"):
         features.extractor("clip")
