@@ -13,9 +13,7 @@ from typing import Any
 
 from diffusion.teacher_ode import TARGETS
 from lab.experiments import (
-    CORES,
     Student,
-    call,
     distance,
     draw_samples,
     evaluate_command,
@@ -31,6 +29,7 @@ from lab.experiments import (
 from lab.worlds import DIGITS
 from models import DiT
 from runtime import cli
+from runtime.commands import CORES, call
 from stores import checkpoints
 
 METHODS: dict[str, dict] = {"step": {"mask": "M1", "stack": 0}, "ard": {"mask": "M4", "stack": 2}}

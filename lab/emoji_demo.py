@@ -15,8 +15,6 @@ from typing import Any
 
 from diffusion.teacher_ode import TeacherODE
 from lab.experiments import (
-    CORES,
-    call,
     distance,
     draw_samples,
     evaluate_command,
@@ -31,6 +29,7 @@ from lab.experiments import (
 from lab.worlds import EMOJI
 from models import DiT
 from runtime import cli
+from runtime.commands import CORES, call
 from stores import checkpoints
 
 TEACHER_STEPS = (25, 4)

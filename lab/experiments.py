@@ -1,11 +1,8 @@
 """What the demos and the studies share: our own commands as processes, and a student with its files."""
 
 import json
-import os
-import shlex
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -23,12 +20,9 @@ from models import DiT
 from models_ard import ARD
 from runtime import cli
 from runtime.checks import writable_folder
+from runtime.commands import CORES, as_typed, call, start
 from runtime.files import atomic_write, write_text
 from runtime.randomness import labels, noise
-from runtime.sigterm import die_with_parent
-
-ROOT = Path(__file__).resolve().parent.parent
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def own_folder(out: str | None, default: str, seed: int, holds: str) -> Path:
@@ -53,46 +47,6 @@ def write_table(folder: Path, columns: dict[str, str], rows: list[dict], notes: 
     text = "\n".join([*lines, "", *notes]) + "\n"
     write_text(folder / "table.md", text)
     return text
-
-
-def start(command: list, threads: int, out: Any = None, error: Any = None) -> subprocess.Popen:
-    """Begin one of the project's commands with so many threads, from the root of the project."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    # glibc gives every large block back to the system at once; keeping them saves a tenth to a fifth of the time.
-    environment |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31)}
-    words = [str(word) for word in command]
-    launcher = {"python": [], "torchrun": ["-m", "torch.distributed.run", "--standalone"]}[words[0]]
-    real = [sys.executable, *launcher, *words[1:]]
-    return subprocess.Popen(real, cwd=ROOT, env=environment, stdout=out, stderr=error, preexec_fn=die_with_parent)
-
-
-def as_typed(command: list) -> str:
-    """A command as a user would type it."""
-    return shlex.join(str(word) for word in command)
-
-
-def call(commands: list[list], threads: int | None = None) -> None:
-    """Run some of the project's scripts side by side, each shown as a user would type it; stop when one fails.
-
-    ``threads`` is for each of them, all cores divided among them by default.
-    """
-    running: list[subprocess.Popen] = []
-    for command in commands:
-        print("$ " + as_typed(command), flush=True)
-        silent = subprocess.DEVNULL if running else None  # one progress bar is enough
-        running.append(start(command, threads or max(1, CORES // len(commands)), error=silent))
-    try:
-        codes = [process.wait() for process in running]
-    finally:  # interrupted or terminated: none is left behind
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
-    for command, code in zip(commands, codes, strict=True):
-        if code:
-            raise cli.RunError(
-                f"this command failed with exit code {code}, run it by itself to see why: {as_typed(command)}"
-            )
 
 
 @dataclass(frozen=True)

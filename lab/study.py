@@ -32,7 +32,6 @@ from pathlib import Path
 
 from diffusion.teacher_ode import TARGETS
 from lab.experiments import (
-    CORES,
     Piece,
     Student,
     dump_command,
@@ -51,6 +50,7 @@ from lab.worlds import WORLDS, World
 from models import DiT
 from runtime import cli
 from runtime.cli import UserError, chosen
+from runtime.commands import CORES
 from runtime.files import write_text
 from runtime.provenance import require_same
 from stores import checkpoints

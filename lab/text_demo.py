@@ -17,8 +17,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lab.experiments import (
-    CORES,
-    call,
     distance,
     evaluate_command,
     figures_of,
@@ -31,6 +29,7 @@ from lab.scenes import accuracy, write_captions, write_crops
 from lab.worlds import DIGITS
 from runtime import cli
 from runtime.cli import UserError
+from runtime.commands import CORES, call
 from runtime.files import atomic_write
 from stores.digits import SCENES, SEEN_SCENES, scene_caption
 
