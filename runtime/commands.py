@@ -1,5 +1,6 @@
 """This project's own commands as processes: shown as a user would type them, ended when their caller ends."""
 
+import importlib
 import os
 import shlex
 import subprocess
@@ -52,3 +53,15 @@ def call(commands: list[list], threads: int | None = None) -> None:
             raise cli.RunError(
                 f"this command failed with exit code {code}, run it by itself to see why: {as_typed(command)}"
             )
+
+
+def options_of(command: list, prog: str) -> dict[str, Any]:
+    """The options of one of our commands by its own parser, which ends with its sentence, as ``prog``'s, where one is
+    wrong.
+    """
+    words = [str(word) for word in command]
+    place = next(i for i, word in enumerate(words) if word == "-m" or word.endswith(".py"))
+    name = words[place + 1] if words[place] == "-m" else words[place].removesuffix(".py")
+    parser = importlib.import_module(name).build_parser()
+    parser.prog = prog
+    return vars(parser.parse_args(words[place + (2 if words[place] == "-m" else 1) :]))

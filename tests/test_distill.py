@@ -1,0 +1,86 @@
+"""distill.py: from sixty pictures to a pipeline that loads elsewhere; killed twice on the way, it ends with the same
+samples as undisturbed; what is wrong is refused before any work, in the words of the command that it is for.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from helpers import arrays, call, refused, start
+from PIL import Image
+
+TINY = ("--train-iterations", 12, "--student-iterations", 12, "--num-trajectories", 24, "--num-samples", 70,
+        "--image-size", 32, "--device", "cpu",
+        "--train", "--depth 2 --width 32 --heads 2 --patch 8 --global-batch-size 8 --snapshot-every 2 --log-every 1",
+        "--student", "--global-batch-size 8 --stack 1 --snapshot-every 2 --log-every 1",
+        "--evaluate", "--features emoji --allow-few")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Sixty small pictures of three classes."""
+    folder = tmp_path_factory.mktemp("pictures") / "photos"
+    for name in ("apple", "boat", "cat"):
+        (folder / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = np.random.default_rng([i, ord(name[0])]).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_a_dry_run_shows_every_command_and_makes_nothing(photos, tmp_path, capsys):
+    call("distill.py", photos, "--out", tmp_path / "out", *TINY, "--gan", "--dry-run")
+    plan = json.loads(capsys.readouterr().out)
+    assert list(plan["stages"]) == [
+        "train", "dump", "student", "adversary", "sample", "teacher", "pipeline", "evaluate"
+    ]  # fmt: skip
+    assert "--depth 2" in plan["stages"]["train"] and plan["disk_bytes"] > 0
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (("--student", "--no-such-option 3"), "--no-such-option"),
+        (("--train", "--iterations 5"), "--train: give --train-iterations instead of --iterations in it"),
+        (("--train", "--lr nothing"), "'nothing' must be a number"),
+        (("--out", "/proc/x"), "--out /proc/x"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_any_work(words, expected, photos, tmp_path, capsys):
+    error = refused(capsys, "distill.py", photos, "--out", tmp_path / "out", *TINY, *words)
+    assert expected in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_killed_twice_it_ends_as_undisturbed_with_a_pipeline_for_elsewhere(photos, tmp_path):
+    command = ("distill.py", photos, *TINY, "--out")
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    call(*command, calm)
+    for run in ("teacher", "student"):
+        process = start(*command, killed)
+        while not list((killed / run / "checkpoints").glob("*.pt")) and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL if run == "teacher" else signal.SIGINT)
+        process.wait()
+        time.sleep(1)  # its children end with it
+    call(*command, killed)
+    assert np.array_equal(arrays(calm / "student.npz")["arr_0"], arrays(killed / "student.npz")["arr_0"])
+    card = (killed / "pipeline/README.md").read_text()
+    assert card.count("## Samples") == 1 and "| fid |" in card and (killed / "pipeline/samples.png").is_file()
+    code = (
+        "import sys, diffusers; pipe = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)"
+    )
+    code += "; print(pipe(class_labels=[2]).images[0].size, sorted(pipe.labels))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, "-c", code, killed / "pipeline"]
+    shown = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0 and "(32, 32) ['apple', 'boat', 'cat']" in shown.stdout, shown.stderr
+    with pytest.raises(SystemExit):  # what is made stands: other options want another folder
+        call("distill.py", photos, *TINY, "--num-trajectories", 30, "--out", killed)
