@@ -56,6 +56,7 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--unconditional", action="store_true", help="Use no classes; the folder may be flat then.")
     parser.add_argument("--vae", type=cli.name, help="Work on latents of ema, mse, a folder or a hub id.")
     parser.add_argument("--teacher", type=cli.file, help="Distil this teacher instead of training one.")
+    parser.add_argument("--init", type=cli.file, help="Train the teacher from these weights, a DiT of any classes.")
     parser.add_argument("--steps", type=cli.positive, default=4, help="S, the student's steps.")
     parser.add_argument("--gan", action="store_true", help="Fine-tune the student with a discriminator (R+D).")
     parser.add_argument("--seed", type=cli.not_negative, default=0, help="Seed of all stages.")
@@ -101,7 +102,8 @@ def stages(args: argparse.Namespace, out: Path, side: int) -> list[Stage]:
         add("encode", latents / "manifest.json", *command, "--vae", args.vae, "--out", latents, *device, *args.encode)
     if not args.teacher:
         patch = next((patch for patch in (2, 4) if (side // patch) ** 2 <= MOST_TOKENS), 8)
-        command = [*run, "train.py", "--data-path", *real, "--model", f"DiT-S/{patch}", "--ema-warmup"]
+        model = ["--init", args.init] if args.init else ["--model", f"DiT-S/{patch}"]
+        command = [*run, "train.py", "--data-path", *real, *model, "--ema-warmup"]
         command += ["--iterations", args.train_iterations, "--run-dir", out / "teacher", *seed, *device]
         add("train", teacher, *command, *args.train)
     command = [*run, "sample_trajectory.py", "--teacher", teacher, "--num-trajectories", args.num_trajectories]
@@ -158,10 +160,13 @@ def with_plans(found: list[Stage], teacher: dict, count: int, vae: Any) -> list[
 
 
 def teacher_shape(args: argparse.Namespace, found: list[Stage], source: Any, side: int, channels: int) -> dict:
-    """The arguments of the teacher's model: of a given one by its config, else by the command that trains it."""
+    """The arguments of the teacher's model: of given weights by their config, else by the command that trains it."""
     if args.teacher:
         return checkpoints.load_teacher(args.teacher, vae=args.vae)[1]["model"]
     options = options_of(next(stage.command for stage in found if stage.name == "train"), "distill.py --train")
+    if args.init:
+        initial = checkpoints.load_teacher(args.init, "--init", vae=args.vae)[1]["model"]
+        return initial | {"input_size": side, "num_classes": source.num_classes}
     given = {"depth": "depth", "width": "hidden_size", "heads": "num_heads", "patch": "patch_size"}
     shape = MODELS[options["model"]].keywords | {
         argument: options[name] for name, argument in given.items() if options[name] is not None
@@ -205,6 +210,8 @@ def finish(out: Path, features: dict) -> None:
 
 def run(args: argparse.Namespace) -> None:
     out = writable_folder("--out", args.out)
+    if args.teacher and args.init:
+        raise UserError("--init: begins a teacher's training, which --teacher leaves out; give one of the two")
     context = distributed.choose_device(args.device)
     source = open_source(args.pictures, args.image_size, args.unconditional, "PICTURES")
     require_outside_source(source, {"--out": args.out})

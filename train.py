@@ -1,6 +1,7 @@
 """Train a teacher by DiT's recipe, on digits, on a folder of images, or on their latents; by captions, a PixArt.
 
     python train.py --model DiT-Micro/2 --data-path digits
+    python train.py --init DiT-XL-2-256x256.pt --data-path photos --image-size 256 --vae ema --lr-warmup 1000
     torchrun --nproc_per_node=8 train.py --model DiT-XL/2 --data-path imagenet/train --image-size 256 --vae ema
 
 To resume, run the same command again.
@@ -17,6 +18,7 @@ from costs.flops import meta_model
 from diffusion import create_diffusion
 from diffusion.teacher_ode import TeacherODE
 from evaluations.quality import PeriodicEvaluator, QualityOptions, add_quality_options
+from models import DiT
 from models_pixart import MODELS, PixArt_models, teacher_type
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
@@ -25,9 +27,11 @@ from runtime.options import read_options
 from runtime.precision import autocast, prepare_blocks
 from runtime.randomness import Classes, Conditions, Shuffle, generator, noise
 from sampler import Sampler
+from stores import checkpoints
 from stores.captions import CaptionStore, add_captions_option
 from stores.image_folder import add_skip_bad_option
 from stores.images import Source, latent_shape, open_source, open_vae, real_latents, require_outside_source, summary
+from stores.initial_weights import init_shape, start_from
 from stores.runs import check_place
 from stores.tracking import check_wandb
 from trainer import Optimisation, RunOptions, Trainer, TrainState, add_training_options
@@ -65,6 +69,12 @@ def build_parser() -> cli.Parser:
     group.add_argument("--width", type=cli.positive, help=f"Hidden size of a token, {of_model}")
     group.add_argument("--heads", type=cli.positive, help=f"Attention heads, {of_model}")
     group.add_argument("--patch", type=cli.positive, help=f"Side of a patch in pixels or latents, {of_model}")
+    group.add_argument(
+        "--init",
+        type=cli.file,
+        help="Begin with these weights: a checkpoint, DiT or PixArt weights by official name, file, folder or hub id.",
+    )
+    group.add_argument("--keep-labels", action="store_true", help="Keep the label table of --init: the same classes.")
     add_captions_option(group)
     group.add_argument("--label-dropout", type=cli.fraction, default=0.1, help="Rate of the null label in training.")
     group.add_argument("--hflip", action=argparse.BooleanOptionalAction, default=True, help="Mirror images at random.")
@@ -113,11 +123,16 @@ class TeacherBatches(Dataset):
         }
 
 
-def model_shape(model: str | None, **sizes: int | None) -> tuple[dict[str, Any], str]:
-    """The model's arguments that a named size and the options beside it stand for, and these options in words."""
+def model_shape(model: str | None, initial: DiT | None, **sizes: int | None) -> tuple[dict[str, Any], str]:
+    """The model's arguments that a named size and the options beside it stand for, and these options in words.
+
+    With an ``initial`` model they are its own, and what is given must agree.
+    """
     named: dict[str, Any] = MODELS[model].keywords if model else {}
     given = {name: value for name, value in sizes.items() if value is not None}
     shape = named | {SIZES[name]: value for name, value in given.items()}
+    if initial is not None:
+        return init_shape(initial.config, shape), "--init"
     words = " ".join([f"--model {model}"] * bool(model) + [f"--{name} {value}" for name, value in given.items()])
     missing = [f"--{name}" for name, argument in SIZES.items() if argument not in shape]
     if missing:
@@ -146,7 +161,10 @@ def run(args: argparse.Namespace) -> None:
     optimisation, quality = read_options(Optimisation, given), read_options(QualityOptions, given)
     check_place(args.results_dir, args.run_dir)
     check_wandb(args.wandb)
-    sizes, sizes_given = model_shape(**chosen(args, ("model", *SIZES)))
+    if args.keep_labels and not args.init:
+        raise UserError("--keep-labels: has no meaning without --init")
+    initial, about_initial = checkpoints.load_teacher(args.init, "--init", vae=args.vae) if args.init else (None, {})
+    sizes, sizes_given = model_shape(initial=initial, **chosen(args, ("model", *SIZES)))
     context = distributed.choose_device(args.device)
     distributed.join(context)  # the main rank looks at a folder for all
     images = chosen(args, ("data_path", "image_size", "unconditional", "channels", "skip_bad", "verify"))
@@ -169,13 +187,16 @@ def run(args: argparse.Namespace) -> None:
         model = meta_model(shape)
     except ValueError as error:
         raise UserError(f"{sizes_given}: does not fit --data-path {args.data_path}: {error}") from None
-
+    begins = {}
+    if initial is not None:  # what does not fit is refused here, before there is a run
+        weights = about_initial["provenance"]["teacher_hash"]
+        begins = {"init": {"weights": weights, **start_from(model, initial, args.keep_labels)}}
     config = {
         "kind": "teacher",
         "model": model.config,
         "vae": vae_name,
         "vae_hash": vae_hash,
-        "provenance": source.fingerprint | conditions.about,
+        "provenance": source.fingerprint | conditions.about | begins,
         "training": optimisation.config() | {"label_dropout": args.label_dropout, "hflip": args.hflip},
     }
 
@@ -196,6 +217,8 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     # Labels are dropped by the data, a function of the index: the model itself stays in eval mode throughout.
     model = teacher_type(shape)(**shape).eval()
+    if initial is not None:
+        start_from(model, initial, args.keep_labels)
     prepare_blocks(model, compile=args.compile, checkpoint_activations=args.checkpoint_activations)
     state = TrainState(model, context, optimisation)
     trainer = Trainer(
@@ -218,6 +241,8 @@ def run(args: argparse.Namespace) -> None:
     )
     diffusion = create_diffusion()
     trainer.folder.log(f"{args.data_path}: {summary(source)}")
+    if begins:
+        trainer.folder.log(f"--init {args.init}: {begins['init']}")
 
     for batch in trainer.steps(batches):
         for part in state.micro_batches(batch):

@@ -44,6 +44,7 @@ class Optimisation:
     accumulation: int = option(1, "Micro-batches of a rank in a step.", positive)
     iterations: int = option(300_000, "Optimiser steps in all.", positive)
     lr: float = option(1e-4, "Constant learning rate of AdamW.", positive_number)
+    lr_warmup: int = option(0, "Steps over which the learning rate rises to --lr, 0 for none.", not_negative)
     clip: float | None = option(1.0, "Clip the gradient to this norm.", positive_number)
     ema_decay: float | None = option(0.9999, "Decay per step of the EMA of weights.", fraction)
     ema_warmup: bool = option(False, "Begin with a decay of 0.1 that grows to --ema-decay, for short runs.")
@@ -64,7 +65,7 @@ class Optimisation:
             "ema_warmup": self.ema_warmup,
             "precision": self.precision,
             "seed": self.seed,
-        }
+        } | ({"lr_warmup": self.lr_warmup} if self.lr_warmup else {})
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class TrainState:
             self.ema = copy.deepcopy(self.raw_model).eval().requires_grad_(False)
         self.context, self.clip = context, math.inf if options.clip is None else options.clip
         self.ema_decay, self.ema_warmup = options.ema_decay, options.ema_warmup
-        self.steps = 0
+        self.steps, self.lr, self.lr_warmup = 0, options.lr, options.lr_warmup
         self.global_batch_size, self.accumulation = options.global_batch_size, options.accumulation
         self.parameters: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.optimizer: Any = torch.optim.AdamW(self.parameters, lr=options.lr, weight_decay=0.0, fused=True)
@@ -171,6 +172,8 @@ class TrainState:
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
         bad = (~norm.isfinite()).float()
         self.optimizer.found_inf, self.optimizer.grad_scale = bad, None  # what GradScaler tells a fused optimiser
+        if self.lr_warmup:
+            self.optimizer.param_groups[0]["lr"] = self.lr * min(1.0, (self.steps + 1) / self.lr_warmup)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped += bad

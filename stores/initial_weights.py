@@ -15,7 +15,7 @@ LABELS = "y_embedder.embedding_table.weight"
 SHAPE = ("hidden_size", "num_heads", "depth", "patch_size", "in_channels", "learn_sigma")  # what weights must fit
 
 
-def init_shape(source: dict[str, Any], given: dict[str, Any], option: str) -> dict[str, Any]:
+def init_shape(source: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The shape of a model that begins with weights of the config ``source``: what the user has ``given`` must agree.
 
     ``UserError`` names what differs.
@@ -27,12 +27,12 @@ def init_shape(source: dict[str, Any], given: dict[str, Any], option: str) -> di
         if name in given and name in taken and given[name] != taken[name]
     ]
     if differing:
-        raise UserError(f"{option}: its weights are for another model ({'; '.join(differing)})")
+        raise UserError(f"--init: its weights are for another model ({'; '.join(differing)})")
     return taken | given
 
 
 @torch.no_grad()
-def start_from(model: DiT, source: DiT, option: str, keep_labels: bool = False) -> dict[str, Any]:
+def start_from(model: DiT, source: DiT, keep_labels: bool = False) -> dict[str, Any]:
     """Give ``model`` the weights of ``source``; returns {"taken", "new", "dropped"}, for the log and for provenance.
 
     "taken" counts the tensors, the others are names. ``keep_labels``: the classes are the same, so their embeddings
@@ -40,7 +40,8 @@ def start_from(model: DiT, source: DiT, option: str, keep_labels: bool = False) 
     """
     if type(model) is not type(source):
         names = type(source).__name__, type(model).__name__
-        raise UserError(f"{option}: holds a {names[0]}, which a {names[1]} cannot begin with")
+        raise UserError(f"--init: holds a {names[0]}, which a {names[1]} cannot begin with")
+    init_shape(source.config, model.config)
     own, theirs = model.state_dict(), source.state_dict()
     new = [name for name in own if name not in theirs]
     dropped = [name for name in theirs if name not in own]
@@ -54,7 +55,7 @@ def start_from(model: DiT, source: DiT, option: str, keep_labels: bool = False) 
     ]
     if unfit:
         hint = "; leave out --keep-labels for other classes" if any(LABELS in text for text in unfit) else ""
-        raise UserError(f"{option}: its weights do not fit ({shortened(sorted(unfit), 4)}){hint}")
+        raise UserError(f"--init: its weights do not fit ({shortened(sorted(unfit), 4)}){hint}")
     taken = [name for name in own if name in theirs and name not in own_by_shape]
     for name in taken:
         own[name].copy_(theirs[name])
