@@ -36,8 +36,7 @@ from evaluations.metrics import frechet_distance, inception_score, precision_rec
 from runtime import cli, distributed
 from runtime.cli import AbsentError, UserError
 from runtime.distributed import DistributedContext
-from runtime.files import held, read_json, require_different, require_replaceable
-from runtime.provenance import with_current_keys
+from runtime.files import held, json_object, read_json, require_different, require_replaceable
 from stores.image_arrays import open_images, write_whole
 
 K = 3  # neighbours, ADM's choice
@@ -94,8 +93,8 @@ class Evaluation:
         if text is None:
             return None
         try:
-            return with_current_keys(json.loads(str(text)))
-        except json.JSONDecodeError:
+            return json_object(str(text))
+        except ValueError:
             raise UserError(f"{self.samples.what}: its member provenance is not JSON") from None
 
     def provenance(self, digests: dict[str, str]) -> dict:

@@ -109,6 +109,14 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def json_object(text: str) -> dict:
+    """The object that a text of JSON holds. ``ValueError`` for any other text."""
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"holds a {type(found).__name__}, not an object")
+    return found
+
+
 _claims: dict[Path, FileLock] = {}  # the locks that this process holds
 
 

@@ -1,34 +1,13 @@
 """Where artefacts come from: the hash of a model's weights, and the refusal of those that do not match."""
 
 import hashlib
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from runtime.cli import UserError
 
-# Keys of provenance that artefacts of earlier versions have under another name.
-RENAMED_KEYS = {"points": "solver_indices", "classes": "class_names"}
-# Keys that they lack: beside which one each stands, and its meaning where it lacks.
-ADDED_KEYS: list[tuple[str, str, Callable[[dict], Any]]] = [
-    ("gan_weight", "d_clip", lambda training: training.get("clip")),  # the heads were clipped as the student
-    ("ema_decay", "ema_warmup", lambda training: False),
-]
 # Keys that do not decide which images they are, where the hash of their listing is known.
 IGNORED_IF_LISTING_MATCHES = {"data", "class_names"}
-
-
-def with_current_keys(config: dict) -> dict:
-    """A config or a provenance as this version would write it, read from an artefact of any version."""
-    current = {
-        RENAMED_KEYS.get(key, key): with_current_keys(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-    }
-    for beside, key, meant in ADDED_KEYS:
-        if beside in current and key not in current:
-            current[key] = meant(current)
-    return current
 
 
 def weights_hash(state: dict[str, torch.Tensor]) -> str:
@@ -44,13 +23,12 @@ def differences(found: dict, wanted: dict, prefix: str = "") -> str:
     """The values in which two nested dicts differ, as text; empty where they are equal.
 
     Autoencoders are told apart by "vae_hash" where both sides have one, else by "vae", their name or path. Images are
-    the same where their listings are, wherever they lie; what an earlier version wrote of a folder has no such hash,
-    and goes by its path and the number of images.
+    the same where their listings are, wherever they lie.
     """
     parts, keys = [], found.keys() | wanted.keys()
     hashes = found.get("vae_hash"), wanted.get("vae_hash")
-    if wanted.get("listing"):
-        keys = keys - IGNORED_IF_LISTING_MATCHES if found.get("listing") else found.keys() - {"listing", "class_names"}
+    if found.get("listing") and wanted.get("listing"):
+        keys = keys - IGNORED_IF_LISTING_MATCHES
     for key in sorted(keys - {"vae_hash"}):
         a, b = found.get(key), wanted.get(key)
         if key == "vae" and all(hashes):

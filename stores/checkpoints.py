@@ -28,7 +28,7 @@ from runtime.checks import writable_file
 from runtime.cli import OptionGroup, UserError, existing_file, not_negative, positive, shortened
 from runtime.files import DIFFUSERS_STEM, atomic_write
 from runtime.precision import DTYPES
-from runtime.provenance import require_same, weights_hash, with_current_keys
+from runtime.provenance import require_same, weights_hash
 from stores import foreign_pixart, foreign_weights
 
 HEADS = "--teacher-heads"
@@ -64,8 +64,6 @@ def load(path: str | Path, option: str) -> dict:
         raise UserError(f"{option} {path}: not a readable checkpoint ({explain_load_error(path, error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{option} {path}: holds a {type(content).__name__}, a checkpoint is a dictionary")
-    if isinstance(content.get("config"), dict):
-        content["config"] = with_current_keys(content["config"])
     return content
 
 

@@ -20,8 +20,8 @@ from models_pixart import model_name
 from runtime.checks import writable_folder
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
-from runtime.files import LOCK, WriteBehind, claim, release, write_text
-from runtime.provenance import differences, with_current_keys
+from runtime.files import LOCK, WriteBehind, claim, json_object, release, write_text
+from runtime.provenance import differences
 from stores import checkpoints
 from stores.tracking import Tensorboard, Wandb, trackers
 
@@ -226,8 +226,8 @@ def is_fresh(folder: Path) -> bool:
 def read_config(folder: Path) -> dict | None:
     """A run's config, None where there is none, or none that can be read."""
     try:
-        return with_current_keys(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError, AttributeError):
+        return json_object((folder / "config.json").read_text())
+    except (OSError, ValueError):
         return None
 
 

@@ -21,8 +21,8 @@ from PIL import Image
 from runtime.checks import writable_file
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
-from runtime.files import SharedWriter, atomic_write, claim, release, write_text
-from runtime.provenance import require_same, with_current_keys
+from runtime.files import SharedWriter, atomic_write, claim, json_object, release, write_text
+from runtime.provenance import require_same
 from stores.images import to_uint8
 from stores.npz import DAMAGED_NPZ, npy_header, npz_member
 
@@ -72,25 +72,21 @@ class SampleWriter(SharedWriter):
         self.complete = self.path.exists()
         self._note = self.folder / "provenance.json"
         if self.complete:
-            self._require_same(f"--out {path}: it holds other samples", read_provenance(path))
+            require_same(f"--out {path}: it holds other samples", read_provenance(path), self.provenance)
         else:
             found = self._noted()
             if found is not None:
                 unfinished = f"--out {path}: {self.folder} holds the unfinished samples of another run"
-                self._require_same(unfinished, found)
+                require_same(unfinished, found, self.provenance)
             elif self._parts():
                 raise UserError(f"--out {path}: {self.folder} does not say whose samples it holds; remove it")
         self._missing: list[int] = []
 
-    def _require_same(self, what: str, found: dict) -> None:
-        """Earlier versions did not note the number of trajectories."""
-        require_same(what, {"trajectories": self.provenance.get("trajectories")} | found, self.provenance)
-
     def _noted(self) -> dict | None:
         """The provenance of the unfinished samples; None where there are none, or none that can be read."""
         try:
-            return with_current_keys(json.loads(self._note.read_text()))
-        except (OSError, ValueError, AttributeError):
+            return json_object(self._note.read_text())
+        except (OSError, ValueError):
             return None
 
     def __enter__(self) -> "SampleWriter":
@@ -194,8 +190,8 @@ def read_provenance(path: str | Path) -> dict:
     """The provenance that a sample file carries, {} where it has none."""
     try:
         text = npz_member(Path(path), "provenance")
-        return {} if text is None else with_current_keys(json.loads(str(text)))
-    except (*DAMAGED_NPZ, KeyError, AttributeError):
+        return {} if text is None else json_object(str(text))
+    except (*DAMAGED_NPZ, KeyError, ValueError):
         raise UserError(f"{path}: not a complete .npz file, it is damaged or another one; give another name") from None
 
 

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from runtime import cli
 from runtime.cli import RunError, UserError, existing_folder
 from runtime.distributed import DistributedContext
-from runtime.files import LOCK, SharedWriter, atomic_write, claim, file_sha256, release, write_text
-from runtime.provenance import require_same, with_current_keys
+from runtime.files import LOCK, SharedWriter, atomic_write, claim, file_sha256, json_object, release, write_text
+from runtime.provenance import require_same
 
 ROWS_PER_SHARD = 1024  # a rank's piece of work: small, so that ranks end together
 
@@ -49,8 +49,8 @@ def shard_provenance(path: Path) -> dict:
     """A shard's metadata. ``UserError`` when it is truncated or no shard."""
     try:
         with safe_open(path, "pt") as file:
-            return with_current_keys(json.loads((file.metadata() or {})["provenance"]))
-    except (SafetensorError, KeyError, ValueError, AttributeError, OSError) as error:
+            return json_object((file.metadata() or {})["provenance"])
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise UserError(f"{path}: truncated or not a shard ({error}); delete it and run the same again") from None
 
 
@@ -132,7 +132,7 @@ class ShardWriter(SharedWriter):
         for path in self._paths:
             if note_of(path).is_file():
                 note = self._read_note(path)
-            else:  # a shard of an earlier version
+            else:  # its note went when there was a manifest
                 with safe_open(path, "pt") as file:
                     note = {"rows": file.get_slice("label").get_shape()[0]}
                 note |= {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
@@ -216,8 +216,8 @@ class ShardStore:
             hint = f"the {self.kind} is unfinished ({shards} shards); run the command that made it again to continue it"
             raise UserError(f"{option} {folder}: " + (hint if shards else f"no {self.kind} (no manifest.json)"))
         try:
-            content = json.loads(manifest.read_text())
-            self.provenance, self.shards = with_current_keys(content["provenance"]), content["shards"]
+            content = json_object(manifest.read_text())
+            self.provenance, self.shards = content["provenance"] | {}, content["shards"]
             if not all({"file", "rows", "bytes", "sha256"} <= shard.keys() for shard in self.shards):
                 raise ValueError
             _check_names(self.shards)

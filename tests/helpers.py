@@ -2,10 +2,8 @@
 
 import contextlib
 import importlib
-import json
 import os
 import resource
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,13 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from diffusion.teacher_ode import grid_steps
 from models import DiT, DiT_models
 from models_ard import ARD
 from runtime import cli
-from runtime.files import file_sha256
 from stores import checkpoints
 from stores.digits import digits_images
 
@@ -207,42 +203,6 @@ def arrays(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an .npz."""
     with np.load(path, allow_pickle=False) as file:
         return dict(file)
-
-
-#################################################################################
-#                        Artefacts of an earlier version                        #
-#################################################################################
-
-
-def with_old_keys(config: dict) -> dict:
-    """A config or a provenance by the names of the first version, which called the solver's indices points."""
-    names, later = {"solver_indices": "points"}, {"d_clip", "ema_warmup"}
-    kept = {key: value for key, value in config.items() if key not in later}
-    return {names.get(key, key): with_old_keys(v) if isinstance(v, dict) else v for key, v in kept.items()}
-
-
-def as_old_store(store: Path, out: Path) -> Path:
-    """A copy of a store as the first version would have written it: other keys, so other sizes and checksums."""
-    out.mkdir(parents=True)
-    manifest = json.loads((store / "manifest.json").read_text())
-    provenance = json.dumps(with_old_keys(manifest["provenance"]))
-    for shard in manifest["shards"]:
-        path = out / shard["file"]
-        save_file(load_file(store / shard["file"]), path, metadata={"provenance": provenance})
-        shard |= {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    (out / "manifest.json").write_text(json.dumps({"provenance": json.loads(provenance), "shards": manifest["shards"]}))
-    return out
-
-
-def as_old_run(run: Path, out: Path) -> Path:
-    """A copy of a run's folder as the first version would have written it."""
-    shutil.copytree(run, out)
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(with_old_keys(config), indent=2))
-    for file in (out / "checkpoints").glob("*.pt"):  # samples may lie beside them
-        content = checkpoints.load(file, "")
-        checkpoints.save(file, content | {"config": with_old_keys(content["config"])})
-    return out
 
 
 #################################################################################

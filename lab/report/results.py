@@ -25,7 +25,7 @@ import numpy as np
 
 from costs.flops import meta_model, sampling_gflops
 from presets import TABLE_1
-from runtime.provenance import require_same, with_current_keys
+from runtime.provenance import require_same
 from stores.runs import read_config
 
 FIGURES = ("fid", "inception_score", "precision", "recall")
@@ -105,7 +105,7 @@ class Result:
     @cached_property
     def model(self) -> Model:
         """Whose samples they are."""
-        return Model.of(with_current_keys(self.figures["provenance"]["samples"]))
+        return Model.of(self.figures["provenance"]["samples"])
 
     @property
     def yardstick(self) -> dict:

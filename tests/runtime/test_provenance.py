@@ -1,31 +1,18 @@
-"""Where artefacts come from: keys of earlier versions, hashes of weights, differences in words."""
+"""Where artefacts come from: hashes of weights, differences in words."""
 
 import pytest
 import torch
-from helpers import with_old_keys
 from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.cli import UserError
-from runtime.provenance import differences, require_same, weights_hash, with_current_keys
+from runtime.provenance import differences, require_same, weights_hash
 
 leaves = st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.lists(st.integers(), max_size=3)
 names = st.sampled_from(["solver_indices", "steps", "teacher", "model"])
 configs = st.recursive(
     st.dictionaries(names, leaves), lambda inner: st.dictionaries(names, leaves | inner), max_leaves=9
 )
-
-
-def test_keys_of_earlier_versions_are_renamed_at_any_depth():
-    old = {"points": [6, 25], "step": 3, "provenance": {"points": [1], "teacher": {"points": None}}, "list": ["points"]}
-    new = {"solver_indices": [6, 25], "step": 3, "list": ["points"]}
-    new["provenance"] = {"solver_indices": [1], "teacher": {"solver_indices": None}}
-    assert with_current_keys(old) == new and "points" in old
-
-
-@given(config=configs)
-def test_a_config_of_today_stays_and_one_of_then_becomes_it(config):
-    assert with_current_keys(config) == config == with_current_keys(with_old_keys(config))
 
 
 def without_none(config: dict) -> dict:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SHIPPED_TEACHER, SMALL, as_old_run, assert_equal, call, random_teacher, refused, save_teacher
+from helpers import SHIPPED_TEACHER, SMALL, assert_equal, call, random_teacher, refused, save_teacher
 
 from models import DiT
 from runtime.cli import UserError
@@ -70,16 +70,6 @@ def test_weights_must_fit_exactly_and_be_finite():
     assert torch.equal(model.weight, before)
     checkpoints.load_weights(model, state, "")
     assert torch.equal(model.weight, state["weight"])
-
-
-def test_a_student_of_an_earlier_version_is_todays_student(student_file, tmp_path):
-    old = as_old_run(student_file.parent.parent, tmp_path / "old") / "checkpoints" / student_file.name
-    assert "points" in torch.load(old, weights_only=True)["config"]["provenance"]
-    (ours, config), (theirs, other) = checkpoints.load_student(student_file), checkpoints.load_student(old)
-    assert config == other and config["provenance"]["solver_indices"] == [6, 12, 19, 25]
-    assert_equal(ours.state_dict(), theirs.state_dict())
-    with pytest.raises(UserError, match="history_layers is 2 there and 3 here"):
-        checkpoints.load_student(old, given={"history_layers": 3})
 
 
 def test_a_checkpoint_that_is_empty_cut_short_or_flipped_is_refused(tmp_path):

@@ -1,6 +1,5 @@
 """Run folders: found again by their config, never mixed, continued from any version."""
 
-import json
 import shutil
 import time
 from threading import Event
@@ -10,15 +9,9 @@ import torch
 from helpers import (
     ROOT,
     SMALL,
-    as_old_run,
-    as_old_store,
     assert_equal,
     call,
     checkpoint,
-    gan_options,
-    losses,
-    refused,
-    scalars,
     spawn,
     start,
 )
@@ -242,47 +235,3 @@ def test_ranks_that_do_not_find_the_main_ranks_checkpoint_end_with_a_sentence(st
     assert done.returncode != 0 and time.monotonic() - begun < 60
     assert "1 of 2 ranks do not find the main rank's checkpoint 0000002.pt; give a folder that all nodes" in done.stderr
     assert not list((tmp_path / "node0").rglob("0000004.pt")) and not list((tmp_path / "node1").rglob("*.pt"))
-
-
-#################################################################################
-#                               Earlier versions                                #
-#################################################################################
-
-
-@pytest.mark.parametrize("named", [True, False])
-def test_a_run_of_an_earlier_version_is_continued_to_the_bit(store, tmp_path, named):
-    """Store, config.json and checkpoint as they were written then; what comes out is what one run of today gives."""
-    old = as_old_store(store, tmp_path / "old_store")
-    where = ("--run-dir", tmp_path / "runs/000-run") if named else ("--results-dir", tmp_path / "runs")
-    command = ("train_ARD.py", "--data-path", old, *SMALL)
-    call(*command, "--iterations", 3, "--run-dir", tmp_path / "begun")
-    run = as_old_run(tmp_path / "begun", tmp_path / "runs/000-run")
-    assert "points" in json.loads((run / "config.json").read_text())["provenance"]
-    call(*command, "--iterations", 6, *where)
-    call(*command, "--iterations", 6, "--run-dir", tmp_path / "whole")
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["000-run"]
-    assert_equal(checkpoint(run, 6), checkpoint(tmp_path / "whole", 6))
-    assert losses(run) == losses(tmp_path / "whole")
-
-
-def test_a_student_of_an_earlier_version_is_fine_tuned_as_todays(store, student_file, tmp_path):
-    old = as_old_run(student_file.parent.parent, tmp_path / "old")
-    for name, file in {"then": old / "checkpoints" / student_file.name, "now": student_file}.items():
-        call("train_ARD_gan.py", *gan_options(store, file, iterations=2, run_dir=tmp_path / name))
-    then, now = scalars(tmp_path / "then"), scalars(tmp_path / "now")
-    assert [step["loss"] for step in then] == [step["loss"] for step in now] and len(now) == 2
-    assert read_config(tmp_path / "then") == read_config(tmp_path / "now")
-
-
-def test_an_earlier_run_with_a_discriminator_goes_on_with_its_heads_clipped_as_its_student(
-    store, student_file, tmp_path, capsys
-):
-    options = {"clip": 0.5, "iterations": 2}
-    then = gan_options(store, student_file, run_dir=tmp_path / "then", d_clip=0.5, **options)
-    call("train_ARD_gan.py", *then)
-    old = as_old_run(tmp_path / "then", tmp_path / "old")
-    now = gan_options(store, student_file, run_dir=old, **options | {"iterations": 4})
-    assert "training.d_clip is 0.5 there and None here" in refused(capsys, "train_ARD_gan.py", *now)
-    for run in ("old", "then"):
-        call("train_ARD_gan.py", *then, "--iterations", 4, "--run-dir", tmp_path / run)
-    assert_equal(checkpoint(old, 4), checkpoint(tmp_path / "then", 4))

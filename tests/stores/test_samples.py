@@ -1,6 +1,5 @@
 """Sample files: finished ones are left alone, others refused, broken-off ones continued, whoever began them."""
 
-import json
 import os
 import signal
 import time
@@ -8,12 +7,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import arrays, call, refused, start, with_old_keys
+from helpers import arrays, call, refused, start
 from PIL import Image
 
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
-from stores.samples import SampleWriter, range_of, read_provenance, save_grid
+from stores.samples import SampleWriter, range_of, save_grid
 
 PROVENANCE = {"seed": 3, "teacher": {"solver_indices": [6, 25]}}
 
@@ -50,20 +49,6 @@ def test_a_file_that_broke_off_is_continued_and_nothing_is_drawn_twice(tmp_path)
     assert found["arr_1"].tolist() == list(range(10)) and found["latents"].shape == (10, 1, 2, 2)
     assert sorted(file.name for file in path.parent.iterdir()) == ["samples.npz", "samples.png"]
     assert fill(path, 10) == []
-
-
-def test_samples_of_an_earlier_version_are_taken_for_what_they_are(tmp_path):
-    path = tmp_path / "samples.npz"
-    with pytest.raises(RuntimeError, match="power cut"):
-        fill(path, 10, stop_after=4)
-    note = path.with_suffix(".partial") / "provenance.json"
-    note.write_text(json.dumps(with_old_keys(json.loads(note.read_text()))))
-    assert fill(path, 10)  # continued
-    np.savez(path, **arrays(path) | {"provenance": np.array(json.dumps(with_old_keys(read_provenance(path))))})
-    assert "points" in str(arrays(path)["provenance"]) and read_provenance(path) == PROVENANCE | {"count": 10}
-    assert fill(path, 10) == []
-    with pytest.raises(UserError, match=r"it holds other samples: teacher.solver_indices is \[6, 25\] there"):
-        fill(path, 10, provenance=PROVENANCE | {"teacher": {"solver_indices": [25]}})
 
 
 def test_a_damaged_part_is_drawn_again_and_one_of_unknown_origin_refused(tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import torch
-from helpers import arrays, as_old_store, call, contents, refused
+from helpers import arrays, call, contents, refused
 
 from diffusion import create_diffusion
 from diffusion.teacher_ode import grid_steps, pick_points
@@ -83,20 +83,3 @@ def test_export_writes_the_final_samples(store, tmp_path, capsys):
     assert np.abs(found["arr_0"] - (last * 127.5 + 127.5).clip(0, 255)[..., None]).max() <= 0.51
     error = refused(capsys, "stores.trajectories", "export", store, "--out", tmp_path / "x.npz", "--num-samples", 51)
     assert "--num-samples 51" in error and "has only 50 trajectories" in error
-
-
-def test_a_store_of_an_earlier_version_is_read_verified_and_complete(store, teacher_file, tmp_path, capsys):
-    old = as_old_store(store, tmp_path / "old")
-    assert "points" in json.loads((old / "manifest.json").read_text())["provenance"]
-    ours, theirs, rows = TrajectoryStore(store), TrajectoryStore(old), np.arange(50)
-    assert theirs.solver_indices == ours.solver_indices and theirs.provenance == ours.provenance
-    for a, b in zip(ours.read(rows, "xt", [0, 2]), theirs.read(rows, "xt", [0, 2])):
-        assert torch.equal(a, b)
-    call("stores.trajectories", "verify", old)
-    assert "ok, 50 trajectories" in capsys.readouterr().out
-    (old / "manifest.json").unlink()  # a dump that broke off then: its missing shard is made now
-    (old / "shard-00002.safetensors").unlink()
-    call("sample_trajectory.py", "--teacher", teacher_file, "--out", old, "--num-trajectories", 50,
-         "--rows-per-shard", 20, "--per-proc-batch-size", 16)  # fmt: skip
-    call("stores.trajectories", "verify", old)
-    assert contents(old)["shard-00002.safetensors"] == contents(store)["shard-00002.safetensors"]
