@@ -35,6 +35,7 @@ from stores.images import open_source, require_outside_source
 
 UTILISATION = 0.3  # of the rate of a large product, for the estimate of time
 MOST_TOKENS = 256  # of an image, for the teacher that is trained where --train names none
+SMALL = 64  # pixels of a side: smaller pictures are compared in features that need no download
 SHOWN = 16  # samples in the picture
 
 
@@ -124,7 +125,9 @@ def stages(args: argparse.Namespace, out: Path, side: int) -> list[Stage]:
     add("teacher", out / "teacher.npz", *command, "--out", out / "teacher.npz", *seed, *device)
     add("pipeline", out / "pipeline/README.md", "python", "pipeline_ard.py", student, "--out", out / "pipeline")
     command = ["python", "-m", "evaluations.evaluator", args.pictures, out / "student.npz"]
-    command += ["--image-size", args.image_size, "--json", out / "student.json", *args.evaluate]
+    features = "pixels" if args.image_size <= SMALL else "inception"  # the latter's weights are fetched
+    command += ["--image-size", args.image_size, "--features", features, "--allow-few"]
+    command += ["--json", out / "student.json", *args.evaluate]
     add("evaluate", out / "student.json", *command)
     return found
 

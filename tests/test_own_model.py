@@ -1,4 +1,4 @@
-"""The README's block for pictures of one's own, walked as typed with smaller numbers: latents and pixels, with ranks.
+"""The block of docs/own-model.md, walked as typed with smaller numbers: latents and pixels, with ranks.
 
 Sixty odd pictures: every mode and format that people have, and two that are damaged.
 """
@@ -16,7 +16,7 @@ from PIL import Image
 
 from stores.samples import read_provenance
 
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "own-model.md").read_text()
 FORMATS = ("png", "jpg", "webp", "bmp", "gif", "tiff", "PNG", "jpeg")
 MODES = {"png": ("RGB", "L", "RGBA", "P", "1", "I;16", "LA"), "tiff": ("RGB", "CMYK", "L"), "jpg": ("RGB", "L", "CMYK")}
 # Options behind each command: the last of two equal options holds.
@@ -34,7 +34,7 @@ SMALLER = {
 
 def commands() -> list[list[str]]:
     """The block's lines without comments, in words; training of any length is two steps long."""
-    (block,) = re.findall(r"```\n(# Your own pictures.*?)```", README, flags=re.DOTALL)
+    (block,) = re.findall(r"```\n(# Your own pictures.*?)```", PAGE, flags=re.DOTALL)
     block = block.replace("\\\n", " ")
     block = re.sub(r"--iterations \d+", "--iterations 2", re.sub(r"/\d{7}\.pt", "/0000002.pt", block))
     lines = [shlex.split(line, comments=True) for line in block.splitlines()]
