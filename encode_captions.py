@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
                         )
                 tokens += parts
                 uncut += lengths
-                writer.progress.update(len(batch))
+                writer.progress(len(batch))
             writer.write(rows, shard_tensors(rows, rows_and_null[rows.start : rows.stop], tokens, uncut))
     if context.is_main:
         cut = CaptionStore(args.out).cut

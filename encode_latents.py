@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
                         f"the latents of images {rows.start} to {rows.stop - 1} are not finite; try --dtype fp32"
                     )
                 parts.append(both | {"label": batch["y"]})
-                writer.progress.update(len(images))
+                writer.progress(len(images))
             writer.write(rows, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
     if context.is_main:
         print(f"{args.out}: " + ("already complete, " if writer.complete else "") + f"{source.count} images")

@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
                 stored = {"noise": z} | {name: points[name] for name in kept}
                 stored = {name: value.to("cpu", DTYPES[args.dtype]) for name, value in stored.items()}
                 parts.append(stored | {"label": y})
-                writer.progress.update(len(indices))
+                writer.progress(len(indices))
             writer.write(rows, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
     if context.is_main:
         print(

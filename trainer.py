@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from runtime.cli import RunError, UserError, fraction, not_negative, positive, p
 from runtime.distributed import DistributedContext, add_device_option, read_with_workers, wrapped
 from runtime.options import add_options, option
 from runtime.precision import COMPILE_HELP, TRAINED
-from runtime.sigterm import notice_sigterm
+from runtime.stop_signals import ended_by, exit_code, notice_signals
 from stores import checkpoints
 from stores.runs import RunFolder
 
@@ -264,7 +263,7 @@ class Trainer:
             if not context.agree(state.checksum()):
                 raise RunError(f"{self.folder.path}: the ranks begin step {self.step} with different weights")
         self._progress = tqdm(disable=True)
-        self._sigterm = Event()
+        self._signals: list[int] = []
         self._saved = 0.0
         self._sums: dict[str, torch.Tensor] = {}
         self._summed, self._since = 0, 0.0
@@ -287,7 +286,7 @@ class Trainer:
         with bar as self._progress, self.folder.open(self.step):
             self._evaluate_if_due()  # what a kill after the last checkpoint left undone
             self._saved = time.monotonic()
-            with notice_sigterm() as self._sigterm:
+            with notice_signals() as self._signals:
                 self._since = time.perf_counter()
                 for batch in read_with_workers(batches, steps, self.num_workers, pin_memory):
                     yield {name: value.to(self.context.device, non_blocking=True) for name, value in batch.items()}
@@ -317,11 +316,13 @@ class Trainer:
             elif self._snapshot_is_due() and not self._skipping():
                 self._save(self.folder.save_snapshot)
         self._evaluate_if_due()
-        if self._sigterm.is_set() and not last and self.context.is_main:
+        if self._signals and not last and self.context.is_main:
             # Alone: every rank has the same state, and the others may be gone already.
             self._save(self.folder.save_snapshot, last=True)
             self.folder.background.wait()
-            raise RunError(f"{self.folder.path}: terminated at step {self.step}; the same command continues from there")
+            ended, code = ended_by(self._signals[0]), exit_code(self._signals[0])
+            text = f"{self.folder.path}: {ended} at step {self.step}; the same command continues from there"
+            raise RunError(text, code)
 
     def _evaluate_if_due(self) -> None:
         if self.evaluate is not None and self._evaluation_is_due():

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
+from runtime import launcher
 from runtime.cli import UserError
+from runtime.paths import broken_link
 
 
 def in_words(count: float) -> str:
@@ -23,6 +25,8 @@ def in_words(count: float) -> str:
 def writable_folder(option: str, path: str | Path) -> Path:
     """The path of a folder to write to, which need not exist. ``UserError`` where it cannot be made or written."""
     path = Path(path)
+    if link := broken_link(path):
+        raise UserError(f"{option} {path}: {link}, give another place")
     if path.exists() and not path.is_dir():
         raise UserError(f"{option} {path}: is a file, give a folder")
     above = nearest(path)
@@ -41,6 +45,10 @@ def writable_file(option: str, path: str | Path) -> Path:
     if path.is_dir():
         raise UserError(f"{option} {path}: is a folder, give the name of a file")
     writable_folder(option, path.parent)
+    target = Path(os.path.realpath(path))  # a link to a file stays one: what is written is its target
+    if target.is_symlink() or not target.parent.is_dir() and path.is_symlink():
+        raise UserError(f"{option} {path}: {broken_link(path)}, give another name")
+    writable_folder(option, target.parent)
     return path
 
 
@@ -81,7 +89,7 @@ def require_memory(what: str, needed: int, device: torch.device) -> None:
     if device.type == "cuda":
         total, whose = torch.cuda.get_device_properties(device).total_memory, "the GPU"
     else:
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        ranks = launcher.speaker().local_world_size or 1
         total, whose = machine_memory() // ranks, "this machine" + (f" for each of {ranks} ranks" if ranks > 1 else "")
     if needed > total:
         raise UserError(f"{what}: at least {in_words(needed)} of memory are needed, {whose} has {in_words(total)}")

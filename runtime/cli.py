@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import re
+import signal
 import sys
 import textwrap
 import time
@@ -19,8 +20,15 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
 
+from runtime import launcher
+from runtime.console import lasting_console
+from runtime.errors import AbsentError as AbsentError
+from runtime.errors import PlanShown as PlanShown
+from runtime.errors import RunError as RunError
+from runtime.errors import ShortageError as ShortageError
+from runtime.errors import UserError as UserError
 from runtime.paths import missing
-from runtime.sigterm import Terminated, sigterm_as_error
+from runtime.stop_signals import Terminated, ended_by, exit_code, signals_as_errors
 from runtime.values import METAVARS
 from runtime.values import file as file
 from runtime.values import folder as folder
@@ -38,6 +46,16 @@ OptionGroup = argparse._ArgumentGroup | argparse.ArgumentParser  # whatever has 
 RANK_LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed? ?out|broken pipe", re.IGNORECASE)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 DISK_ERRORS = (*FULL_DISK, errno.EROFS, errno.EIO)
+# A path that was there, or was never open to this user: of links, permissions, disks that are elsewhere.
+PLACE_ERRORS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+)
 NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)  # torch's words
 OTHER_NAMES = {"--epochs": "--iterations", "--learning-rate": "--lr", "--output": "--out"}  # other projects' -> ours
 RANKS_PAUSE = 30.0  # seconds in which the main rank alone may print an error that all ranks have found
@@ -45,34 +63,6 @@ RANKS_PAUSE = 30.0  # seconds in which the main rank alone may print an error th
 
 # False in a dry run, which downloads nothing and waits for no other rank.
 FETCHING: ContextVar[bool] = ContextVar("FETCHING", default=True)
-
-
-class UserError(Exception):
-    """A user's mistake. The text is one sentence: the option, its value, and a right value."""
-
-
-class AbsentError(UserError):
-    """Something that a run would fetch from the network first. A dry run fetches nothing and plans without it."""
-
-
-class ShortageError(UserError):
-    """Room or memory do not suffice. A dry run shows the counted needs all the same, ``plan()``."""
-
-    def __init__(self, text: str, plan: Callable[[], dict]):
-        super().__init__(text)
-        self.plan = plan
-
-
-class PlanShown(BaseException):
-    """Where a dry run ends: everything is checked, and ``plan`` is to be shown. No ``Exception``: nothing is wrong."""
-
-    def __init__(self, plan: dict):
-        super().__init__("a dry run does no more")
-        self.plan = plan
-
-
-class RunError(Exception):
-    """A failure during the work, not a user's mistake: one sentence, exit code 1."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -164,6 +154,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line on stderr; an option with several names is called as it was typed."""
+        if "--local-rank=" in message or "--local_rank=" in message:
+            message += "; that is torch.distributed.launch's: start the command with torchrun instead"
         names = re.match(r"argument (-\S+/\S+):", message)
         if names:
             first = names[1].split("/")
@@ -184,28 +176,35 @@ class Parser(argparse.ArgumentParser):
 
 def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[str] | None = None) -> None:
     """Parse the command line and run; ``UserError`` (exit code 2) and ``RunError`` (1) become one line on stderr."""
+    with lasting_console():
+        _main(parser, run, argv)
+
+
+def _main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[str] | None) -> None:
     args, fetching = argparse.Namespace(), FETCHING.set(True)
     try:
         args = parser.parse_args(argv)
         FETCHING.set(not getattr(args, "dry_run", False))
-        with sigterm_as_error():
+        launcher.place(planning=not FETCHING.get())
+        with signals_as_errors(lambda number: say(parser, _end(number), exit_code(number))):
             run(args)
     except PlanShown as end:
         show_plan(end.plan, args)
-    except KeyboardInterrupt:
-        fail(parser, "interrupted; the same command continues what it can", 130)
-    except Terminated:
-        fail(parser, "terminated; the same command continues what it can", 1)
+    except KeyboardInterrupt as error:
+        fail(parser, _end(signal.SIGINT, error), exit_code(signal.SIGINT))
+    except Terminated as error:
+        fail(parser, _end(error.number, error), exit_code(error.number))
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in (*DISK_ERRORS, *PLACE_ERRORS):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        fail(parser, f"{error.strerror}{where}; make room and run the same command again", 1)
+        way = "; make room and run the same command again" if error.errno in DISK_ERRORS else ""
+        fail(parser, f"{error.strerror}{where}{way}", 1)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
             less = "give smaller batches or a smaller model, or look at the plan of --dry-run"
             fail(parser, f"out of memory; {less} ({(str(error) or 'no more to be had').splitlines()[0][:200]})", 1)
-        if not (world_size() > 1 and RANK_LOST.search(str(error))):
+        if not (launcher.speaker().world_size > 1 and RANK_LOST.search(str(error))):
             raise
         reason = str(error).splitlines()[0][:200]
         fail(
@@ -220,15 +219,16 @@ def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[s
         # The error of a data worker comes with its traceback, whose last line names the class and the text.
         text = str(error)
         if text.startswith("Caught "):
-            text = text.splitlines()[-1].removeprefix(f"{__name__}.{type(error).__name__}: ")
-        fail(parser, parser.mark_defaults(text, args), 2 if isinstance(error, UserError) else 1)
+            text = text.splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+        fail(parser, parser.mark_defaults(text, args), error.code if isinstance(error, RunError) else 2)
     finally:
         FETCHING.reset(fetching)
 
 
-def world_size() -> int:
-    """How many processes the launcher has started for this run."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+def _end(number: int, error: BaseException | None = None) -> str:
+    """What to say of a command that a signal has ended, with what its error tells of the work."""
+    told = f" ({error})" if error is not None and str(error) else ""
+    return f"{ended_by(number)}; the same command continues what it can{told}"
 
 
 def one_line(text: str) -> str:
@@ -237,14 +237,20 @@ def one_line(text: str) -> str:
 
 
 def fail(parser: argparse.ArgumentParser, text: str, code: int) -> NoReturn:
-    """End with one line on stderr and this exit code.
+    """End with one line on stderr and this exit code, and tell torchrun: ``say``."""
+    say(parser, text, code)
+    sys.exit(code)
+
+
+def say(parser: argparse.ArgumentParser, text: str, code: int) -> None:
+    """The line with which a command ends, with that exit code.
 
     All ranks find the same mistake (exit code 2); the main one says it, and torchrun ends the others meanwhile. This
     line is the root cause in the long report that torchrun then prints.
     """
     text = one_line(text)
-    who, rank = f"{parser.prog}: error", os.environ.get("RANK", "0")
-    if world_size() > 1 and rank != "0":
+    who, rank = f"{parser.prog}: error", launcher.speaker().rank
+    if rank:
         if code == 2:
             time.sleep(RANKS_PAUSE)
         who += f" of rank {rank}"
@@ -254,7 +260,6 @@ def fail(parser: argparse.ArgumentParser, text: str, code: int) -> NoReturn:
         said = {"message": text, "extraInfo": {"py_callstack": f"{who}: {text}", "timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError):
             Path(report).write_text(json.dumps({"message": said}))
-    sys.exit(code)
 
 
 def run_command(args: argparse.Namespace) -> None:
@@ -279,7 +284,7 @@ def add_dry_run_option(group: OptionGroup) -> None:
 
 def show_plan(plan: dict, args: argparse.Namespace) -> None:
     """Print the plan of a run, and all options, as JSON: the whole of ``--dry-run``."""
-    if os.environ.get("RANK", "0") == "0":
+    if launcher.speaker().rank == 0:
         options = {name: value for name, value in vars(args).items() if not callable(value)}
         print(json.dumps(plan | {"options": options}, indent=2, default=str))
 

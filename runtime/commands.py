@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime import cli
-from runtime.sigterm import die_with_parent
+from runtime.stop_signals import die_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -23,8 +23,9 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from runtime.cli import FETCHING, OptionGroup, RunError, UserError, name, world_size
-from runtime.sigterm import die_with_parent, held_back
+from runtime import launcher
+from runtime.cli import FETCHING, OptionGroup, RunError, UserError, name
+from runtime.stop_signals import die_with_parent, held_back, waiting_for_others
 
 TRAINING_TIMEOUT = timedelta(minutes=15)  # a rank that trains on without the others is hung after this
 FILE_TIMEOUT = timedelta(hours=12)  # a rank that writes or hashes files may take this long
@@ -67,12 +68,14 @@ class DistributedContext:
     def barrier(self) -> None:
         """Wait for all ranks. For file input and output only, which may take hours (``FILE_TIMEOUT``)."""
         if self.world_size > 1:
-            dist.barrier(group=_patient_group())
+            with waiting_for_others():
+                dist.barrier(group=_patient_group())
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum of the tensor over all ranks, in place."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            with waiting_for_others():
+                dist.all_reduce(tensor)
         return tensor
 
     def on_main(self, work: Callable[[], Result]) -> Result:
@@ -94,7 +97,8 @@ class DistributedContext:
         """Whether a number is the same on all ranks, to the bit; every rank gets the same answer."""
         extremes = torch.stack([value, -value]).to(self.device)
         if self.world_size > 1:
-            dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+            with waiting_for_others():
+                dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
         return bool(extremes[0] == -extremes[1])
 
     def broadcast_object(self, value: Any) -> Any:
@@ -102,7 +106,8 @@ class DistributedContext:
         if not self.in_process_group:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=_patient_group())
+        with waiting_for_others():
+            dist.broadcast_object_list(box, src=0, group=_patient_group())
         return box[0]
 
 
@@ -118,6 +123,7 @@ def choose_device(device: str = "auto") -> DistributedContext:
 
     ``device`` is "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1". Raises ``UserError`` if it is not there.
     """
+    at = launcher.place(planning=not FETCHING.get())
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -127,12 +133,7 @@ def choose_device(device: str = "auto") -> DistributedContext:
     if chosen.type not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: give auto, cpu, cuda or cuda:INDEX")
     if chosen.type == "cuda":
-        index = chosen.index if chosen.index is not None else int(os.environ.get("LOCAL_RANK", 0))
-        if index >= torch.cuda.device_count():
-            raise UserError(
-                f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices, give --device cpu"
-            )
-        chosen = torch.device("cuda", index)
+        chosen = torch.device("cuda", launcher.choose_gpu(device, chosen.index, at, torch.cuda.device_count()))
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = True  # the autoencoder and Inception see few shapes, many times
     else:
@@ -142,7 +143,8 @@ def choose_device(device: str = "auto") -> DistributedContext:
 
 def launched(device: torch.device = DistributedContext.device) -> DistributedContext:
     """This process among those that torchrun (or Slurm) has started, on that device."""
-    return DistributedContext(int(os.environ.get("RANK", 0)), world_size(), device)
+    at = launcher.place(planning=not FETCHING.get())
+    return DistributedContext(at.rank, at.world_size, device)
 
 
 def join(context: DistributedContext) -> None:
@@ -155,9 +157,32 @@ def join(context: DistributedContext) -> None:
         watchdog.daemon = True
         watchdog.start()
         backend = "nccl" if context.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method="env://", timeout=TRAINING_TIMEOUT)
-        _patient_group()
+        try:
+            with waiting_for_others():
+                dist.init_process_group(backend, init_method="env://", timeout=TRAINING_TIMEOUT)
+                _patient_group()
+                require_own_gpus(context)
+        except (RuntimeError, ValueError, OSError) as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise RunError(
+                f"cannot meet the other ranks at {where} ({reason}); see that it is the main rank's and free, "
+                "and run the same command again"
+            ) from None
         watchdog.cancel()
+
+
+def require_own_gpus(context: DistributedContext) -> None:
+    """``UserError`` where two ranks have taken the same GPU, of which NCCL would say less."""
+    if context.device.type == "cuda":
+        gpus: list[Any] = [None] * context.world_size
+        own = getattr(torch.cuda.get_device_properties(context.device), "uuid", context.rank)
+        dist.all_gather_object(gpus, str(own), group=_patient_group())
+        other = gpus.index(str(own))
+        if other != context.rank:
+            raise UserError(
+                f"--device {context.device}: ranks {other} and {context.rank} have the same GPU; start one each"
+            )
 
 
 def _give_up() -> None:
@@ -170,15 +195,23 @@ def _give_up() -> None:
 
 def die_with_launcher() -> None:
     """Have the system end this rank when torchrun dies, so that none is left behind. Linux only."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if launcher.under_torchrun():
         die_with_parent()
 
 
 def find_launcher() -> None:
-    """``RunError`` where torchrun has died already, while this rank was starting: torch would look for it for long."""
+    """``RunError`` where torchrun has died already, while this rank was starting: torch would look for it for long.
+
+    ``UserError`` where the name of the machine to meet at is nobody's.
+    """
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        socket.getaddrinfo(*where)
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"MASTER_ADDR={where[0]}: no machine of that name is found ({error})") from None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun listens there before it starts any rank
         try:
-            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=10).close()
+            socket.create_connection(where, timeout=10).close()
         except ConnectionRefusedError:
             raise RunError("torchrun has died; run the same command again") from None
         except OSError:
@@ -214,12 +247,13 @@ def wrapped(module: nn.Module, context: DistributedContext) -> nn.Module:
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.15
     sync: Any = {name: changing_buffers}
-    return DistributedDataParallel(
-        module,
-        device_ids=[context.device] if context.device.type == "cuda" else None,
-        gradient_as_bucket_view=True,  # the gradients lie where they are sent from: no copy of them
-        **sync,
-    )
+    with waiting_for_others():
+        return DistributedDataParallel(
+            module,
+            device_ids=[context.device] if context.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,  # the gradients lie where they are sent from: no copy of them
+            **sync,
+        )
 
 
 def unwrapped(module: nn.Module) -> Any:
@@ -232,7 +266,7 @@ def read_with_workers(
 ) -> Iterator[Any]:
     """The items of these indices, read ahead by processes that end with this one, also when that ends by an error.
 
-    They never get SIGTERM, with which python would end them, to wait for ever then.
+    They never get SIGTERM or its like, with which python would end them, to wait for ever then.
     """
     loader: Any = DataLoader(data, batch_size=None, sampler=indices, num_workers=num_workers, pin_memory=pin_memory)
     with held_back():

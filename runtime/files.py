@@ -17,7 +17,10 @@ from tqdm import tqdm
 
 from runtime.checks import writable_file
 from runtime.cli import FETCHING, AbsentError, UserError
-from runtime.distributed import DistributedContext
+from runtime.distributed import FILE_TIMEOUT, DistributedContext
+from runtime.errors import BusyError
+from runtime.paths import broken_link
+from runtime.stop_signals import Terminated
 
 MOST_OF_JSON = 1 << 28  # bytes of a small file
 LOCK = ".lock"  # in a folder that somebody is at work in
@@ -38,9 +41,9 @@ def naming(path: str | Path) -> Iterator[None]:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """A path beside ``path`` to write to, which takes its name, on disk for good, when the block ends without error.
 
-    Makes the folder. A reader, or a crash, never sees half of the file.
+    Makes the folder. A reader, or a crash, never sees half of the file. Of a link its target is written.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -65,7 +68,7 @@ def _to_disk(path: Path) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with atomic_write(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def file_sha256(path: str | Path) -> str:
@@ -80,13 +83,13 @@ def file_sha256(path: str | Path) -> str:
 def require_different(option: str, path: str | Path, inputs: dict[str, str | Path | None]) -> None:
     """``UserError`` where ``path``, to be written, is one of the ``inputs`` (paths by options); links are followed."""
     for name, given in inputs.items():
-        if given is not None and Path(path).resolve() == Path(given).resolve():
+        if given is not None and os.path.realpath(path) == os.path.realpath(given):
             raise UserError(f"{option} {path}: would be written over {name}, give another file")
 
 
 def require_outside(option: str, path: str | Path, folder_option: str, folder: str | Path) -> None:
     """``UserError`` where ``path``, to be written, is or lies in a folder that is read as a whole."""
-    if Path(path).resolve().is_relative_to(Path(folder).resolve()):
+    if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise UserError(f"{option} {path}: lies in {folder_option} {folder}, of which all is read; give another place")
 
 
@@ -136,7 +139,8 @@ def claim(place: Path, option: str) -> None:
         try:
             place.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
-            raise UserError(f"{option} {place}: there is a file of that name, give a folder") from None
+            reason = broken_link(place) or "there is a file of that name, give a folder"
+            raise UserError(f"{option} {place}: {reason}") from None
     path = lock_of(place)
     if path in _claims:
         return
@@ -147,7 +151,7 @@ def claim(place: Path, option: str) -> None:
         holder = "another process"
         with contextlib.suppress(OSError):  # it may be leaving right now
             holder = path.read_text() or holder
-        raise UserError(f"{option} {place}: {holder} is at work there; wait for it, or give another {kind}") from None
+        raise BusyError(f"{option} {place}: {holder} is at work there; wait for it, or give another {kind}") from None
     except (OSError, NotImplementedError):
         return
     _claims[path] = lock
@@ -187,7 +191,9 @@ def cached_download(url: str, option: str, hash_prefix: str | None = None) -> Pa
         raise AbsentError(f"{option}: would be fetched from {url} to {path}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # the first rank downloads, the others wait here
+        with FileLock(
+            f"{path}.lock", timeout=FILE_TIMEOUT.total_seconds()
+        ):  # the first rank downloads, the others wait here
             if not path.is_file():
                 torch.hub.download_url_to_file(url, str(path), hash_prefix=hash_prefix)  # renamed when it is whole
     except (OSError, RuntimeError) as error:  # no network (urllib's errors are OSErrors), or another hash
@@ -279,11 +285,21 @@ class SharedWriter(WriteBehind):
     def __init__(self, context: DistributedContext):
         super().__init__()
         self.context = context
-        self.progress = tqdm(disable=True)
+        self.made = 0
+        self._bar = tqdm(disable=True)
 
     def start_progress(self, total: int, unit: str) -> None:
         """Show the main rank's progress, where there is a terminal."""
-        self.progress = tqdm(total=total, unit=unit, disable=None if self.context.is_main else True)
+        self._bar = tqdm(total=total, unit=unit, disable=None if self.context.is_main else True)
+
+    def progress(self, count: int) -> None:
+        """Count what this rank has made."""
+        self.made += count
+        self._bar.update(count)
+
+    def losses(self) -> str:
+        """What of the work is lost when it is broken off now, in words; "" where there is hardly any."""
+        return ""
 
     def close(self) -> None:
         """Close the whole when all ranks have written."""
@@ -295,7 +311,9 @@ class SharedWriter(WriteBehind):
         try:
             super().__exit__(kind, error, trace)
         finally:
-            self.progress.close()
+            self._bar.close()
+        if isinstance(error, (KeyboardInterrupt, Terminated)):
+            error.args = (self.losses(),)
         if error is None and not self.complete:
             self.context.barrier()
             if self.context.is_main:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from tqdm import tqdm
@@ -20,10 +20,13 @@ from models_pixart import model_name
 from runtime.checks import writable_folder
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
+from runtime.errors import BusyError
 from runtime.files import LOCK, WriteBehind, claim, json_object, release, write_text
 from runtime.provenance import differences
 from stores import checkpoints
 from stores.tracking import Tensorboard, Wandb, trackers
+
+PATIENCE = 60.0  # seconds in which a new run finds a number of its own
 
 
 def run_bytes(checkpoint_bytes: int, iterations: int, ckpt_every: int, keep: int) -> int:
@@ -120,7 +123,7 @@ class RunFolder:
         """One line to the console and log.txt, from the main rank."""
         if self.context.is_main:
             tqdm.write(text)
-            with contextlib.suppress(OSError), (self.path / "log.txt").open("a") as file:  # it must not end a run
+            with contextlib.suppress(OSError), self._log_file("a") as file:  # it must not end a run
                 file.write(text + "\n")
 
     def log_scalars(self, kind: str, step: int, scalars: dict[str, float]) -> None:
@@ -132,8 +135,12 @@ class RunFolder:
     def has_logged(self, kind: str, step: int) -> bool:
         """Whether log.txt has a line of that kind for the step."""
         with contextlib.suppress(OSError):
-            return any(line.startswith(f"{kind} {step:07d} ") for line in (self.path / "log.txt").open())
+            return any(line.startswith(f"{kind} {step:07d} ") for line in self._log_file("r"))
         return False
+
+    def _log_file(self, mode: str) -> IO[str]:
+        """log.txt, where names that are no text stand as escapes."""
+        return (self.path / "log.txt").open(mode, encoding="utf-8", errors="backslashreplace")
 
     @contextmanager
     def open(self, step: int) -> Iterator[None]:
@@ -167,18 +174,21 @@ class RunFolder:
 
 def begin(config: dict, results_dir: str, run_dir: str | None) -> str:
     """The folder of the run that this config began, else a new one, claimed for this process."""
+    end = time.monotonic() + PATIENCE
     while True:
         folder = find_run(config, results_dir, run_dir)
         try:
             claim(folder, "--run-dir")
-        except UserError:
-            if run_dir or began(folder, config):
+        except BusyError:
+            if run_dir or began(folder, config) or time.monotonic() > end:
                 raise
             time.sleep(0.1)  # another run has just taken this number
             continue
         if read_config(folder) is None or began(folder, config):
             break
         release(folder)  # another run was here between the look and the claim
+        if time.monotonic() > end:
+            raise UserError(f"--results-dir {results_dir}: other runs take every folder there; give --run-dir")
     if not (folder / "config.json").exists():
         (folder / "checkpoints").mkdir(exist_ok=True)
         write_text(folder / "config.json", json.dumps(config, indent=2))

@@ -136,7 +136,7 @@ class SampleWriter(SharedWriter):
         name = f"{indices[0]:08d}-{indices[-1] + 1:08d}.npz"
         with atomic_write(self.folder / name) as partial, partial.open("wb") as file:
             np.savez(file, **part)  # type: ignore[arg-type]
-        self.progress.update(len(indices))
+        self.progress(len(indices))
 
     def close(self) -> None:
         """Stream the parts into an uncompressed .npz, draw the grid, clean up."""

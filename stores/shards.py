@@ -90,6 +90,7 @@ class ShardWriter(SharedWriter):
             )
         self.complete = len(self._present) == len(self._starts) and "manifest.json" in names
         self._mine: list[range] = []
+        self._written = 0
 
     def __enter__(self) -> "ShardWriter":
         if self.complete and self.context.is_main:
@@ -110,6 +111,13 @@ class ShardWriter(SharedWriter):
     def write(self, rows: range, tensors: dict[str, torch.Tensor]) -> None:
         """Write the shard of these rows: tensors of as many rows, "label" among them."""
         self.submit(self._write, rows.start // self.rows_per_shard, tensors)
+        self._written += len(rows)
+
+    def losses(self) -> str:
+        """What was made of a shard that is not whole."""
+        lost = self.made - self._written
+        less = "a smaller --rows-per-shard loses less"
+        return f"{lost} of an unfinished shard are lost, {self._written} before it are kept; {less}" if lost else ""
 
     def _write(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
         contiguous = {name: value.contiguous() for name, value in tensors.items()}

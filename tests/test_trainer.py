@@ -66,8 +66,18 @@ def test_snapshots_come_by_minutes_and_by_steps(tmp_path, store, monkeypatch, mi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("blow, every", [(signal.SIGKILL, 5), (signal.SIGTERM, 1000)])
-def test_a_killed_run_is_continued_by_the_same_command(tmp_path, store, blow, every):
+@pytest.mark.parametrize(
+    "blow, every, code",
+    [
+        (signal.SIGKILL, 5, -9),
+        (signal.SIGTERM, 1000, 1),
+        (signal.SIGINT, 1000, 130),
+        (signal.SIGHUP, 1000, 1),
+        (signal.SIGUSR1, 1000, 1),
+        (signal.SIGXCPU, 1000, 1),
+    ],
+)
+def test_a_killed_run_is_continued_by_the_same_command(tmp_path, store, blow, every, code):
     options = ["--data-path", store, *SMALL, "--snapshot-every", every, "--num-workers", 1]
     runs = tmp_path / "runs"
     process = start("train_ARD.py", *options, "--results-dir", runs, "--iterations", 4000)
@@ -79,7 +89,7 @@ def test_a_killed_run_is_continued_by_the_same_command(tmp_path, store, blow, ev
         time.sleep(0.01)  # it is written in the background
     os.kill(process.pid, blow)
     process.communicate()
-    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 1}[blow]
+    assert process.returncode == code
     stopped_at = checkpoints.load(snapshot, "")["step"]
     assert 5 <= stopped_at < 4000
     last = stopped_at + 5

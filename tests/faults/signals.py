@@ -2,11 +2,11 @@
 
     python tests/faults/signals.py --trials 20 --ranked 2 --seed 0
 
-Wanted: one sentence and exit code 130 for SIGINT; one sentence and exit code 1 for SIGTERM, or a plain death by it
-where no handler is there yet; no traceback; a second SIGTERM kills. The same command then ends with equal files. In
-forks, so that signals hit the work; under torchrun, with two ranks, from the start on. Python's own words about an
-interrupt while it imports torch is counted apart, as "importing", and so is one that it passes over ("Exception
-ignored in"), as "lost in python". Exit code 1 on anything else.
+Wanted: one sentence and exit code 130 for SIGINT; one sentence and exit code 1 for SIGTERM, SIGHUP and SIGUSR1, or a
+plain death by them where no handler is there yet; no traceback; a second SIGINT or SIGTERM kills. The same command then
+ends with equal files. In forks, so that signals hit the work; under torchrun, with two ranks, from the start on.
+Python's own words about an interrupt while it imports torch are counted apart, as "importing", and so is one that it
+passes over ("Exception ignored in"), as "lost in python". Exit code 1 on anything else.
 """
 
 import argparse
@@ -23,6 +23,8 @@ from pathlib import Path
 
 from stages import EQUAL, ORPHANED, Job, Stage, ends_well, fresh, make_inputs, stages, told, undisturbed
 
+from runtime.stop_signals import ended_by, exit_code
+
 OVER, SAID, KILLED, IMPORTING, TWICE, WORKER, LOST = (
     "over before",
     "a sentence",
@@ -33,11 +35,7 @@ OVER, SAID, KILLED, IMPORTING, TWICE, WORKER, LOST = (
     "lost in python",
 )
 GOOD = {OVER, SAID, KILLED, IMPORTING, TWICE, WORKER, LOST, EQUAL}
-SAYS = {
-    signal.SIGINT: ("interrupted; the same command continues",),
-    signal.SIGTERM: ("terminated; the same command continues", "terminated at step "),
-}
-CODES = {signal.SIGINT: (130,), signal.SIGTERM: (1,)}
+SENT = (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def started(stage: Stage, out: Path) -> Job:
@@ -53,7 +51,7 @@ def end_of(job: Job, code: int | None, sent: signal.Signals) -> str:
     """How a job has ended after a signal: one of ``GOOD``, or the error."""
     text = job.output
     wrong = f"{sent.name}: it ends with {code}: {text[-1200:]}"
-    said = any(words in text for words in SAYS[sent])
+    said = any(f"{ended_by(sent)}{words}" in text for words in ("; the same command continues", " at step "))
     if (
         "Exception ignored in" in text and sent == signal.SIGINT and code == 0
     ):  # in a hook, or where objects are deleted
@@ -68,14 +66,14 @@ def end_of(job: Job, code: int | None, sent: signal.Signals) -> str:
     if job.stage.ranks:  # torchrun has exit codes of its own
         return SAID if said else KILLED if code is not None else wrong
     errors = [line for line in text.splitlines() if "error: " in line]
-    if code in CODES[sent] and said and len(errors) == 1:
+    if code == exit_code(sent) and said and len(errors) == 1:
         return SAID
-    return KILLED if code == -signal.SIGTERM == -sent else wrong
+    return KILLED if code == -sent != -signal.SIGINT else wrong
 
 
 def disturb(stage: Stage, out: Path, wanted: dict, seconds: float, draw: random.Random) -> list[str]:
     """The end after one signal at a random moment, and then of the same command."""
-    sent = draw.choice(list(SAYS))
+    sent = draw.choice(SENT)
     group = draw.random() < 0.5  # as a terminal does; else as kill does
     with fresh(stage, out):
         job = started(stage, out)
@@ -93,17 +91,18 @@ def disturb(stage: Stage, out: Path, wanted: dict, seconds: float, draw: random.
 
 
 def twice(stage: Stage, out: Path, wanted: dict, seconds: float, draw: random.Random) -> list[str]:
-    """Two SIGTERM, one right after the other."""
+    """Two SIGINT or SIGTERM, one right after the other."""
+    sent = draw.choice((signal.SIGINT, signal.SIGTERM))
     with fresh(stage, out):
         job = started(stage, out)
         job.wait(draw.uniform(0, 0.9) * seconds)
         for _ in range(2):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(job.pid, signal.SIGTERM)
+                os.kill(job.pid, sent)
             time.sleep(0.0005)
         code = job.wait(120)
         quiet = "Traceback" not in ORPHANED.sub("", job.output)
-        end = TWICE if code == -signal.SIGTERM and quiet else end_of(job, code, signal.SIGTERM)
+        end = TWICE if code == -sent and quiet else end_of(job, code, sent)
         return [end, ends_well(stage, out, wanted)]
 
 

@@ -52,7 +52,8 @@ def test_room_and_memory_are_compared_with_what_there_is(tmp_path):
 def test_ranks_share_the_memory_of_a_machine(monkeypatch):
     half = checks.machine_memory() // 2
     checks.require_memory("x", half + 10, CPU)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
     with pytest.raises(UserError, match="this machine for each of 2 ranks has"):
         checks.require_memory("x", half + 10, CPU)
 

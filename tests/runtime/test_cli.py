@@ -40,7 +40,7 @@ def test_an_error_is_one_sentence_and_its_kind_is_the_exit_code(error, code, cap
 
 def test_the_sentence_of_a_data_worker_comes_without_its_traceback(capsys):
     def run(args):
-        raise cli.UserError("Caught UserError in worker 0.\n  File x, line 3\nruntime.cli.UserError: --data x: no")
+        raise cli.UserError("Caught UserError in worker 0.\n  File x, line 3\nruntime.errors.UserError: --data x: no")
 
     with pytest.raises(SystemExit):
         cli.main(parser(), run, ["--data", "x"])
@@ -54,7 +54,8 @@ def test_of_several_ranks_the_main_one_speaks_first_and_tells_torchrun(rank, sai
     def run(args):
         raise cli.UserError("--data x: no")
 
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", rank), ("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))):
+    told = {"WORLD_SIZE": "2", "RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in (told | {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(cli, "RANKS_PAUSE", 0.01)
     with pytest.raises(SystemExit) as stop:

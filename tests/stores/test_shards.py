@@ -203,3 +203,18 @@ def test_a_shard_of_another_number_of_shards_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"holds shards that are not of this run, shard-00002.safetensors first"):
         write(tmp_path, 4, 2)
     assert contents(tmp_path) == before
+
+
+def test_an_interruption_says_how_much_of_a_shard_it_has_cost(tmp_path):
+    provenance = {"count": 9, "rows_per_shard": 4, "num_classes": 2}
+    with (
+        pytest.raises(KeyboardInterrupt, match="^3 of an unfinished shard are lost, 4 before it are kept; a smaller "),
+        ShardWriter(tmp_path, provenance, DistributedContext(), unit="row") as writer,
+    ):
+        for number, rows in enumerate(writer.missing_shards()):
+            writer.progress(4 - number)
+            if number == 1:
+                raise KeyboardInterrupt
+            writer.write(rows, {"value": torch.zeros(4), "label": torch.zeros(4, dtype=torch.int64)})
+    assert "shard-00000.safetensors" in contents(tmp_path)
+    release(tmp_path)
