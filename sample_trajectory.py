@@ -46,7 +46,12 @@ def build_parser() -> cli.Parser:
     add_ode_options(group)
     group = parser.add_argument_group("store")
     group.add_argument("--out", type=cli.folder, required=True, help="Write the store there.")
-    group.add_argument("--num-trajectories", type=cli.positive, required=True, help="Make exactly so many.")
+    group.add_argument(
+        "--num-trajectories",
+        type=cli.positive,
+        required=True,
+        help="Number of trajectories; a larger one than before adds to the store.",
+    )
     group.add_argument("--steps", type=cli.positive, default=4, help="Student steps S whose points are stored.")
     group.add_argument("--grid", choices=GRIDS, default="even", help="Where they lie; even serves S = 1, 2 and 4.")
     group.add_argument(
@@ -90,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     provenance |= chosen(args, ("store", "dtype", "precision", "seed", "label_policy"))
     provenance |= {"count": args.num_trajectories, "rows_per_shard": args.rows_per_shard}
     distributed.join(context)
-    writer = ShardWriter(args.out, provenance, context, unit="trajectory")
+    writer = ShardWriter(args.out, provenance, context, unit="trajectory", grows=True)
     text_tokens = conditions.max_text_tokens
     plan = plan_command("sample_trajectory.py", teacher.config, vars(args), context, text_tokens=text_tokens)
     check_plan(plan, provenance, vars(args), context)

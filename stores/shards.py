@@ -65,10 +65,16 @@ class ShardWriter(SharedWriter):
     """
 
     def __init__(
-        self, folder: str | Path, provenance: dict, context: DistributedContext, unit: str, option: str = "--out"
+        self,
+        folder: str | Path,
+        provenance: dict,
+        context: DistributedContext,
+        unit: str,
+        option: str = "--out",
+        grows: bool = False,
     ):
         """``provenance`` holds "count" and "rows_per_shard". ``UserError`` naming ``option`` when the folder holds
-        anything else.
+        anything else. What ``grows`` may hold fewer rows: shards are added, and a last one that was short is made anew.
         """
         super().__init__(context)
         self.folder, self.provenance, self.unit, self.option = Path(folder), provenance, unit, option
@@ -81,6 +87,11 @@ class ShardWriter(SharedWriter):
         self._present = {name for name in names if name.endswith(".safetensors")}
         for name in sorted(self._present):
             found = shard_provenance(self.folder / name)
+            rows = found.get("count")
+            if grows and isinstance(rows, int) and rows < provenance["count"]:
+                found["count"] = provenance["count"]
+                if rows % self.rows_per_shard and shard_number(name) == rows // self.rows_per_shard:
+                    self._present.remove(name)  # the short one
             require_same(f"{option} {folder}: holds data of another run", found, provenance)
             self.provenance = found  # all shards say the same, also where an autoencoder has moved meanwhile
         unknown = {name for name in self._present if shard_number(name) not in range(len(self._starts))}
@@ -88,7 +99,8 @@ class ShardWriter(SharedWriter):
             raise UserError(
                 f"{option} {folder}: holds shards that are not of this run, {min(unknown)} first; remove them"
             )
-        self.complete = len(self._present) == len(self._starts) and "manifest.json" in names
+        self._finished = "manifest.json" in names
+        self.complete = len(self._present) == len(self._starts) and self._finished
         self._mine: list[range] = []
         self._written = 0
 
@@ -97,12 +109,19 @@ class ShardWriter(SharedWriter):
             self._clean_up()  # of a run that was killed at its very end
         if not self.complete:
             self.context.barrier()  # everybody has looked before anybody writes
-            self.context.on_main(lambda: claim(self.folder, self.option))
+            self.context.on_main(self._begin)
             shards = [range(i, min(i + self.rows_per_shard, self._starts.stop)) for i in self._starts]
             missing = [rows for number, rows in enumerate(shards) if shard_name(number) not in self._present]
             self._mine = missing[self.context.rank :: self.context.world_size]
             self.start_progress(sum(len(rows) for rows in self._mine), self.unit)
         return self
+
+    def _begin(self) -> None:
+        """Claim the folder; a finished store that is to grow is an unfinished one from here on."""
+        claim(self.folder, self.option)
+        if self._finished:
+            shards = json.loads((self.folder / "manifest.json").read_text())["shards"]
+            _to_notes(self.folder, [shard for shard in shards if shard["file"] in self._present])
 
     def missing_shards(self) -> Iterator[range]:
         """The rows of each shard that this rank has to make; none when the store is complete."""
@@ -184,14 +203,18 @@ def repair(folder: str | Path, option: str) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{option} {manifest}: no manifest that can be read; run the command that made it") from None
     if bad:
-        for shard in shards:  # the entries of the good ones stay
-            note = {name: shard[name] for name in ("rows", "bytes", "sha256")}
-            write_text(note_of(folder / shard["file"]), json.dumps(note))
         for shard in bad:
             (folder / shard["file"]).unlink(missing_ok=True)
-            note_of(folder / shard["file"]).unlink()
-        manifest.unlink()
+        _to_notes(folder, [shard for shard in shards if shard not in bad])
     return [shard["file"] for shard in bad]
+
+
+def _to_notes(folder: Path, shards: list[dict]) -> None:
+    """Take a manifest apart: the entries of these shards stay as their notes, and the store is unfinished."""
+    for shard in shards:
+        note = {name: shard[name] for name in ("rows", "bytes", "sha256")}
+        write_text(note_of(folder / shard["file"]), json.dumps(note))
+    (folder / "manifest.json").unlink()
 
 
 def _check_names(shards: list[dict]) -> None:
@@ -242,7 +265,7 @@ class ShardStore:
                     self.tensors.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
             except SafetensorError as error:
                 raise UserError(f"{option} {path}: damaged or not a shard ({error}); make it again") from None
-            if shard_provenance(path) != self.provenance:
+            if shard_provenance(path) | {"count": self.provenance.get("count")} != self.provenance:  # it may have grown
                 raise UserError(f"{option} {path}: belongs to another {self.kind} than the manifest; make it again")
             for name, value in self.tensors[-1].items():
                 if len(value) != shard["rows"] and name not in self.ragged:

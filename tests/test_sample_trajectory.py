@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import call, contents, refused, spawn
+from helpers import assert_equal, call, contents, refused, spawn
 
 from stores.trajectories import TrajectoryStore
 
@@ -45,3 +45,16 @@ def test_one_of_the_two_quantities_can_be_left_out(tmp_path, teacher_file, store
     train = ("--data-path", folder, "--stack", 2, "--target", other, "--run-dir", tmp_path / "run")
     error = refused(capsys, "train_ARD.py", *train)
     assert f"--target {other}" in error and f"has only {stored}" in error
+
+
+def test_a_dump_is_extended_by_a_larger_number(teacher_file, tmp_path, capsys):
+    dump = ("sample_trajectory.py", "--teacher", teacher_file, "--rows-per-shard", 4, "--num-trajectories")
+    call(*dump, 6, "--out", tmp_path / "grown")
+    call(*dump, 11, "--out", tmp_path / "grown")
+    call(*dump, 11, "--out", tmp_path / "at once")
+    grown, at_once = (TrajectoryStore(tmp_path / name) for name in ("grown", "at once"))
+    assert grown.provenance == at_once.provenance and grown.provenance["count"] == 11
+    for ours, theirs in zip(grown.tensors, at_once.tensors, strict=True):
+        assert_equal(ours, theirs)
+    error = refused(capsys, *dump, 6, "--out", tmp_path / "grown")
+    assert "holds data of another run: count is 11 there and 6 here" in error

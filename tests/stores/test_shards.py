@@ -18,10 +18,10 @@ from stores.shards import ShardStore, ShardWriter, note_of
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
 
 
-def write(folder, count: int, rows_per_shard: int, fail_at: int | None = None):
+def write(folder, count: int, rows_per_shard: int, fail_at: int | None = None, grows: bool = False):
     """A store in which the value of row i is i."""
     provenance = {"count": count, "rows_per_shard": rows_per_shard, "num_classes": 2}
-    with ShardWriter(folder, provenance, DistributedContext(), unit="row") as writer:
+    with ShardWriter(folder, provenance, DistributedContext(), unit="row", grows=grows) as writer:
         for rows in writer.missing_shards():
             if fail_at is not None and fail_at in rows:
                 raise RuntimeError("power cut")
@@ -53,6 +53,30 @@ def test_a_writer_that_broke_off_is_continued_and_a_finished_store_left_alone(tm
     assert write(tmp_path / "whole", 10, 3, fail_at=0).complete  # nothing is asked for, so nothing fails
     with pytest.raises(UserError, match="holds data of another run: count is 10 there and 11 here"):
         write(tmp_path / "whole", 11, 3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(first=st.integers(1, 9), more=st.integers(1, 9), rows_per_shard=st.integers(1, 6), fails=st.booleans())
+def test_a_store_that_grows_holds_what_one_of_that_size_holds(tmp_path_factory, first, more, rows_per_shard, fails):
+    folder = tmp_path_factory.mktemp("store")
+    write(folder, first, rows_per_shard)
+    full = {f"shard-{number:05d}.safetensors" for number in range(first // rows_per_shard)}
+    before = {name: content for name, content in contents(folder).items() if name in full}
+    if fails:  # killed while it grows
+        with pytest.raises(RuntimeError, match="power cut"):
+            write(folder, first + more, rows_per_shard, fail_at=first, grows=True)
+        with pytest.raises(UserError, match="unfinished"):
+            ShardStore(folder)
+    write(folder, first + more, rows_per_shard, grows=True)
+    store = ShardStore(folder)
+    assert len(store) == store.provenance["count"] == first + more and store.verify("DIR") > 0
+    found = np.concatenate([arrays["value"] for arrays in store.arrays])
+    assert found.tolist() == list(range(first + more))
+    assert contents(folder).items() >= before.items()  # what was full is not made again
+    assert write(folder, first + more, rows_per_shard, fail_at=0, grows=True).complete
+    for count, able in ((first, True), (first + more + 1, False)):
+        with pytest.raises(UserError, match="holds data of another run: count is"):
+            write(folder, count, rows_per_shard, grows=able)
 
 
 def test_damaged_stores_are_refused(latent_store, tmp_path):
