@@ -69,11 +69,12 @@ def plan_command(
         own |= {} if script in OF_STUDENTS else take(*SOLVER)
         return plan_samples(config, context, vae=vae, text_tokens=text_tokens, **own)
     known = take("global_batch_size", "accumulation", "iterations", "ckpt_every", "keep")
+    known |= take("precision", "compile", "checkpoint_activations")
     known |= {"rows": rows, "vae": vae or Pixels()}
     if script == "train_ARD_gan.py" and teacher:
         return plan_gan(config, teacher, context, **known, **take("d_time", "d_width", "bn_group", "rollout"))
     if options.get("online") and teacher:
-        known["frozen"] = meta_model(teacher)
+        known |= {"frozen": meta_model(teacher)} | take("solver_steps")
         known["flops_per_sample"] = partial(count_online_step, config, teacher, options["solver_steps"], text_tokens)
     return plan_training(config, context, text_tokens=text_tokens, **known)
 

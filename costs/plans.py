@@ -11,14 +11,15 @@ A run is refused by its plan where it cannot work, and ``--dry-run`` prints it, 
 """
 
 import math
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
 
 from costs.flops import (
     count_by_blocks,
@@ -29,8 +30,10 @@ from costs.flops import (
     text_shape,
     training_flops,
 )
+from costs.memory import Execution, training_memory
 from discriminator import Discriminator
-from runtime.checks import require_disk, require_memory, size_of
+from models import DiT
+from runtime.checks import in_words, require_disk, require_memory, size_of
 from runtime.cli import ShortageError, UserError
 from runtime.distributed import DistributedContext
 from runtime.precision import DTYPES
@@ -40,6 +43,7 @@ from stores.checkpoints import moments_bytes, weights_bytes
 from stores.runs import run_bytes
 
 PIXELS = Pixels()
+ACCURACY = 0.15  # of a plan's memory, which counts neither all of a step's tensors nor what a GPU's libraries take
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Plan:
     flops: Callable[[], float] | None = None
     fetch: list[str] = field(default_factory=list)
     more: Callable[[], dict] = dict  # to tell
+    lighter: Callable[[], dict[str, int]] = dict  # bytes of memory with other options, in words
 
     def check(self, path: str | Path, device: torch.device) -> None:
         """``ShortageError`` where disk or memory are too small; what lies at ``path`` is a part of it."""
@@ -64,9 +69,20 @@ class Plan:
             if not path.is_file():
                 require_disk(self.amount, path, self.disk_bytes - size_of(there))
             require_memory(self.batch, self.memory.get("batch", 0), torch.device("cpu"))  # it is made there
-            require_memory(f"{self.batch}, with this model", sum(self.memory.values()), device)
+            needed, what = sum(self.memory.values()), f"{self.batch}, with this model"
+            total = require_memory(what, round((1 - ACCURACY) * needed), device, self.advice)
         except UserError as error:
             raise ShortageError(str(error), self.describe) from None
+        advice = self.advice(total) if device.type == "cuda" and (1 + ACCURACY) * needed > total else ""
+        if advice and os.environ.get("RANK", "0") == "0":
+            has = f"about {in_words(needed)} of memory, the GPU has {in_words(total)}"
+            print(f"{what}: {has}{advice}", file=sys.stderr)
+
+    def advice(self, total: int) -> str:
+        """Which options surely do with so much memory, from the fastest on, for a sentence; "" where none do."""
+        fits = {way: size for way, size in self.lighter().items() if (1 + ACCURACY) * size < total}
+        first = {way.partition(" ")[0]: way for way in reversed(fits)}  # the fewest parts of each kind
+        return "; " * bool(first) + ", ".join(f"{way} needs {in_words(fits[way])}" for way in reversed(first.values()))
 
     def describe(self) -> dict:
         """As JSON has it."""
@@ -103,43 +119,54 @@ def plan_training(
     iterations: int,
     ckpt_every: int,
     keep: int,
+    precision: str = "fp32",
+    compile: bool = False,
+    checkpoint_activations: bool = False,
     vae: Outline | Pixels = PIXELS,
-    frozen: nn.Module | None = None,
-    heads: Sequence[nn.Module] = (),
+    frozen: DiT | None = None,
+    heads: Discriminator | None = None,
     flops_per_sample: Callable[[], float] | None = None,
     text_tokens: int = 0,
+    group: int = 1,
+    **step: Any,
 ) -> Plan:
     """Of a trainer, whose model has this ``config``, on ``rows`` of data.
 
-    ``frozen`` is a model that is used besides, ``heads`` are more in training, without an average. ``text_tokens`` are
-    those of the longest caption of a text model.
+    ``frozen`` is a teacher that is used besides. ``heads`` of a discriminator are in training too, without an average;
+    one stands for those of all blocks. ``text_tokens`` are those of the longest caption of a text model. Parts of a
+    batch are multiples of ``group``. ``step`` are the other arguments of ``training_memory``.
     """
-    model = meta_model(config)
-    trained = [model, *heads]
-    moments = sum(moments_bytes(each) for each in trained)
-    weights, average = sum(weights_bytes(each) for each in trained), weights_bytes(model)
-    share, points = len(context.share(global_batch_size)), getattr(model, "steps", 1)
-    tokens = points * model.pos_embed.shape[1] * model.pos_embed.shape[2]  # numbers between two blocks, of a sample
-    memory = {
-        "weights": weights + vae.weights_bytes + (weights_bytes(frozen) if frozen else 0),
-        "gradients": moments // 2,
-        "adam": moments,
-        "ema": average,
-        "order": 8 * (rows or 0),
-        "batch": share * (4 * (points + 1) * math.prod(model.latent_shape) + 2 * text_numbers(config, text_tokens)),
-        "activations": 4 * math.ceil(share / accumulation) * tokens * len(model.blocks),
-    }
+    model, share = meta_model(config), len(context.share(global_batch_size))
+    step |= {"teacher": frozen, "heads": heads, "alone": context.world_size == 1}
+    step["text_tokens"] = text_shape(config, text_tokens)[0] if "caption_channels" in config else 0
+
+    def memory_of(accumulation: int, checkpoint_activations: bool) -> dict[str, int]:
+        how = Execution(precision, compile, checkpoint_activations)
+        memory = training_memory(model, how, share, accumulation=accumulation, **step)
+        return memory | {"weights": memory["weights"] + vae.weights_bytes, "order": 8 * (rows or 0)}
+
+    def lighter() -> dict[str, int]:
+        parts = [part for part in (2, 4, 8, 16, 32, 64) if part > accumulation and share % (part * group) == 0]
+        ways = {f"--accumulation {part}": memory_of(part, checkpoint_activations) for part in parts}
+        if not checkpoint_activations:
+            ways["--checkpoint-activations"] = memory_of(accumulation, True)
+            ways |= {f"--checkpoint-activations --accumulation {part}": memory_of(part, True) for part in parts}
+        return {way: sum(memory.values()) for way, memory in ways.items()}
+
+    trained = [model, *([heads] * len(model.blocks) if heads else [])]
+    kept = weights_bytes(model) + sum(weights_bytes(each) + moments_bytes(each) for each in trained)
     samples = iterations * global_batch_size
     one = partial(training_flops, text_tokens=text_tokens)
     return Plan(
         f"--iterations {iterations} with --ckpt-every {ckpt_every}",
         f"--global-batch-size {global_batch_size}",
-        run_bytes(weights + average + moments, iterations, ckpt_every, keep),
-        memory,
+        run_bytes(kept, iterations, ckpt_every, keep),
+        memory_of(accumulation, checkpoint_activations),
         iterations,
         samples / rows if rows else None,
         lambda: samples * (flops_per_sample() if flops_per_sample else count_by_blocks(config, one)),
         [] if vae.downloaded else [str(vae.name)],
+        lighter=lighter,
     )
 
 
@@ -159,14 +186,15 @@ def plan_gan(
         partial(count_gan_step, student, teacher, d_time=d_time, d_width=d_width, bn_group=bn_group, rollout=rollout)
     )
     frozen = meta_model(teacher)
-    with on_meta_device():
+    with on_meta_device():  # all the same: making one spares seconds
         head = Discriminator(1, frozen.config["hidden_size"], d_width, bn_group)
-    heads = [head] * len(frozen.blocks)  # all the same: making one spares seconds
     plan = plan_training(
         student,
         context,
         frozen=frozen,
-        heads=heads,
+        heads=head,
+        rollout=rollout,
+        group=bn_group,
         flops_per_sample=lambda: 1e12 * cost()["tflops_per_sample"]["R+D"],
         **options,
     )

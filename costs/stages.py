@@ -2,7 +2,8 @@
 
     python -m costs.stages
     python -m costs.stages --tflops 400 --stack 28
-    python -m costs.stages --rows   # each row of Table 1 by itself: its published figures, the cost of its training
+    python -m costs.stages --memory # of a GPU in training: by its samples and options, and how many fit
+    python -m costs.stages --rows   # each row of Table 1 by itself: its published figures, what it takes to train
 
 Bytes follow from the formats and the presets, operations are counted on the meta device from our own models; both are
 exact. Hours are an estimate: operations divided by a rate that you name, with nothing lost between steps. Memory of a
@@ -11,22 +12,38 @@ works: models that are loaded, shards that are made, and in training the main ra
 """
 
 import argparse
+from bisect import bisect
+from functools import partial
 from typing import Any
 
-from costs.flops import count_by_blocks, count_gan_step, sampling_gflops, training_flops
+from costs.flops import TEXT_TOKENS, count_by_blocks, count_gan_step, meta_model, sampling_gflops, training_flops
+from costs.memory import Execution, training_memory
 from diffusion.teacher_ode import TARGETS, grid_steps
-from models import DiT_models
+from discriminator import Discriminator
+from models import DiT, DiT_models
 from models_ard import ARD, MASKS
+from models_pixart import named_shape
 from presets import TABLE_1, preset
 from runtime import cli
 from runtime.precision import on_meta_device
 from runtime.vae import VAE_BYTES
 from stores import latents, samples, trajectories
+from stores.foreign_weights import shape_by_name
 from stores.shards import ROWS_PER_SHARD
 
 IMAGES, CLASSES, PIXELS = 1_281_167, 1000, 256  # ImageNet's training set as DiT-XL/2 256x256 sees it
 INCEPTION_BYTES = 4 * 23_885_392  # weights of Inception-v3
 INCEPTION_GFLOPS = 11.4  # two operations per multiply-accumulate, one image of 299x299
+MEMORY_PRESETS = (
+    *(("train_ARD.py", "ard-n6-m4-s4"), ("train_ARD_gan.py", "ard-n6-m4-s4-gan")),
+    *(("train_ARD.py", "t2i-sigma-512"), ("train_ARD.py", "t2i-sigma-1024")),
+)
+WAYS = {
+    "plain": Execution("bf16"),
+    "`--compile`": Execution("bf16", compile=True),
+    "`--checkpoint-activations`": Execution("bf16", checkpoint_activations=True),
+    "both": Execution("bf16", compile=True, checkpoint_activations=True),
+}
 FEATURES = 2048 + 2023 + 1008  # numbers that the evaluator keeps of an image, float32
 COLUMNS = (
     "stage",
@@ -125,6 +142,35 @@ def count_stages(tflops: float, steps: int, mask: str, stack: int) -> list[dict[
     ]
 
 
+def count_memory(card: float) -> list[dict[str, Any]]:
+    """For the presets in training: memory of a GPU, one of 8, and the most samples of one GPU that ``card`` GB hold."""
+    counted = []
+    for script, name in MEMORY_PRESETS:
+        options = preset(script)[name]
+        config = shape_by_name(str(options.get("teacher"))) or named_shape(options["model"])
+        student = meta_model(
+            config | {"steps": options["steps"], "mask": options["mask"], "history_layers": options["stack"]}
+        )
+        step: dict[str, Any] = {}
+        if "caption_channels" in config:
+            step = {"text_tokens": TEXT_TOKENS, "teacher": meta_model(config), "solver_steps": options["solver_steps"]}
+        elif script == "train_ARD_gan.py":
+            with on_meta_device():
+                step = {"teacher": meta_model(config), "heads": Discriminator(1, config["hidden_size"])}
+
+        share, fits = options["global_batch_size"] // 8, range(1, 1000)
+        shared, most = {"samples of a GPU": f"{share}, of 8 GPUs"}, {"samples of a GPU": f"most on {card:g} GB"}
+        for way, how in WAYS.items():
+            shared[way] = f"{_bytes(share, student, how, alone=False, **step) / 1e9:.1f} GB"
+            most[way] = str(bisect(fits, card * 1e9, key=partial(_bytes, student=student, how=how, **step)))
+        counted += [{"preset": f"`{name}`"} | shared, {"preset": f"`{name}`"} | most]
+    return counted
+
+
+def _bytes(samples: int, student: DiT, how: Execution, **step: Any) -> int:
+    return sum(training_memory(student, how, samples, **step).values())
+
+
 def count_rows(tflops: float) -> list[dict[str, Any]]:
     """For each row of Table 1: the paper's figures, and the cost of training its presets (R+D: on top of R)."""
     regression, adversarial = preset("train_ARD.py"), preset("train_ARD_gan.py")
@@ -162,15 +208,26 @@ def build_parser() -> cli.Parser:
         "--mask", choices=MASKS, default="M4", help="Points that a step sees: M1 its own .. M4 all before it."
     )
     parser.add_argument("--stack", type=cli.not_negative, default=6, help="N, the lower blocks that see history.")
-    parser.add_argument("--rows", action="store_true", help="Print each row of Table 1 instead, by its presets.")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--rows", action="store_true", help="Print each row of Table 1 instead, by its presets.")
+    kind.add_argument("--memory", action="store_true", help="Print a GPU's memory in training instead, in bf16.")
+    parser.add_argument(
+        "--card", type=cli.positive_number, default=80.0, help="Take a GPU of so many GB, with --memory."
+    )
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    rows = count_rows(args.tflops) if args.rows else count_stages(args.tflops, args.steps, args.mask, args.stack)
+    if args.memory:
+        rows = count_memory(args.card)
+    else:
+        rows = count_rows(args.tflops) if args.rows else count_stages(args.tflops, args.steps, args.mask, args.stack)
     print("| " + " | ".join(rows[0]) + " |\n" + "|" + "---|" * len(rows[0]))
     for row in rows:
         print("| " + " | ".join(row.values()) + " |")
+    if args.memory:
+        print("\nTensors only, planned; bf16. The CUDA context, libraries and the allocator want some GB more.")
+        return
     if args.rows:
         print(f"\nFigures are the paper's (Table 1). Hours are an estimate at {args.tflops:g} TFLOP/s per GPU.")
         return

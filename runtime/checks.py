@@ -5,6 +5,7 @@ Only a run that cannot work is refused. Bytes are counted from shapes, by the ow
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -84,12 +85,19 @@ def machine_memory() -> int:
         return total
 
 
-def require_memory(what: str, needed: int, device: torch.device) -> None:
-    """``UserError`` where a rank needs more memory than the device, or its share of the machine, has at all."""
+def require_memory(
+    what: str, needed: int, device: torch.device, advice: Callable[[int], str] = lambda total: ""
+) -> int:
+    """``UserError`` where a rank needs more memory than the device, or its share of the machine, has at all.
+
+    Returns what it has. ``advice`` says what would do with so much, and ends the sentence.
+    """
     if device.type == "cuda":
         total, whose = torch.cuda.get_device_properties(device).total_memory, "the GPU"
     else:
         ranks = launcher.speaker().local_world_size or 1
         total, whose = machine_memory() // ranks, "this machine" + (f" for each of {ranks} ranks" if ranks > 1 else "")
     if needed > total:
-        raise UserError(f"{what}: at least {in_words(needed)} of memory are needed, {whose} has {in_words(total)}")
+        has = f"{whose} has {in_words(total)}{advice(total)}"
+        raise UserError(f"{what}: at least {in_words(needed)} of memory are needed, {has}")
+    return total

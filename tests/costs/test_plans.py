@@ -1,15 +1,22 @@
 """Plans say what a run then writes, are the same in every script, and need neither network nor ranks."""
 
 import json
+import re
 import socket
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import SMALL, call, random_teacher, save_teacher
 
+from costs.commands import plan_command
 from costs.flops import count_by_blocks, meta_model, sampling_gflops, training_flops
+from costs.memory import Execution, training_memory
 from models_ard import ARD
+from models_pixart import named_shape
+from runtime.cli import ShortageError
+from runtime.distributed import DistributedContext
 from runtime.vae import VAE, outline_vae
 from stores import checkpoints
 from stores.runs import run_bytes
@@ -161,3 +168,49 @@ def test_a_teacher_in_a_checkpoint_is_weighed(tmp_path):
     assert checkpoints.weights_bytes(teacher) == pytest.approx(size, rel=0.2)
     trained = sum(p.numel() for p in teacher.parameters() if p.requires_grad)
     assert checkpoints.moments_bytes(teacher) == 8 * trained
+
+
+def test_memory_that_lacks_is_refused_with_the_options_that_make_it_fit(monkeypatch, capsys):
+    """On a card that is known, before anything is loaded. Where it may just do, that is said and the run goes on."""
+    teacher = named_shape("DiT-XL/2")
+    options = {"global_batch_size": 64, "accumulation": 1, "iterations": 10, "ckpt_every": 10, "keep": 0}
+    options |= {"precision": "bf16", "compile": False, "checkpoint_activations": False, "online": False}
+    options |= {"bn_group": 6, "d_time": 0, "d_width": None, "rollout": False}
+
+    def said(script: str, card: float, **changes) -> str:
+        about = types.SimpleNamespace(total_memory=int(card * 1e9))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: about)
+        student = teacher | {"steps": 4, "mask": "M4", "history_layers": 6}
+        plan = plan_command(script, student, options | changes, DistributedContext(), teacher=teacher)
+        try:
+            plan.check("results", torch.device("cuda"))
+        except ShortageError as error:
+            return str(error)
+        return capsys.readouterr().err
+
+    sentence = said("train_ARD.py", 80)
+    assert sentence.startswith(
+        "--global-batch-size 64, with this model: at least 102 GB of memory are needed, the GPU has"
+    )
+    assert re.search(r"; --accumulation 2 needs \d\d\.\d GB, --checkpoint-activations needs \d\d\.\d GB$", sentence)
+    assert "--accumulation" not in said("train_ARD.py", 24, checkpoint_activations=True, global_batch_size=1)
+    assert said("train_ARD.py", 20).endswith(", --checkpoint-activations --accumulation 4 needs 17 GB")
+    assert re.search(r"about \d+ GB of memory, the GPU has 120 GB; --accumulation 2 needs", said("train_ARD.py", 120))
+    assert said("train_ARD.py", 200) == ""
+    parts = said("train_ARD_gan.py", 60, global_batch_size=36)  # groups of 6 samples stay whole: 2 parts and no 4
+    assert re.search(r"--accumulation 2 needs", parts) is None and "--checkpoint-activations" in parts
+
+
+@pytest.mark.parametrize("way", [{}, {"compile": True}, {"precision": "fp32"}], ids=str)
+def test_memory_shrinks_by_what_is_given_to_shrink_it(way):
+    teacher = named_shape("DiT-XL/2")
+    student = meta_model(teacher | {"steps": 4, "mask": "M4", "history_layers": 6})
+
+    def needed(samples: int, alone: bool = True, accumulation: int = 1, **changes) -> int:
+        how = Execution(**{"precision": "bf16"} | way | changes)
+        return sum(training_memory(student, how, samples, alone=alone, accumulation=accumulation).values())
+
+    whole = needed(64)
+    assert needed(8) < needed(64, accumulation=8) < whole and needed(8) < needed(8, alone=False)
+    assert needed(64, checkpoint_activations=True) < needed(64, accumulation=4) < whole
+    assert needed(64, compile=True) <= whole and needed(64, precision="bf16") <= whole
