@@ -189,7 +189,7 @@ def run(args: argparse.Namespace) -> None:
     if "caption_channels" in student.config:
         raise UserError(f"--ckpt-path {path}: reads text, which the page does not; sample it by sample_ARD.py")
     provenance = config["provenance"]
-    ode = learned_ode(provenance, args.teacher)
+    ode = learned_ode(provenance, path, args.teacher)
     device = distributed.setup(args.device).device
     names = provenance.get("class_names") or [str(i) for i in range(student.num_classes)]
     models = Comparison(student, ode, load_vae(args.vae or config["vae"], device), names, device)

@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--teacher-steps {args.teacher_steps}: this student has {student.steps} steps")
     ode = None
     if args.teacher_steps:
-        ode = learned_ode(provenance, args.teacher, conditions)
+        ode = learned_ode(provenance, args.ckpt_path, args.teacher, conditions)
         provenance["teacher_steps"] = args.teacher_steps
     options = chosen(args, SAMPLING_OPTIONS)
     job = SamplingJob(student, config, args.ckpt_path, context, conditions=conditions, **options)

@@ -29,7 +29,7 @@ from runtime.precision import (
 from runtime.provenance import require_same
 from runtime.randomness import LABEL_POLICIES, Classes, Conditions, labels, noise
 from runtime.vae import VAE, Pixels, decoder_precision, load_same_vae, outline_vae, resolve_name
-from stores.checkpoints import load_teacher
+from stores.checkpoints import load_teacher, recorded_teacher
 from stores.images import from_uint8, to_uint8
 from stores.samples import SampleWriter, save_grid, writable_npz
 
@@ -157,15 +157,17 @@ def source_latents(images: torch.Tensor, vae: VAE | Pixels, model: DiT) -> torch
     return vae.encode(from_uint8(images))[0]
 
 
-def learned_ode(provenance: dict, teacher: str | None = None, conditions: Conditions | None = None) -> TeacherODE:
-    """The ODE whose trajectories a student has learned, by the student's ``provenance``.
+def learned_ode(
+    provenance: dict, student: str | Path, teacher: str | None = None, conditions: Conditions | None = None
+) -> TeacherODE:
+    """The ODE whose trajectories a student has learned, by its ``provenance``; ``student`` is the path of its file.
 
-    ``teacher``: where the teacher lies if not where the provenance says. ``UserError`` where that is another one.
+    ``teacher``: its path, if not the recorded one. ``UserError`` where that is another one.
     ``conditions`` of a text student are captions, those that it was trained on or others.
     """
     if "teacher_hash" not in provenance:
         raise UserError(f"--teacher {teacher}: the student's checkpoint does not say whose trajectories it learned")
-    path = teacher or provenance["teacher"]
+    path = teacher or recorded_teacher(provenance["teacher"], student)
     model, config = load_teacher(path, weights=provenance["teacher_weights"], vae=provenance.get("vae"))
     found = {"teacher_hash": config["provenance"]["teacher_hash"]}
     require_same(f"--teacher {path}: the student learned from another teacher", provenance, found)

@@ -27,6 +27,7 @@ from runtime import cli
 from runtime.checks import writable_file
 from runtime.cli import OptionGroup, UserError, existing_file, not_negative, positive, shortened
 from runtime.files import DIFFUSERS_STEM, atomic_write
+from runtime.paths import is_hub_id
 from runtime.precision import DTYPES
 from runtime.provenance import require_same, weights_hash
 from stores import foreign_pixart, foreign_weights
@@ -194,6 +195,21 @@ def load_teacher(
         provenance["teacher_heads"] = own
     provenance |= {name: about for name in ("class_names", "captions") if (about := config["provenance"].get(name))}
     return model.eval(), {**config, "provenance": provenance}
+
+
+def recorded_teacher(recorded: str, beside: str | Path) -> str:
+    """The teacher that the store or checkpoint ``beside`` records: its path may be relative to a folder above that.
+
+    A wrong file is found by its hash later. ``UserError`` where a path leads nowhere.
+    """
+    places = [Path(recorded), *(folder / recorded for folder in Path(beside).resolve().parents)]
+    found = next((place for place in places if place.exists()), None)
+    if found is None and not (recorded in foreign_weights.OFFICIAL or is_hub_id(recorded)):
+        raise UserError(
+            f"{beside}: records the teacher {recorded}, which lies neither below {Path.cwd()} nor below a folder above "
+            "the record; say where it is by --teacher"
+        )
+    return str(found or recorded)
 
 
 def load_student(

@@ -76,7 +76,8 @@ class TrajectoryStore(ShardStore):
         ``heads`` as for ``checkpoints.load_teacher``, by default the dump's option.
         """
         weights, heads = self.provenance["teacher_weights"], heads or self.provenance.get("teacher_heads")
-        source, vae = path or self.provenance["teacher"], self.provenance["vae"]
+        source = path or checkpoints.recorded_teacher(self.provenance["teacher"], self.folder)
+        vae = self.provenance["vae"]
         teacher, config = checkpoints.load_teacher(source, weights=weights, heads=heads, vae=vae)
         mine = {name: config["provenance"].get(name) for name in ("teacher_hash", "vae", "vae_hash")}
         if "teacher_heads" in self.provenance | config["provenance"]:

@@ -30,7 +30,7 @@ def models(student_file) -> Comparison:
     """The small student beside its teacher."""
     student, config = checkpoints.load_student(student_file)
     names = [str(i) for i in range(10)]
-    return Comparison(student, learned_ode(config["provenance"]), Pixels(), names, torch.device("cpu"))
+    return Comparison(student, learned_ode(config["provenance"], student_file), Pixels(), names, torch.device("cpu"))
 
 
 @torch.no_grad()

@@ -1,10 +1,11 @@
 """The trajectory store: its rows are the teacher's trajectories, in order, whoever wrote it and when."""
 
 import json
+import shutil
 
 import numpy as np
 import torch
-from helpers import arrays, call, contents, refused
+from helpers import SMALL, arrays, call, contents, random_teacher, refused, save_teacher
 
 from diffusion import create_diffusion
 from diffusion.teacher_ode import grid_steps, pick_points
@@ -28,6 +29,27 @@ def test_rows_are_the_teachers_trajectories(store, teacher_file):
         assert ((trajectory - wanted).abs() / wanted.abs().clamp(min=1)).max() < 2e-3  # fp16 on disk
     # A point's predicted x_0 is made from the state after that number of steps; the last is the sample.
     assert torch.equal(points["x0"][:, 0], x0[:, 6]) and torch.equal(points["x0"][:, 3], x[:, 25])
+
+
+def test_a_teachers_relative_path_is_found_from_another_folder(teacher_file, tmp_path, monkeypatch, capsys):
+    """Of a project that has moved as a whole, or is used from elsewhere; another teacher at that path is refused."""
+    (tmp_path / "project/models").mkdir(parents=True)
+    shutil.copy(teacher_file, tmp_path / "project/models/teacher.pt")
+    monkeypatch.chdir(tmp_path / "project")
+    call("sample_trajectory.py", "--teacher", "models/teacher.pt", "--out", "data/dump", "--num-trajectories", 8)
+    assert TrajectoryStore("data/dump").provenance["teacher"] == "models/teacher.pt"
+    monkeypatch.chdir(tmp_path)
+    train = ("train_ARD.py", *SMALL, "--iterations", 2, "--run-dir", "project/runs/student")
+    call(*train, "--data-path", "project/data/dump")
+    student = "project/runs/student/checkpoints/0000002.pt"
+    call("sample_ARD.py", "--ckpt-path", student, "--teacher-steps", 1, "--num-samples", 2, "--out", "out.npz")
+    (tmp_path / "project/models/teacher.pt").unlink()
+    said = refused(capsys, *train[:-1], "project/runs/other", "--data-path", "project/data/dump")
+    assert "project/data/dump: records the teacher models/teacher.pt, which lies neither below" in said
+    said = refused(capsys, "sample_ARD.py", "--ckpt-path", student, "--teacher-steps", 1, "--num-samples", 3)
+    assert f"{student}: records the teacher models/teacher.pt" in said and "by --teacher" in said
+    save_teacher(tmp_path / "project/models/teacher.pt", random_teacher())
+    assert "another teacher's" in refused(capsys, *train[:-1], "project/runs/other", "--data-path", "project/data/dump")
 
 
 def test_one_dump_serves_fewer_steps(store):
