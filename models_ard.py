@@ -111,6 +111,11 @@ class KVCache:
 #################################################################################
 
 
+def default_history(depth: int) -> int:
+    """N for a model of this depth: the paper's 6 of 28 blocks, or that share of another depth, at least one."""
+    return max(1, round(6 * depth / 28))
+
+
 class ARD(DiT):
     """A student of S steps. ``config`` holds the constructor's arguments: DiT's and the four of ARD."""
 
@@ -146,15 +151,23 @@ class ARD(DiT):
 
     @classmethod
     def from_teacher(
-        cls, teacher: DiT, steps: int = 4, mask: str = "M4", history_layers: int = 6, level_embedding: bool = False
+        cls,
+        teacher: DiT,
+        steps: int = 4,
+        mask: str = "M4",
+        history_layers: int | None = None,
+        level_embedding: bool = False,
     ) -> "ARD":
         """A student whose every weight, and every head, starts as the teacher's.
 
-        Raises ``TypeError`` for a class of teachers that ``STUDENTS`` does not know: its changes would be lost.
+        ``history_layers``: N, without it ``default_history`` of the teacher's depth. Raises ``TypeError`` for a class
+        of teachers that ``STUDENTS`` does not know: its changes would be lost.
         """
         if type(teacher) not in STUDENTS:
             name, known = type(teacher).__name__, ", ".join(kind.__name__ for kind in STUDENTS)
             raise TypeError(f"no student is known for a teacher of class {name}, only for {known}; add one to STUDENTS")
+        if history_layers is None:
+            history_layers = default_history(len(teacher.blocks))
         student = STUDENTS[type(teacher)](steps, mask, history_layers, level_embedding, **teacher.config)
         missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
         new = {name for name in student.state_dict() if name.startswith(("heads.", "level"))}

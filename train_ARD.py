@@ -63,7 +63,8 @@ def build_parser() -> cli.Parser:
     )
     group.add_argument("--steps", type=cli.positive, default=4, help="S, the student's steps.")
     group.add_argument("--mask", choices=MASKS, default="M4", help="What a step sees: M1 itself .. M4 all before it.")
-    group.add_argument("--stack", type=cli.not_negative, default=6, help="N, the lower blocks that see history.")
+    share = "N, the lower blocks that see history; without it 6 of 28, or that share of another depth."
+    group.add_argument("--stack", type=cli.not_negative, help=share)
     group.add_argument(
         "--target", choices=TARGETS, default="x0", help="Predict x_0 from the next point, or that point."
     )

@@ -13,6 +13,7 @@ from typing import Any
 from costs.flops import count_online_step, meta_model
 from costs.plans import Plan, latent_shape_of, plan_gan, plan_samples, plan_sampling, plan_training
 from diffusion.teacher_ode import grid_steps
+from models_ard import default_history
 from models_pixart import named_shape
 from presets import TEXT_TEACHERS, preset
 from runtime import cli
@@ -140,6 +141,8 @@ def estimate(script: str, options: dict) -> dict:
     named += [named_shape(options["model"])] if options.get("model") else []
     teacher = next((shape for shape in named if shape), None)
     student = {"steps": options.get("steps"), "mask": options.get("mask"), "history_layers": options.get("stack")}
+    if script == "train_ARD.py" and teacher and student["history_layers"] is None:
+        student["history_layers"] = default_history(teacher["depth"])
     if teacher is None or (script in OF_STUDENTS and None in student.values()):
         return {}
     config = teacher | student if script in OF_STUDENTS else teacher

@@ -134,7 +134,6 @@ CASES = {
     "more guided channels than there are": (DUMP, ["--cfg-channels", 2], "--cfg-channels 2: this teacher has 1"),
     "groups that are cut": (TUNE, ["--gan-warmup", 0, "--bn-group", 5], "cut the groups of --bn-group 5"),
     "no real images": (TUNE, ["--gan-warmup", 0, "--real-data-path", "BAD/none"], "--real-data-path BAD/none: no such"),
-    "history deeper than the default allows": (TRAIN[:1] + TRAIN[3:], [], "--stack 6 (the default): history layers 6"),
     # As the stages find it.
     "missing folder": (TRAIN, ["--data-path", "BAD/none"], "--data-path BAD/none"),
     "empty folder": (TRAIN, ["--data-path", "BAD/empty"], "empty"),

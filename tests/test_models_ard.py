@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import DiT
-from models_ard import ARD, MASKS, STUDENTS, KVCache, TeacherForcedAttention, cache_slots, visible_steps
+from models_ard import (
+    ARD,
+    MASKS,
+    STUDENTS,
+    KVCache,
+    TeacherForcedAttention,
+    cache_slots,
+    default_history,
+    visible_steps,
+)
 
 TEACHER = random_teacher(std=0.1, input_size=4, in_channels=2, num_classes=5)
 DEPTH = len(TEACHER.blocks)
@@ -166,6 +175,11 @@ def test_samples_do_not_depend_on_the_batch_size():
 def test_impossible_students_are_refused(wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         ARD.from_teacher(TEACHER, **(dict(history_layers=0) | wrong))
+
+
+def test_history_without_a_number_is_the_papers_share_of_the_depth():
+    assert [default_history(depth) for depth in (1, 3, 6, 12, 24, 28)] == [1, 1, 1, 3, 5, 6]
+    assert ARD.from_teacher(TEACHER).config["history_layers"] == default_history(DEPTH) == 1
 
 
 class Variant(DiT):

@@ -1,5 +1,6 @@
 """train_ARD.py: its first loss by hand, trajectories without a store, options that make it faster."""
 
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,16 @@ def test_training_online_needs_no_store(teacher_file, tmp_path, capsys):
     for wrong in (("--online",), ("--online", "--data-path", tmp_path), ("--teacher", teacher_file)):
         refused(capsys, "train_ARD.py", *wrong, "--run-dir", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_history_without_stack_is_a_share_of_the_depth(store, capsys):
+    capsys.readouterr()
+    call("train_ARD.py", "--data-path", store, *SMALL[2:], "--dry-run")
+    assert json.loads(capsys.readouterr().out)["model"]["history_layers"] == 1  # of three blocks
+    call("train_ARD.py", "--preset", "ard-n6-m4-s4", "--data-path", "absent", "--dry-run")
+    with_preset = json.loads(capsys.readouterr().out)
+    call("train_ARD.py", "--model", "DiT-XL/2", "--preset", "ard-n28-m4-s4", "--data-path", "absent", "--dry-run")
+    assert (with_preset["options"]["stack"], json.loads(capsys.readouterr().out)["options"]["stack"]) == (6, 28)
 
 
 @pytest.mark.parametrize("target", ["x0", "xt"])
