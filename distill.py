@@ -22,6 +22,7 @@ from bench.timing import peak_flops
 from costs.commands import plan_command, plan_latents
 from costs.plans import Plan
 from lab.experiments import draw_samples
+from models_ard import default_history
 from models_pixart import MODELS
 from runtime import cli, distributed
 from runtime.checks import in_words, require_disk, size_of, writable_folder
@@ -143,6 +144,8 @@ def with_plans(found: list[Stage], teacher: dict, count: int, vae: Any) -> list[
         if "iterations" in options and f"{options['iterations']:07d}.pt" != stage.makes.name:
             raise UserError(f"--{stage.name}: give --{stage.name}-iterations instead of --iterations in it")
         student = {"steps": options.get("steps"), "mask": options.get("mask"), "history_layers": options.get("stack")}
+        if student["history_layers"] is None:
+            student["history_layers"] = default_history(teacher["depth"])
         plan = None
         if stage.name == "encode":
             shape = teacher["in_channels"], teacher["input_size"], teacher["input_size"]
