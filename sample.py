@@ -4,14 +4,27 @@ python sample.py --teacher assets/digits_teacher.pt --num-samples 100 --out resu
 """
 
 import argparse
+from typing import Any
 
 from costs.commands import add_presets, check_plan, plan_command
 from diffusion.teacher_ode import ODE_OPTIONS, TeacherODE, add_ode_options
 from runtime import cli, distributed
 from runtime.cli import chosen
-from sampler import PLACE_OPTIONS, SAMPLING_OPTIONS, SamplingJob, add_sampling_options, samples_path
+from runtime.options import read_options
+from runtime.precision import CUDAGraph
+from runtime.vae import outline_vae
+from sampler import (
+    DrawingOptions,
+    SampleOptions,
+    Sampler,
+    add_sampling_options,
+    check_sampling,
+    load_decoder,
+    prepare_model,
+)
 from stores import checkpoints
 from stores.captions import add_captions_option, open_conditions
+from stores.samples import SampleWriter
 
 
 def build_parser() -> cli.Parser:
@@ -27,7 +40,9 @@ def build_parser() -> cli.Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    samples_path(args.teacher, **chosen(args, PLACE_OPTIONS))
+    given = vars(args)
+    options, drawing = read_options(SampleOptions, given), read_options(DrawingOptions, given)
+    out = options.path(args.teacher)
     context = distributed.choose_device(args.device)
     teacher, config = checkpoints.load_teacher(
         args.teacher, weights=args.weights, heads=args.teacher_heads, vae=args.vae
@@ -35,18 +50,31 @@ def run(args: argparse.Namespace) -> None:
     conditions = open_conditions(args.captions, teacher, config["provenance"])
     ode = TeacherODE(teacher, conditions=conditions, **chosen(args, ODE_OPTIONS))
     config["provenance"] |= ode.provenance
-    job = SamplingJob(teacher, config, args.teacher, context, conditions=conditions, **chosen(args, SAMPLING_OPTIONS))
-    about = teacher.config, vars(args), context
-    plan = plan_command("sample.py", *about, vae=job.about_vae, text_tokens=conditions.max_text_tokens)
-    check_plan(plan, job.plan, vars(args), context, job.out)
+    provenance = check_sampling(config, options, drawing.precision, conditions, context)
+    writer = SampleWriter(out, options.num_samples, provenance, context, options.save_latents)
+    about = provenance | {"out": str(out), "count": options.num_samples}
+    known: dict[str, Any] = {"vae": outline_vae(args.vae or config["vae"]), "text_tokens": conditions.max_text_tokens}
+    check_plan(plan_command("sample.py", teacher.config, given, context, **known), about, given, context, out)
     distributed.join(context)
-    sampler, writer = job.start(ode.sample)
+
+    prepare_model(teacher, drawing, context)
+    sampler = Sampler(
+        CUDAGraph(ode.sample, context.device) if drawing.cuda_graph else ode.sample,
+        teacher,
+        load_decoder(config, options, drawing, context),
+        context.device,
+        seed=options.seed,
+        label_policy=options.label_policy,
+        class_labels=options.class_labels,
+        precision=drawing.precision,
+        fill_up_to=drawing.fill_up_to,
+        conditions=conditions,
+    )
     with writer:
         for indices in writer.missing_batches(args.per_proc_batch_size):
-            latents, images, y = sampler(indices)
-            writer.write(indices, latents, images, y)
+            writer.write(indices, *sampler(indices))
     if context.is_main:
-        print(f"{job.out}: {args.num_samples} samples" + (", already there" if writer.complete else ""))
+        print(f"{out}: {options.num_samples} samples" + (", already there" if writer.complete else ""))
     distributed.finish(context)
 
 

@@ -15,6 +15,7 @@ to the classes asked for (appendix C.2 of the paper), or by its teacher's, to se
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,45 +25,48 @@ from costs.commands import add_presets, check_plan, plan_command
 from diffusion.teacher_ode import pick_points
 from models_ard import ARD
 from runtime import cli, distributed
-from runtime.cli import UserError, chosen
+from runtime.cli import UserError
 from runtime.files import file_sha256
-from runtime.vae import VAE, Pixels
+from runtime.options import add_options, read_options
+from runtime.precision import CUDAGraph
+from runtime.vae import VAE, Pixels, outline_vae
 from sampler import (
-    PLACE_OPTIONS,
-    SAMPLING_OPTIONS,
-    SamplingJob,
+    DrawingOptions,
+    SampleOptions,
+    Sampler,
     add_sampling_options,
+    check_sampling,
     learned_ode,
-    samples_path,
+    load_decoder,
+    prepare_model,
     source_latents,
 )
 from stores import checkpoints
 from stores.captions import add_captions_option, open_conditions
+from stores.checkpoints import StudentOptions
 from stores.image_arrays import Images
 from stores.image_folder import ImageFolder
 from stores.pictures import center_crop
+from stores.samples import SampleWriter
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, description="Sample a student to .npz.")
     add_presets(parser, "sample_ARD.py")
     group = parser.add_argument_group("student")
-    checkpoints.add_student_options(group)
+    add_options(group, StudentOptions)
     add_captions_option(group)
     group = parser.add_argument_group("given points")
     group.add_argument(
         "--source-images",
         type=cli.name,
-        help="Start sample i from image i of this folder or .npz, again from the first at their end.",
+        help="Start sample i from image i of this folder or .npz, modulo their number.",
     )
     group.add_argument(
         "--source-step", type=cli.positive, default=1, help="Replace the prediction of this step, 1 .. S-1."
     )
     group.add_argument(
-        "--teacher-steps",
-        type=cli.not_negative,
-        default=0,
-        help="Take N first points of S from the teacher's ODE.",
+        "--teacher-steps", type=cli.not_negative, default=0, help="Take N first points of S from the teacher's ODE."
     )
     group.add_argument("--teacher", type=cli.file, help="Find that teacher here instead of where the checkpoint says.")
     add_sampling_options(parser)
@@ -110,23 +114,22 @@ def open_sources(path: str | None, step: int, student: ARD, provenance: dict) ->
 
 
 def run(args: argparse.Namespace) -> None:
-    samples_path(args.ckpt_path, **chosen(args, PLACE_OPTIONS))
+    given = vars(args)
+    options, drawing = read_options(SampleOptions, given), read_options(DrawingOptions, given)
+    out = options.path(args.ckpt_path)
     context = distributed.choose_device(args.device)
-    student, config = checkpoints.load_named_student(weights=args.weights, **chosen(args, checkpoints.STUDENT_OPTIONS))
-    provenance = config["provenance"]
-    conditions = open_conditions(args.captions, student, provenance)
-    sources = open_sources(args.source_images, args.source_step, student, provenance)
+    student, config = checkpoints.load_named_student(read_options(StudentOptions, given), options.weights)
+    conditions = open_conditions(args.captions, student, config["provenance"])
+    sources = open_sources(args.source_images, args.source_step, student, config["provenance"])
     if args.teacher_steps > student.steps:
         raise UserError(f"--teacher-steps {args.teacher_steps}: this student has {student.steps} steps")
-    ode = None
-    if args.teacher_steps:
-        ode = learned_ode(provenance, args.ckpt_path, args.teacher, conditions)
-        provenance["teacher_steps"] = args.teacher_steps
-    options = chosen(args, SAMPLING_OPTIONS)
-    job = SamplingJob(student, config, args.ckpt_path, context, conditions=conditions, **options)
-    about = student.config, vars(args), context
-    plan = plan_command("sample_ARD.py", *about, vae=job.about_vae, text_tokens=conditions.max_text_tokens)
-    check_plan(plan, job.plan, vars(args), context, job.out)
+    ode = learned_ode(config["provenance"], args.ckpt_path, args.teacher, conditions) if args.teacher_steps else None
+    config["provenance"] |= {"teacher_steps": args.teacher_steps} if ode else {}
+    provenance = check_sampling(config, options, drawing.precision, conditions, context)
+    writer = SampleWriter(out, options.num_samples, provenance, context, options.save_latents)
+    about = provenance | {"out": str(out), "count": options.num_samples}
+    known: dict[str, Any] = {"vae": outline_vae(args.vae or config["vae"]), "text_tokens": conditions.max_text_tokens}
+    check_plan(plan_command("sample_ARD.py", student.config, given, context, **known), about, given, context, out)
     distributed.join(context)
     if ode:
         ode.teacher.to(context.device)
@@ -140,13 +143,25 @@ def run(args: argparse.Namespace) -> None:
             given[args.source_step - 1] = source
         return student.sample(noise, y, given)[:, -1]
 
-    sampler, writer = job.start(draw, sources)
+    prepare_model(student, drawing, context)
+    sampler = Sampler(
+        CUDAGraph(draw, context.device) if drawing.cuda_graph else draw,
+        student,
+        load_decoder(config, options, drawing, context),
+        context.device,
+        seed=options.seed,
+        label_policy=options.label_policy,
+        class_labels=options.class_labels,
+        precision=drawing.precision,
+        fill_up_to=drawing.fill_up_to,
+        sources=sources,
+        conditions=conditions,
+    )
     with writer:
         for indices in writer.missing_batches(args.per_proc_batch_size):
-            latents, images, y = sampler(indices)
-            writer.write(indices, latents, images, y)
+            writer.write(indices, *sampler(indices))
     if context.is_main:
-        print(f"{job.out}: {args.num_samples} samples" + (", already there" if writer.complete else ""))
+        print(f"{out}: {options.num_samples} samples" + (", already there" if writer.complete else ""))
     distributed.finish(context)
 
 

@@ -4,10 +4,10 @@ for indices in writer.missing_batches(batch_size):   # the loop stands in the sc
     writer.write(indices, *sampler(indices))
 """
 
-import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -16,22 +16,14 @@ from models import DiT
 from models_ard import ARD
 from runtime.cli import Parser, UserError, add_dry_run_option, file, name, not_negative, positive
 from runtime.distributed import DistributedContext, add_device_option
-from runtime.precision import (
-    COMPUTED,
-    CUDAGraph,
-    add_compile_option,
-    add_precision_option,
-    autocast,
-    cast_weights,
-    compile_blocks,
-    inference_copy,
-)
+from runtime.options import add_options, option
+from runtime.precision import COMPILE_HELP, COMPUTED, autocast, cast_weights, compile_blocks, inference_copy
 from runtime.provenance import require_same
 from runtime.randomness import LABEL_POLICIES, Classes, Conditions, labels, noise
-from runtime.vae import VAE, Pixels, decoder_precision, load_same_vae, outline_vae, resolve_name
+from runtime.vae import VAE, Pixels, decoder_precision, load_same_vae, resolve_name
 from stores.checkpoints import load_teacher, recorded_teacher
 from stores.images import from_uint8, to_uint8
-from stores.samples import SampleWriter, save_grid, writable_npz
+from stores.samples import save_grid, writable_npz
 
 # Noise (B, C, H, W) and y (B, ...), on the device -> latents (B, C, H, W): what a model makes of them. Where there are
 # source images their latents (B, C, H, W) come third.
@@ -41,50 +33,97 @@ Sources = Callable[[Sequence[int], VAE | Pixels], torch.Tensor]
 
 PREVIEW_COLUMNS, PREVIEW_ROWS = 10, 6
 
-# What ``SamplingJob`` takes of the options.
-SAMPLING_OPTIONS = (
-    *("out", "num_samples", "seed", "label_policy", "class_labels", "weights", "vae", "vae_precision"),
-    *("save_latents", "per_proc_batch_size", "precision", "compile", "cuda_graph"),
-)
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Which samples are drawn, and where they go."""
+
+    out: str | None = option(None, "Write this .npz; without it, one beside the checkpoint and named after it.", file)
+    num_samples: int = option(50_000, "Draw exactly so many samples.", positive)
+    seed: int = option(0, "Sample i depends on (seed, i) alone.", not_negative)
+    label_policy: str = option("balanced", "Choose labels in this way.", choices=LABEL_POLICIES)
+    class_labels: list[int] | None = option(
+        None, "Take these labels in turn instead.", not_negative, nargs="+", metavar="LABEL"
+    )
+    weights: str = option("ema", "Use these weights of the checkpoint.", choices=("ema", "raw"))
+    vae: str | None = option(
+        None, "Decode by ema, mse, a folder or hub id instead of the model's own autoencoder.", name
+    )
+    vae_precision: str = option(
+        "auto",
+        "Use this number format for the decoder; auto is bf16 on GPUs and fp32 on CPUs.",
+        choices=("auto", *COMPUTED),
+    )
+    save_latents: bool = option(False, "Keep the samples before decoding, as float32.", action="store_true")
+
+    def path(self, source: str) -> Path:
+        """The .npz to write: ``out``, or one beside the checkpoint ``source``. ``UserError`` where it cannot be."""
+        beside = f"{Path(source).with_suffix('')}-{self.weights}-seed{self.seed}-{self.num_samples}.npz"
+        return writable_npz("--out", Path(self.out or beside))
+
+
+@dataclass(frozen=True)
+class DrawingOptions:
+    """How they are computed."""
+
+    per_proc_batch_size: int = option(64, "Draw so many samples of a rank at once.", positive)
+    precision: str = option("fp32", "Use this number format for matrix products.", choices=COMPUTED)
+    compile: bool = option(False, COMPILE_HELP)
+    cuda_graph: bool = option(
+        False, "Record the sampler once and replay it, faster for small batches on GPUs; does nothing elsewhere."
+    )
+
+    @property
+    def fill_up_to(self) -> int:
+        """The size of every batch where code is made for one, else 0."""
+        return self.per_proc_batch_size if self.compile or self.cuda_graph else 0
 
 
 def add_sampling_options(parser: Parser) -> None:
     """The options that the samplers of teacher and student share."""
-    group = parser.add_argument_group("samples")
-    group.add_argument(
-        "--out", type=file, help="Write this .npz; without it, one beside the checkpoint and named after it."
-    )
-    group.add_argument("--num-samples", type=positive, default=50_000, help="Draw exactly so many samples.")
-    group.add_argument("--seed", type=not_negative, default=0, help="Sample i depends on (seed, i) alone.")
-    group.add_argument("--label-policy", choices=LABEL_POLICIES, default="balanced", help="Choose labels in this way.")
-    group.add_argument(
-        "--class-labels", type=not_negative, nargs="+", metavar="LABEL", help="Take these labels in turn instead."
-    )
-    group.add_argument("--weights", choices=("ema", "raw"), default="ema", help="Use these weights of the checkpoint.")
-    group.add_argument(
-        "--vae", type=name, help="Decode by ema, mse, a folder or hub id instead of the model's own autoencoder."
-    )
-    group.add_argument(
-        "--vae-precision",
-        choices=("auto", *COMPUTED),
-        default="auto",
-        help="Use this number format for the decoder; auto is bf16 on GPUs and fp32 on CPUs.",
-    )
-    group.add_argument("--save-latents", action="store_true", help="Keep the samples before decoding, as float32.")
+    add_options(parser.add_argument_group("samples"), SampleOptions)
     group = parser.add_argument_group("run")
-    group.add_argument(
-        "--per-proc-batch-size", type=positive, default=64, help="Draw so many samples of a rank at once."
-    )
-    add_precision_option(group)
-    add_compile_option(group)
-    group.add_argument(
-        "--cuda-graph",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="Record the sampler once and replay it, faster for small batches on GPUs; does nothing elsewhere.",
-    )
+    add_options(group, DrawingOptions)
     add_dry_run_option(group)
     add_device_option(group)
+
+
+def check_sampling(
+    config: dict, options: SampleOptions, precision: str, conditions: Conditions, context: DistributedContext
+) -> dict:
+    """The provenance of samples of the model with this config. ``UserError`` names an option that does not suit it."""
+    labels, own, given = options.class_labels, config["vae"], options.vae
+    if labels and not all(0 <= label < max(conditions.count, 1) for label in labels):
+        raise UserError(f"--class-labels {labels}: this model has labels 0..{conditions.count - 1}")
+    if given and own is None and given != "none":
+        raise UserError(f"--vae {given}: this model works on pixels, leave the option out")
+    if given == "none" and own is not None:
+        raise UserError(f"--vae none: this model works on latents of {own}, leave the option out")
+    provenance = config["provenance"] | {
+        "sample_seed": options.seed,
+        "sample_labels": labels or options.label_policy,
+        "sample_precision": precision,
+        "weights": options.weights,
+        "decoder": resolve_name(given or own),
+        "decoder_precision": decoder_precision(options.vae_precision, context.device),
+    }
+    return provenance | {f"sample_{name}": value for name, value in conditions.about.items()}
+
+
+def load_decoder(
+    config: dict, options: SampleOptions, drawing: DrawingOptions, context: DistributedContext
+) -> VAE | Pixels:
+    """The autoencoder that decodes the samples: the model's own, or ``--vae``."""
+    precision = decoder_precision(options.vae_precision, context.device)
+    own = config["vae"], config["provenance"].get("vae_hash")
+    return load_same_vae(*own, context.device, options.vae, precision, drawing.compile)
+
+
+def prepare_model(model: DiT, drawing: DrawingOptions, context: DistributedContext) -> None:
+    """Put the model on its device, in the number format that it is to compute in, compiled if it is to be."""
+    cast_weights(model.to(context.device), drawing.precision)
+    if drawing.compile:
+        compile_blocks(model)
 
 
 class Samples(NamedTuple):
@@ -190,82 +229,20 @@ def student_previews(
     return Sampler(draw, student, vae, device, stream="preview", precision=precision, conditions=conditions)
 
 
-PLACE_OPTIONS = ("out", "weights", "seed", "num_samples")  # what ``samples_path`` takes of the options
+def teacher_previews(
+    model: DiT,
+    ema: Callable[[], DiT],
+    vae: VAE | Pixels,
+    device: torch.device,
+    precision: str,
+    conditions: Conditions,
+    solver_steps: int,
+    cfg_scale: float,
+) -> Sampler:
+    """The same of a teacher in training, by an ODE of so many steps; ``model`` says its shape."""
 
+    def draw(noise: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        ode = TeacherODE(ema(), solver_steps=solver_steps, cfg_scale=cfg_scale, conditions=conditions)
+        return ode.sample(noise, y)
 
-def samples_path(source: str, out: str | None, *, weights: str, seed: int, num_samples: int) -> Path:
-    """The .npz to write: ``--out``, or one beside the checkpoint ``source``. ``UserError`` where it cannot be."""
-    path = Path(out or f"{Path(source).with_suffix('')}-{weights}-seed{seed}-{num_samples}.npz")
-    return writable_npz("--out", path)
-
-
-class SamplingJob:
-    """A sampler's command line, checked: ``plan`` is what --dry-run shows, ``start`` opens what the loop needs."""
-
-    def __init__(
-        self,
-        model: DiT,
-        config: dict,
-        source: str,
-        context: DistributedContext,
-        *,
-        out: str | None = None,
-        num_samples: int,
-        seed: int = 0,
-        label_policy: str = "balanced",
-        class_labels: Sequence[int] | None = None,
-        weights: str = "ema",
-        vae: str | None = None,
-        vae_precision: str = "auto",
-        save_latents: bool = False,
-        per_proc_batch_size: int = 64,
-        precision: str = "fp32",
-        compile: bool = False,
-        cuda_graph: bool = False,
-        conditions: Conditions | None = None,
-    ):
-        """``config`` is that of the checkpoint ``source``. ``UserError`` names an option that does not suit."""
-        conditions = conditions or Classes(model.num_classes)
-        if class_labels and not all(0 <= label < max(conditions.count, 1) for label in class_labels):
-            raise UserError(f"--class-labels {class_labels}: this model has labels 0..{conditions.count - 1}")
-        if vae and config["vae"] is None and vae != "none":
-            raise UserError(f"--vae {vae}: this model works on pixels, leave the option out")
-        if vae == "none" and config["vae"] is not None:
-            raise UserError(f"--vae none: this model works on latents of {config['vae']}, leave the option out")
-        self.out = samples_path(source, out, weights=weights, seed=seed, num_samples=num_samples)
-        self.model, self.context, self.num_samples, self.save_latents = model, context, num_samples, save_latents
-        self.compile, self.cuda_graph = compile, cuda_graph
-        self.vae, self.own_vae = vae, (config["vae"], config["provenance"].get("vae_hash"))
-        self.vae_precision = decoder_precision(vae_precision, context.device)
-        self.about_vae = outline_vae(vae or config["vae"])
-        self.drawing: dict[str, Any] = {
-            "seed": seed,
-            "label_policy": label_policy,
-            "class_labels": class_labels,
-            "precision": precision,
-            "conditions": conditions,
-        }
-        self.drawing["fill_up_to"] = per_proc_batch_size if compile or cuda_graph else 0
-        self.provenance = config["provenance"] | {
-            "sample_seed": seed,
-            "sample_labels": class_labels or label_policy,
-            "sample_precision": precision,
-            "weights": weights,
-            "decoder": resolve_name(vae or config["vae"]),
-            "decoder_precision": self.vae_precision,
-        }
-        self.provenance |= {f"sample_{name}": value for name, value in conditions.about.items()}
-        self.plan = self.provenance | {"out": str(self.out), "count": num_samples}
-        SampleWriter(self.out, num_samples, self.provenance, context, save_latents)  # refuses what is there of others
-
-    def start(self, draw: Draw, sources: Sources | None = None) -> tuple[Sampler, SampleWriter]:
-        """What draws samples by index with ``draw``, and what writes them; the model is on its device then."""
-        device = self.context.device
-        vae = load_same_vae(*self.own_vae, device, self.vae, self.vae_precision, self.compile)
-        cast_weights(self.model.to(device), self.drawing["precision"])
-        if self.compile:
-            compile_blocks(self.model)
-        writer = SampleWriter(self.out, self.num_samples, self.provenance, self.context, self.save_latents)
-        if self.cuda_graph:
-            draw = CUDAGraph(draw, device)
-        return Sampler(draw, self.model, vae, device, **self.drawing, sources=sources), writer
+    return Sampler(draw, model, vae, device, stream="preview", precision=precision, conditions=conditions)

@@ -16,7 +16,6 @@ from torch.utils.data import Dataset
 from costs.commands import check_plan, plan_command
 from costs.flops import meta_model
 from diffusion import create_diffusion
-from diffusion.teacher_ode import TeacherODE
 from evaluations.quality import PeriodicEvaluator, QualityOptions, add_quality_options
 from models import DiT
 from models_pixart import MODELS, PixArt_models, teacher_type
@@ -26,14 +25,12 @@ from runtime.distributed import DistributedContext
 from runtime.options import read_options
 from runtime.precision import autocast, prepare_blocks
 from runtime.randomness import Classes, Conditions, Shuffle, generator, noise
-from sampler import Sampler
+from sampler import teacher_previews
 from stores import checkpoints
 from stores.captions import CaptionStore, add_captions_option
 from stores.image_folder import add_skip_bad_option
 from stores.images import Source, latent_shape, open_source, open_vae, real_latents, require_outside_source, summary
 from stores.initial_weights import init_shape, start_from
-from stores.runs import check_place
-from stores.tracking import check_wandb
 from trainer import Optimisation, RunOptions, Trainer, TrainState, add_training_options
 
 NAMES = ", ".join(MODELS)
@@ -156,11 +153,27 @@ def open_captions(captions: str | None, model: str | None, source: Source, verif
     return store
 
 
+def outline(
+    sizes: dict, words: str, source: Source, conditions: Conditions, vae: Any, *, data_path: str, label_dropout: float
+) -> DiT:
+    """The model of these sizes for these images and labels, without numbers; ``UserError`` where there is none."""
+    channels, side, _ = latent_shape(source, vae)
+    shape = sizes | {"input_size": side, "in_channels": channels, "class_dropout_prob": label_dropout}
+    if isinstance(conditions, CaptionStore):
+        shape["caption_channels"] = conditions.channels
+    else:
+        shape["num_classes"] = source.num_classes
+    try:
+        return meta_model(shape)
+    except ValueError as error:
+        raise UserError(f"{words}: does not fit --data-path {data_path}: {error}") from None
+
+
 def run(args: argparse.Namespace) -> None:
     given = vars(args)
-    optimisation, quality = read_options(Optimisation, given), read_options(QualityOptions, given)
-    check_place(args.results_dir, args.run_dir)
-    check_wandb(args.wandb)
+    optimisation, running = read_options(Optimisation, given), read_options(RunOptions, given)
+    quality = read_options(QualityOptions, given)
+    running.check()
     if args.keep_labels and not args.init:
         raise UserError("--keep-labels: has no meaning without --init")
     initial, about_initial = checkpoints.load_teacher(args.init, "--init", vae=args.vae) if args.init else (None, {})
@@ -169,24 +182,11 @@ def run(args: argparse.Namespace) -> None:
     distributed.join(context)  # the main rank looks at a folder for all
     images = chosen(args, ("data_path", "image_size", "unconditional", "channels", "skip_bad", "verify"))
     source = open_source(**images, context=context)
-    place = {"--run-dir": args.run_dir} if args.run_dir else {"--results-dir": args.results_dir}
-    require_outside_source(source, place)
+    require_outside_source(source, running.place)
     conditions = open_captions(args.captions, args.model, source, args.verify)
     vae, vae_name, vae_hash = open_vae(source, args.vae, context.device, bool(args.sample_every or args.eval_every))
-    channels, side, _ = latent_shape(source, vae)
-    shape = sizes | {
-        "input_size": side,
-        "in_channels": channels,
-        "class_dropout_prob": args.label_dropout,
-    }
-    if isinstance(conditions, CaptionStore):
-        shape["caption_channels"] = conditions.channels
-    else:
-        shape["num_classes"] = source.num_classes
-    try:
-        model = meta_model(shape)
-    except ValueError as error:
-        raise UserError(f"{sizes_given}: does not fit --data-path {args.data_path}: {error}") from None
+    fitting: dict[str, Any] = chosen(args, ("data_path", "label_dropout"))
+    model = outline(sizes, sizes_given, source, conditions, vae, **fitting)
     begins = {}
     if initial is not None:  # what does not fit is refused here, before there is a run
         weights = about_initial["provenance"]["teacher_hash"]
@@ -200,38 +200,22 @@ def run(args: argparse.Namespace) -> None:
         "training": optimisation.config() | {"label_dropout": args.label_dropout, "hflip": args.hflip},
     }
 
-    def sampler(solver_steps: int) -> Sampler:
-        solver: dict[str, Any] = {"solver_steps": solver_steps, "conditions": conditions}
-        solver["cfg_scale"] = 1.5 if args.label_dropout and conditions.count else 1.0
-
-        def draw(noise: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            return TeacherODE(state.ema, **solver).sample(noise, y)
-
-        drawing: dict[str, Any] = {"stream": "preview", "precision": args.precision, "conditions": conditions}
-        return Sampler(draw, model, vae, context.device, **drawing)
-
-    drawn = sampler(EVALUATION_STEPS)
+    cfg_scale = 1.5 if args.label_dropout and conditions.count else 1.0
+    previews, drawn = (
+        teacher_previews(model, lambda: state.ema, vae, context.device, args.precision, conditions, n, cfg_scale)
+        for n in (PREVIEW_STEPS, EVALUATION_STEPS)
+    )
     evaluate = PeriodicEvaluator(drawn, context, source.size, quality) if quality.eval_every else None
     known: dict[str, Any] = {"rows": source.count, "vae": vae, "text_tokens": conditions.max_text_tokens}
-    check_plan(plan_command("train.py", shape, given, context, **known), config, given, context)
+    check_plan(plan_command("train.py", model.config, given, context, **known), config, given, context)
     torch.manual_seed(args.seed)
     # Labels are dropped by the data, a function of the index: the model itself stays in eval mode throughout.
-    model = teacher_type(shape)(**shape).eval()
+    model = teacher_type(model.config)(**model.config).eval()
     if initial is not None:
         start_from(model, initial, args.keep_labels)
     prepare_blocks(model, compile=args.compile, checkpoint_activations=args.checkpoint_activations)
     state = TrainState(model, context, optimisation)
-    trainer = Trainer(
-        context,
-        config,
-        {"": state},
-        optimisation,
-        read_options(RunOptions, given),
-        eval_every=quality.eval_every,
-        preview=sampler(PREVIEW_STEPS).save_preview,
-        evaluate=evaluate,
-        options=given,
-    )
+    trainer = Trainer(context, config, {"": state}, optimisation, running, given, previews.save_preview, evaluate)
     batches = TeacherBatches(
         source,
         model.latent_shape,

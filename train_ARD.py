@@ -34,8 +34,6 @@ from runtime.vae import Pixels, load_same_vae
 from sampler import student_previews
 from stores import checkpoints
 from stores.captions import add_captions_option, open_conditions
-from stores.runs import check_place
-from stores.tracking import check_wandb
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
 from trainer import Optimisation, RunOptions, Trainer, TrainState, add_training_options
 
@@ -113,33 +111,41 @@ def open_teacher(
     return model, config, config["provenance"] | ode.provenance | made, ode, conditions
 
 
+def build_student(
+    teacher: DiT, solver_steps: int, *, model: str | None, steps: int, mask: str, stack: int, grid: str, level: bool
+) -> tuple[ARD, list[int]]:
+    """The student that is asked for, and after which solver steps its points lie; ``UserError`` if it cannot be."""
+    if model:
+        require_same(f"--model {model}: the teacher is another model", teacher.config, MODELS[model].keywords)
+    try:
+        solver_indices = grid_steps(steps, grid, solver_steps)
+    except ValueError as error:
+        raise UserError(f"--steps {steps} --grid {grid}: {error}") from None
+    try:
+        return ARD.from_teacher(teacher, steps, mask, stack, level), solver_indices
+    except ValueError as error:
+        raise UserError(f"--stack {stack}: {error}") from None
+
+
 def run(args: argparse.Namespace) -> None:
     given = vars(args)
-    optimisation, quality = read_options(Optimisation, given), read_options(QualityOptions, given)
-    check_place(args.results_dir, args.run_dir)
-    check_wandb(args.wandb)
+    optimisation, running = read_options(Optimisation, given), read_options(RunOptions, given)
+    quality = read_options(QualityOptions, given)
+    running.check()
     context = distributed.choose_device(args.device)
     names = ("teacher_heads", "online", "seed", "verify", "vae", "captions", *ODE_OPTIONS)
     teacher, teacher_config, provenance, source, conditions = open_teacher(
         args.data_path, args.teacher, **chosen(args, names)
     )
-    if args.model:
-        size = MODELS[args.model].keywords
-        require_same(f"--model {args.model}: the teacher is another model", teacher.config, size)
-    try:
-        solver_indices = grid_steps(args.steps, args.grid, provenance["solver_steps"])
-    except ValueError as error:
-        raise UserError(f"--steps {args.steps} --grid {args.grid}: {error}") from None
-    try:
-        student = ARD.from_teacher(teacher, args.steps, args.mask, args.stack, args.level_embedding)
-    except ValueError as error:
-        raise UserError(f"--stack {args.stack}: {error}") from None
+    shape: dict[str, Any] = chosen(args, ("model", "steps", "mask", "stack", "grid")) | {"level": args.level_embedding}
+    student, solver_indices = build_student(teacher, provenance["solver_steps"], **shape)
     order: dict[str, Any] = {"global_batch_size": args.global_batch_size, "seed": args.seed, "context": context}
     batches: OnlineBatches | TrajectoryBatches
     if isinstance(source, TeacherODE):
-        batches = OnlineBatches(student.latent_shape, conditions, **order)
+        batches, rows = OnlineBatches(student.latent_shape, conditions, **order), None
     else:
         batches = TrajectoryBatches(source, solver_indices, args.target, conditions=conditions, **order)
+        rows = len(source)
     vae: Any = Pixels()
     if args.sample_every or args.eval_every or args.vae:
         vae = load_same_vae(teacher_config["vae"], provenance.get("vae_hash"), context.device, args.vae)
@@ -156,9 +162,8 @@ def run(args: argparse.Namespace) -> None:
     previews = student_previews(student, lambda: state.ema, vae, context.device, args.precision, conditions)
     size = student.input_size * vae.factor
     evaluate = PeriodicEvaluator(previews, context, size, quality) if quality.eval_every else None
-    rows = None if isinstance(source, TeacherODE) else len(source)
-    known: dict[str, Any] = {"teacher": teacher.config, "vae": vae, "text_tokens": conditions.max_text_tokens}
-    plan = plan_command("train_ARD.py", student.config, given, context, rows=rows, **known)
+    known: dict[str, Any] = {"vae": vae, "rows": rows, "text_tokens": conditions.max_text_tokens}
+    plan = plan_command("train_ARD.py", student.config, given, context, teacher=teacher.config, **known)
     check_plan(plan, config, given, context)
     distributed.join(context)
     del teacher  # it lives on in the ODE, if that is to make trajectories
@@ -168,17 +173,7 @@ def run(args: argparse.Namespace) -> None:
         cast_weights(source.teacher, args.precision)
         prepare_blocks(source.teacher.to(context.device), **blocks)
     state = TrainState(student, context, optimisation)
-    trainer = Trainer(
-        context,
-        config,
-        {"": state},
-        optimisation,
-        read_options(RunOptions, given),
-        eval_every=quality.eval_every,
-        preview=previews.save_preview,
-        evaluate=evaluate,
-        options=given,
-    )
+    trainer = Trainer(context, config, {"": state}, optimisation, running, given, previews.save_preview, evaluate)
 
     for batch in trainer.steps(batches):
         if isinstance(source, TeacherODE):

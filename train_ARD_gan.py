@@ -20,21 +20,19 @@ from costs.commands import add_presets, check_plan, plan_command
 from discriminator import AdversarialLosses, Discriminator, FrozenFeatures, own_history
 from evaluations.quality import PeriodicEvaluator, QualityOptions, add_quality_options
 from models import DiT
+from models_ard import ARD
 from runtime import cli, distributed
-from runtime.cli import UserError, chosen
+from runtime.cli import UserError
 from runtime.distributed import DistributedContext
 from runtime.options import add_options, option, read_options
 from runtime.precision import autocast, cast_weights, compile_each, prepare_blocks
 from runtime.provenance import require_same
 from runtime.randomness import Shuffle, generator, noise
-from runtime.vae import Pixels, load_same_vae
 from sampler import student_previews
 from stores import checkpoints
+from stores.checkpoints import StudentOptions
 from stores.image_folder import add_skip_bad_option
-from stores.images import BUNDLED, Source, latent_shape, open_source, real_latents, require_outside_source, summary
-from stores.latents import is_store
-from stores.runs import check_place
-from stores.tracking import check_wandb
+from stores.images import BUNDLED, Source, open_suitable, real_latents, require_outside_source, summary
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
 from trainer import Optimisation, RunOptions, Trainer, TrainState, add_training_options
 
@@ -60,7 +58,7 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, description="Fine-tune a student by regression and an adversarial loss.")
     add_presets(parser, "train_ARD_gan.py")
     group = parser.add_argument_group("student and teacher")
-    checkpoints.add_student_options(group)
+    add_options(group, StudentOptions)
     group.add_argument("--init-weights", choices=("ema", "raw"), default="ema", help="Start at these of its weights.")
     group.add_argument(
         "--teacher", type=cli.file, help="Checkpoint of the teacher; without it, the one that the store names."
@@ -92,48 +90,42 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def check_groups(global_batch_size: int, accumulation: int, bn_group: int, context: DistributedContext) -> None:
-    """``UserError`` where the groups of the heads' norm would be cut at the borders of ranks and micro-batches."""
-    parts = context.world_size * accumulation
-    if global_batch_size % (parts * bn_group):
+def check_options(
+    gan: GanOptions, optimisation: Optimisation, real_data_path: str, context: DistributedContext
+) -> None:
+    """``UserError`` for options that do not go together."""
+    if gan.d_time > 999:
+        raise UserError(f"--d-time {gan.d_time}: must be between 0 (clean) and 999")
+    if gan.gan_weight and gan.gan_warmup > optimisation.iterations:
         raise UserError(
-            f"--global-batch-size {global_batch_size}: {context.world_size} ranks x --accumulation {accumulation} cut "
-            f"the groups of --bn-group {bn_group}; give a multiple of {parts * bn_group}, or smaller groups"
+            f"--gan-warmup {gan.gan_warmup}: --iterations {optimisation.iterations} end before the GAN loss begins; "
+            "give a shorter warm-up, more steps, or --gan-weight 0"
+        )
+    if real_data_path not in BUNDLED:
+        cli.existing_folder("--real-data-path", real_data_path)
+    parts = context.world_size * optimisation.accumulation
+    if optimisation.global_batch_size % (parts * gan.bn_group):
+        raise UserError(
+            f"--global-batch-size {optimisation.global_batch_size}: {context.world_size} ranks x --accumulation "
+            f"{optimisation.accumulation} cut the groups of --bn-group {gan.bn_group}; give a multiple of "
+            f"{parts * gan.bn_group}, or smaller groups"
         )
 
 
-def open_real(
-    path: str,
-    teacher: DiT,
-    provenance: dict,
-    context: DistributedContext,
-    *,
-    given: str | None,
-    needs_decoder: bool,
-    skip_bad: int,
-    verify: bool,
-) -> tuple[Source, Any]:
-    """The source of real images and the autoencoder; ``UserError`` where they do not suit the teacher.
-
-    ``provenance``, the teacher's, names its autoencoder, and ``given`` is where to load that from instead. A teacher of
-    grey images sees folders in grey.
-    """
-    encoded = is_store(path)  # then the autoencoder is needed for pictures only, and to see that it is the one given
-    name, vae_hash = provenance["vae"], provenance.get("vae_hash")
-    loads = given or needs_decoder or not encoded
-    vae = load_same_vae(name, vae_hash, context.device, given) if loads else Pixels()
-    image_size = None if encoded or path in BUNDLED else teacher.input_size * vae.factor
-    channels = 1 if image_size and (vae.image_channels or teacher.in_channels) == 1 else None
-    images: dict[str, Any] = {"channels": channels, "skip_bad": skip_bad, "verify": verify, "context": context}
-    source = open_source(path, image_size, teacher.num_classes == 0, "--real-data-path", **images)
-    found = {"classes": source.num_classes, "latent shape": latent_shape(source, vae)}
-    wanted = {"classes": teacher.num_classes, "latent shape": teacher.latent_shape}
-    if encoded:
-        found |= {"vae": source.vae, "vae_hash": source.vae_hash}
-        wanted |= {"vae": name, "vae_hash": vae_hash or vae.hash}
-    hint = " (or give its autoencoder by --vae, if that lies elsewhere)" if encoded and not given else ""
-    require_same(f"--real-data-path {path}: these images do not suit the teacher{hint}", found, wanted)
-    return source, vae
+def check_inputs(store: TrajectoryStore, teacher: DiT, origin: dict, ckpt_path: str) -> None:
+    """``UserError`` where the student, whose provenance is ``origin``, did not learn such trajectories as these."""
+    if "caption_channels" in teacher.config:
+        raise UserError(f"--data-path {store.folder}: of a text model, which R+D is not for; use train_ARD.py")
+    if not {*SAME_TEACHER, "grid", "solver_indices", "target"} <= origin.keys():
+        raise UserError(
+            f"--ckpt-path {ckpt_path}: does not say which trajectories it was trained on; give a student that "
+            "train_ARD.py trained"
+        )
+    require_same(
+        f"--data-path {store.folder}: not the trajectories that the student was trained on",
+        store.provenance,
+        {name: origin.get(name) for name in (*SAME_TEACHER, "vae_hash", "teacher_heads")},
+    )
 
 
 class GanBatches(Dataset):
@@ -165,92 +157,16 @@ class GanBatches(Dataset):
         return self.trajectories[step] | real
 
 
-#################################################################################
-#                                   Training                                    #
-#################################################################################
-
-
-def run(args: argparse.Namespace) -> None:
-    given = vars(args)
-    optimisation, quality = read_options(Optimisation, given), read_options(QualityOptions, given)
-    gan = read_options(GanOptions, given)
-    check_place(args.results_dir, args.run_dir)
-    check_wandb(args.wandb)
-    if gan.d_time > 999:
-        raise UserError(f"--d-time {gan.d_time}: must be between 0 (clean) and 999")
-    if gan.gan_weight and gan.gan_warmup > args.iterations:
-        raise UserError(
-            f"--gan-warmup {gan.gan_warmup}: --iterations {args.iterations} end before the GAN loss begins; give a "
-            "shorter warm-up, more steps, or --gan-weight 0"
-        )
-    if args.real_data_path not in BUNDLED:
-        cli.existing_folder("--real-data-path", args.real_data_path)
-    store = TrajectoryStore(args.data_path, verify=args.verify)
-    context = distributed.choose_device(args.device)
-    check_groups(args.global_batch_size, args.accumulation, gan.bn_group, context)
-    student, start = checkpoints.load_named_student(
-        weights=args.init_weights, **chosen(args, checkpoints.STUDENT_OPTIONS)
-    )
-    teacher, teacher_config = store.load_teacher(args.teacher, args.teacher_heads)
-    if "caption_channels" in teacher.config:
-        raise UserError(f"--data-path {args.data_path}: of a text model, which R+D is not for; use train_ARD.py")
-    origin = start["provenance"]
-    if not {*SAME_TEACHER, "grid", "solver_indices", "target"} <= origin.keys():
-        raise UserError(
-            f"--ckpt-path {args.ckpt_path}: does not say which trajectories it was trained on; give a student that "
-            "train_ARD.py trained"
-        )
-    require_same(
-        f"--data-path {args.data_path}: not the trajectories that the student was trained on",
-        store.provenance,
-        {name: origin.get(name) for name in (*SAME_TEACHER, "vae_hash", "teacher_heads")},
-    )
-    distributed.join(context)  # the main rank looks at a folder for all
-    source, vae = open_real(
-        args.real_data_path,
-        teacher,
-        teacher_config["provenance"],
-        context,
-        given=args.vae,
-        needs_decoder=bool(args.sample_every or args.eval_every),
-        **chosen(args, ("skip_bad", "verify")),
-    )
-    place = {"--run-dir": args.run_dir} if args.run_dir else {"--results-dir": args.results_dir}
-    require_outside_source(source, place)
-    hflip = teacher_config["training"].get("hflip", True) if args.hflip is None else args.hflip
-    trajectories = TrajectoryBatches(
-        store,
-        origin["solver_indices"],
-        origin["target"],
-        global_batch_size=args.global_batch_size,
-        seed=args.seed,
-        context=context,
-    )
-    batches = GanBatches(trajectories, source, teacher.latent_shape, hflip=hflip, seed=args.seed, d_time=gan.d_time)
-    state_of_start = {"start_hash": origin["weights_hash"], "start_step": origin["step"], "real": source.fingerprint}
-    config = checkpoints.student_config(
-        student,
-        vae=teacher_config["vae"],
-        provenance=store.provenance | state_of_start,
-        grid=origin["grid"],
-        solver_indices=origin["solver_indices"],
-        target=origin["target"],
-        training=optimisation.config()
-        | {"loss": "R+D", "hflip": hflip, "accumulation": args.accumulation, "init_weights": args.init_weights}
-        | vars(gan),
-    )
-    previews = student_previews(student, lambda: state.ema, vae, context.device, args.precision)
-    size = teacher.input_size * vae.factor
-    evaluate = PeriodicEvaluator(previews, context, size, quality) if quality.eval_every else None
-    known: dict[str, Any] = {"teacher": teacher.config, "rows": len(store), "vae": vae}
-    plan = plan_command("train_ARD_gan.py", student.config, given, context, **known)
-    check_plan(plan, config, given, context)
-    torch.manual_seed(args.seed)
+def build(
+    student: ARD, teacher: DiT, gan: GanOptions, optimisation: Optimisation, context: DistributedContext
+) -> tuple[TrainState, TrainState, AdversarialLosses]:
+    """The student and the discriminator's heads in training, and the losses between them."""
+    torch.manual_seed(optimisation.seed)
     heads = Discriminator.for_teacher(teacher, gan.d_width, gan.bn_group)
-    cast_weights(teacher, args.precision)
+    cast_weights(teacher, optimisation.precision)
     for model in (student, teacher):
-        prepare_blocks(model, compile=args.compile, checkpoint_activations=args.checkpoint_activations)
-    if args.compile:
+        prepare_blocks(model, compile=optimisation.compile, checkpoint_activations=optimisation.checkpoint_activations)
+    if optimisation.compile:
         compile_each(heads.heads)
     state = TrainState(student, context, optimisation)
     d_state = TrainState(heads, context, replace(optimisation, lr=gan.d_lr, clip=gan.d_clip, ema_decay=None))
@@ -259,19 +175,61 @@ def run(args: argparse.Namespace) -> None:
         d_state.ddp_model,
         FrozenFeatures(teacher.to(context.device), gan.d_time),
         total=context.all_reduce,
-        samples=args.global_batch_size / args.accumulation,
+        samples=optimisation.global_batch_size / optimisation.accumulation,
     )
-    trainer = Trainer(
+    return state, d_state, adversarial
+
+
+#################################################################################
+#                                   Training                                    #
+#################################################################################
+
+
+def run(args: argparse.Namespace) -> None:
+    given = vars(args)
+    optimisation, running = read_options(Optimisation, given), read_options(RunOptions, given)
+    gan, quality = read_options(GanOptions, given), read_options(QualityOptions, given)
+    running.check()
+    context = distributed.choose_device(args.device)
+    check_options(gan, optimisation, args.real_data_path, context)
+    store = TrajectoryStore(args.data_path, verify=args.verify)
+    student, start = checkpoints.load_named_student(read_options(StudentOptions, given), args.init_weights)
+    teacher, teacher_config = store.load_teacher(args.teacher, args.teacher_heads)
+    origin = start["provenance"]
+    check_inputs(store, teacher, origin, args.ckpt_path)
+    distributed.join(context)  # the main rank looks at a folder for all
+    source, vae = open_suitable(
+        args.real_data_path,
+        teacher,
+        teacher_config["provenance"],
         context,
-        config,
-        {"": state, "_d": d_state},
-        optimisation,
-        read_options(RunOptions, given),
-        eval_every=quality.eval_every,
-        preview=previews.save_preview,
-        evaluate=evaluate,
-        options=given,
+        given=args.vae,
+        needs_decoder=bool(args.sample_every or args.eval_every),
+        skip_bad=args.skip_bad,
+        verify=args.verify,
     )
+    require_outside_source(source, running.place)
+    hflip = teacher_config["training"].get("hflip", True) if args.hflip is None else args.hflip
+    order: dict[str, Any] = {"global_batch_size": args.global_batch_size, "seed": args.seed, "context": context}
+    trajectories = TrajectoryBatches(store, origin["solver_indices"], origin["target"], **order)
+    batches = GanBatches(trajectories, source, teacher.latent_shape, hflip=hflip, seed=args.seed, d_time=gan.d_time)
+    start_state = {"start_hash": origin["weights_hash"], "start_step": origin["step"], "real": source.fingerprint}
+    more = {"loss": "R+D", "hflip": hflip, "accumulation": args.accumulation, "init_weights": args.init_weights}
+    config = checkpoints.student_config(
+        student,
+        vae=teacher_config["vae"],
+        provenance=store.provenance | start_state,
+        training=optimisation.config() | more | vars(gan),
+        **{name: origin[name] for name in ("grid", "solver_indices", "target")},
+    )
+    previews = student_previews(student, lambda: state.ema, vae, context.device, args.precision)
+    size = teacher.input_size * vae.factor
+    evaluate = PeriodicEvaluator(previews, context, size, quality) if quality.eval_every else None
+    known: dict[str, Any] = {"teacher": teacher.config, "rows": len(store), "vae": vae}
+    check_plan(plan_command("train_ARD_gan.py", student.config, given, context, **known), config, given, context)
+    state, d_state, adversarial = build(student, teacher, gan, optimisation, context)
+    states = {"": state, "_d": d_state}
+    trainer = Trainer(context, config, states, optimisation, running, given, previews.save_preview, evaluate)
 
     trainer.folder.log(f"{args.real_data_path}: {summary(source)}")
     for batch in trainer.steps(batches):

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
@@ -30,7 +30,8 @@ from runtime.options import add_options, option
 from runtime.precision import COMPILE_HELP, TRAINED
 from runtime.stop_signals import ended_by, exit_code, notice_signals
 from stores import checkpoints
-from stores.runs import RunFolder
+from stores.runs import RunFolder, check_place
+from stores.tracking import check_wandb
 
 GPU_WORKERS = 4  # of a rank with a GPU, which must not wait for data; a CPU's cores have enough to do
 
@@ -96,6 +97,24 @@ class RunOptions:
     )
     verify: bool = option(False, "Compare each shard's checksum when it is first read.", action="store_true")
     max_bad_steps: int = option(20, "Non-finite steps in a row that end the run.", positive)
+
+    def check(self) -> None:
+        """``UserError`` where no run can be written, or followed by a tracker."""
+        check_place(self.results_dir, self.run_dir)
+        check_wandb(self.wandb)
+
+    @property
+    def place(self) -> dict[str, str | None]:
+        """The option that says where the run goes, and its value."""
+        return {"--run-dir": self.run_dir} if self.run_dir else {"--results-dir": self.results_dir}
+
+
+class Evaluation(Protocol):
+    """A call returns scalars, on all ranks, and may use a folder meanwhile."""
+
+    every: int  # steps between two of them
+
+    def __call__(self, folder: Path) -> dict[str, float]: ...
 
 
 def add_training_options(parser: cli.Parser, **defaults: Any) -> None:
@@ -226,23 +245,21 @@ class Trainer:
         states: dict[str, TrainState],
         optimisation: Optimisation,
         run: RunOptions,
-        *,
-        eval_every: int = 0,
-        options: dict | None = None,
+        given: dict | None = None,
         preview: Callable[[Path], None] | None = None,
-        evaluate: Callable[[Path], dict[str, float]] | None = None,
+        evaluate: Evaluation | None = None,
     ):
         """Finds the run that this very ``config`` began and continues it, or begins a new folder.
 
-        ``states`` maps the suffix of its names in checkpoints to each model in training. ``options`` are all that were
-        given, for a tracker to show. ``preview`` writes a picture, in the main rank; ``evaluate`` returns scalars, in
-        all ranks, and may use a folder meanwhile. ``UserError`` when ``run.run_dir`` holds another run.
+        ``states`` maps the suffix of its names in checkpoints to each model in training. ``given`` are all options, for
+        a tracker to show. ``preview`` writes a picture, in the main rank. ``UserError`` when ``run.run_dir`` holds
+        another run.
         """
         self.context, self.states, self.run, self.iterations = context, states, run, optimisation.iterations
         self.batch_sizes = context.describe_batch(optimisation.global_batch_size)
         workers_of_device = GPU_WORKERS if context.device.type == "cuda" else 0
         self.num_workers = workers_of_device if run.num_workers is None else run.num_workers
-        self.eval_every, self.preview, self.evaluate = eval_every, preview, evaluate
+        self.preview, self.evaluate = preview, evaluate
         self.folder = RunFolder(
             config,
             context,
@@ -250,7 +267,7 @@ class Trainer:
             run_dir=run.run_dir,
             keep=run.keep,
             wandb=run.wandb,
-            options=options,
+            options=given,
         )
         self.step = 0
         newest = self.folder.newest_checkpoint()
@@ -329,10 +346,10 @@ class Trainer:
             self.folder.log_scalars("eval", self.step, self.evaluate(self.folder.path / "eval"))
 
     def _evaluation_is_due(self) -> bool:
-        """At the steps of ``eval_every`` and at the last one, once."""
-        if self.evaluate is None or not (self.eval_every and self.step):
+        """When ``evaluate.every`` steps are over, and at the last one; once."""
+        if self.evaluate is None or not self.step:
             return False
-        due = self.step % self.eval_every == 0 or self.step == self.iterations
+        due = self.step % self.evaluate.every == 0 or self.step == self.iterations
         return due and not self.context.on_main(lambda: self.folder.has_logged("eval", self.step))
 
     def _save(self, write: Callable[..., None], last: bool = False) -> None:

@@ -40,7 +40,8 @@ class PeriodicEvaluator:
 
     def __init__(self, sampler: Sampler, context: DistributedContext, image_size: int, options: QualityOptions):
         """``UserError`` where an evaluation could not work later; ``image_size`` in pixels."""
-        self.sampler, self.context, self.samples = sampler, context, options.eval_samples
+        self.every, self.samples = options.eval_every, options.eval_samples
+        self.sampler, self.context = sampler, context
         if not options.eval_reference:
             raise UserError("--eval-every: needs --eval-reference, an .npz of real images")
         self.reference, self.features = options.eval_reference, options.eval_features

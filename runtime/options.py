@@ -23,7 +23,7 @@ Group = TypeVar("Group")
 def option(default: Any, help: str, type: Callable[[str], Any] | None = None, **more: Any) -> Any:
     """A field that is an option. ``type`` makes its value of a word; ``more`` is what ``add_argument`` takes besides.
 
-    One whose default is False or True can be turned on and off, --name and --no-name.
+    ``also`` are other names of it. One whose default is False or True can be turned on and off, --name and --no-name.
     """
     if isinstance(default, bool):
         more.setdefault("action", argparse.BooleanOptionalAction)
@@ -33,8 +33,9 @@ def option(default: Any, help: str, type: Callable[[str], Any] | None = None, **
 def add_options(group: OptionGroup, kind: type, **defaults: Any) -> None:
     """The options of a dataclass, in its order; ``defaults`` are those that a script has of its own."""
     for each in fields(kind):
-        default = defaults.get(each.name, each.default)
-        group.add_argument(f"--{each.name.replace('_', '-')}", default=default, **each.metadata)
+        about = dict(each.metadata)
+        names = [f"--{each.name.replace('_', '-')}", *about.pop("also", ())]
+        group.add_argument(*names, default=defaults.get(each.name, each.default), **about)
 
 
 def read_options(kind: type[Group], given: dict[str, Any]) -> Group:

@@ -13,6 +13,7 @@ Weights that other projects made (foreign_weights.py) are loaded here too, by th
 import argparse
 import json
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from runtime import cli
 from runtime.checks import writable_file
 from runtime.cli import OptionGroup, UserError, existing_file, not_negative, positive, shortened
 from runtime.files import DIFFUSERS_STEM, atomic_write
+from runtime.options import option
 from runtime.paths import is_hub_id
 from runtime.precision import DTYPES
 from runtime.provenance import require_same, weights_hash
@@ -279,41 +281,34 @@ def student_config(
     }
 
 
-def add_student_options(group: OptionGroup) -> None:
-    """``--ckpt-path``, and the options by which the authors' commands describe its student."""
-    group.add_argument(
-        "--ckpt-path",
-        "--ckpt_path",
-        type=cli.file,
+CHECKED = "only checked against the checkpoint"
+
+
+@dataclass(frozen=True)
+class StudentOptions:
+    """A student's checkpoint, and the options by which the authors' commands describe its student."""
+
+    ckpt_path: str = option(
+        None,
+        "Checkpoint of train_ARD.py or train_ARD_gan.py, or a pipeline's folder.",
+        cli.file,
+        also=("--ckpt_path",),
         required=True,
-        help="Checkpoint of train_ARD.py or train_ARD_gan.py, or a pipeline's folder.",
     )
-    checked = "only checked against the checkpoint"
-    group.add_argument("--model", choices=MODELS, metavar="NAME", help=f"Its size, {checked}.")
-    group.add_argument("--steps", type=positive, help=f"Its number of steps S, {checked}.")
-    group.add_argument("--mask", choices=MASKS, help=f"Its mask, {checked}; the authors' files need it (M4 if absent).")
-    group.add_argument(
-        "--stack", type=not_negative, help=f"Its history depth N, {checked}; the authors' files need it (6 if absent)."
+    model: str | None = option(None, f"Its size, {CHECKED}.", choices=MODELS, metavar="NAME")
+    steps: int | None = option(None, f"Its number of steps S, {CHECKED}.", positive)
+    mask: str | None = option(None, f"Its mask, {CHECKED}; the authors' files need it (M4 if absent).", choices=MASKS)
+    stack: int | None = option(
+        None, f"Its history depth N, {CHECKED}; the authors' files need it (6 if absent).", not_negative
     )
 
 
-def load_named_student(
-    ckpt_path: str,
-    *,
-    weights: str = "ema",
-    model: str | None = None,
-    steps: int | None = None,
-    mask: str | None = None,
-    stack: int | None = None,
-) -> tuple[ARD, dict]:
+def load_named_student(options: StudentOptions, weights: str = "ema") -> tuple[ARD, dict]:
     """``load_student`` by the options above; ``UserError`` when one of them contradicts the checkpoint."""
-    given: dict[str, Any] = {"steps": steps, "mask": mask, "history_layers": stack}
-    given |= MODELS[model].keywords if model else {}
+    given: dict[str, Any] = {"steps": options.steps, "mask": options.mask, "history_layers": options.stack}
+    given |= MODELS[options.model].keywords if options.model else {}
     given = {name: value for name, value in given.items() if value is not None}
-    return load_student(ckpt_path, weights=weights, given=given)
-
-
-STUDENT_OPTIONS = ("ckpt_path", "model", "steps", "mask", "stack")  # arguments of ``load_named_student``
+    return load_student(options.ckpt_path, weights=weights, given=given)
 
 
 def slim(args: argparse.Namespace) -> None:

@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 
+from models import DiT
 from runtime.cli import UserError, shortened
 from runtime.distributed import DistributedContext
 from runtime.files import require_outside
+from runtime.provenance import require_same
 from runtime.vae import VAE, Outline, Pixels, load_same_vae, load_vae, resolve_name
 from stores.digits import DigitImages, DigitScenes
 from stores.emoji import EmojiImages
@@ -123,6 +125,40 @@ def open_vae(
         reason = str(error).removeprefix(what)
         raise UserError(f"{what}{source.folder} holds latents of {source.vae}; {reason}") from None
     return vae, name, source.vae_hash
+
+
+def open_suitable(
+    path: str,
+    teacher: DiT,
+    provenance: dict,
+    context: DistributedContext,
+    *,
+    given: str | None,
+    needs_decoder: bool,
+    skip_bad: int,
+    verify: bool,
+) -> tuple[Source, Any]:
+    """The source of real images and the autoencoder; ``UserError`` where they do not suit the teacher.
+
+    ``provenance``, the teacher's, names its autoencoder, and ``given`` is where to load that from instead. A teacher of
+    grey images sees folders in grey.
+    """
+    encoded = is_store(path)  # then the autoencoder is needed for pictures only, and to see that it is the one given
+    name, vae_hash = provenance["vae"], provenance.get("vae_hash")
+    loads = given or needs_decoder or not encoded
+    vae = load_same_vae(name, vae_hash, context.device, given) if loads else Pixels()
+    image_size = None if encoded or path in BUNDLED else teacher.input_size * vae.factor
+    channels = 1 if image_size and (vae.image_channels or teacher.in_channels) == 1 else None
+    images: dict[str, Any] = {"channels": channels, "skip_bad": skip_bad, "verify": verify, "context": context}
+    source = open_source(path, image_size, teacher.num_classes == 0, "--real-data-path", **images)
+    found = {"classes": source.num_classes, "latent shape": latent_shape(source, vae)}
+    wanted = {"classes": teacher.num_classes, "latent shape": teacher.latent_shape}
+    if encoded:
+        found |= {"vae": source.vae, "vae_hash": source.vae_hash}
+        wanted |= {"vae": name, "vae_hash": vae_hash or vae.hash}
+    hint = " (or give its autoencoder by --vae, if that lies elsewhere)" if encoded and not given else ""
+    require_same(f"--real-data-path {path}: these images do not suit the teacher{hint}", found, wanted)
+    return source, vae
 
 
 def latent_shape(source: Source, vae: VAE | Outline | Pixels) -> tuple[int, ...]:
