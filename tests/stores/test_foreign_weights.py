@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
@@ -175,12 +174,6 @@ def without(state, name):
 
 BROKEN = {
     "missing": (lambda s: without(s, "blocks.1.attn.proj.bias"), "missing: blocks.1.attn.proj.bias"),
-    "unexpected": (lambda s: s | {"blocks.1.extra": torch.zeros(1)}, "unexpected: blocks.1.extra"),
-    "misshapen": (
-        lambda s: s | {"blocks.1.attn.proj.bias": torch.zeros(7)},
-        r"misshapen: blocks.1.attn.proj.bias \(7,\) instead of \(32,\)",
-    ),
-    "NaN": (lambda s: s | {"t_embedder.mlp.0.bias": torch.full((32,), np.nan)}, "NaN .*t_embedder.mlp.0.bias"),
     "another size": (
         lambda s: without(s, "") | {"blocks.3.x": torch.zeros(1)},
         "depth 4, width 32 .*: give it by --teacher-heads",
@@ -189,7 +182,6 @@ BROKEN = {
     "half a DiT": (lambda s: without(s, "pos_embed"), "pos_embed"),
     "positions": (lambda s: s | {"pos_embed": torch.zeros(1, 10, 32)}, "10 positions"),
     "a tensor": (lambda s: torch.zeros(3), "holds a Tensor"),
-    "a student": (lambda s: {"config": {"kind": "student"}, "ema": s}, "holds a student, give a checkpoint of a teach"),
 }
 
 
@@ -202,13 +194,7 @@ def test_broken_files_are_named(case, state, tmp_path):
     assert str(error.value).startswith(f"--teacher {path}: ") and "\n" not in str(error.value)
 
 
-def test_unreadable_files_are_refused(state, folder, tmp_path):
-    path = saved(tmp_path / "cut.pt", state)
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(UserError, match="not a readable checkpoint"):
-        checkpoints.load_teacher(path)
-    with pytest.raises(UserError, match="not a readable checkpoint"):  # a pickle that would run code
-        checkpoints.load_teacher(saved(tmp_path / "code.pt", {"x": os.system}))
+def test_unreadable_folders_are_refused(folder, tmp_path):
     cut = tmp_path / "cut"
     shutil.copytree(folder, cut)
     file = cut / "diffusion_pytorch_model.safetensors"
