@@ -1,6 +1,7 @@
 """Command lines from end to end: mistakes end in one sentence and write nothing, and right lines work.
 
-A sentence names option and value; the exit code is 2 and there is no traceback.
+A sentence names option and value. ``CASES`` is the table: a right command, what is spoiled in it, words of the sentence
+(tests/faults/grammar.py draws more); then numbers, plans, images and latents, and lines that must work.
 """
 
 import json

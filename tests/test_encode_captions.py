@@ -1,4 +1,8 @@
-"""A text file becomes a store of captions: resumable, the same by any number of ranks, or one sentence."""
+"""A text file becomes a store of captions: resumable, the same by any number of ranks, or one sentence.
+
+The store's tokens; resuming, ranks and a kill; ends of lines, long captions; bad text in one sentence each.
+Then T5, in place of words, and the plan.
+"""
 
 import json
 

@@ -1,4 +1,8 @@
-"""Files from elsewhere run no code, take no memory beyond their size and write nothing outside, whatever they claim."""
+"""Files from elsewhere run no code, take no memory beyond their size and write nothing outside, whatever they claim.
+
+Pickles; headers of .npy, archives and safetensors that claim more than there is; names that lead outside.
+Limits on memory are set for the process (``memory_limit``).
+"""
 
 import io
 import json

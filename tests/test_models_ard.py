@@ -1,4 +1,8 @@
-"""The student: cached sampling equals the teacher-forced forward, which equals plain masked attention."""
+"""The student: cached sampling equals the teacher-forced forward, which equals plain masked attention.
+
+Sampling against the forward, the forward against a dense mask written here; how a student starts from its teacher.
+Then masks and cache, given predictions, batch sizes, refusals, gradients.
+"""
 
 import copy
 

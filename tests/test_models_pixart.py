@@ -1,4 +1,8 @@
-"""PixArt: diffusers' own model with the same weights gives the same numbers; the student of a text model."""
+"""PixArt: diffusers' own model with the same weights gives the same numbers; the student of a text model.
+
+Against diffusers: forward, guided ODE, number of parameters. Then counting with captions, the student's sampling,
+independence of rows and padding, recomputation, gradients.
+"""
 
 import copy
 from functools import partial

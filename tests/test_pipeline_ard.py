@@ -1,4 +1,8 @@
-"""The pipeline of diffusers: the samples of sample_ARD.py to the bit, saved and loaded without pickle."""
+"""The pipeline of diffusers: the samples of sample_ARD.py to the bit, saved and loaded without pickle.
+
+Samples before and after saving; forms of input and output, names of classes, given predictions;
+half precision; what is refused; the command that makes a folder, loaded in another process.
+"""
 
 import json
 import os

@@ -1,4 +1,8 @@
-"""A text model goes the way of a class model through the scripts: dump, distil, sample, and refusals."""
+"""A text model goes the way of a class model through the scripts: dump, distil, sample, and refusals.
+
+A room of a random text teacher, two stores of captions, trajectories and a student serves all.
+Dump, distil (also online, killed, on ranks), sample, report; then what does not go together.
+"""
 
 import json
 import shutil

@@ -1,4 +1,8 @@
-"""Means of speed, seen in traces: memory layouts, graphs, generated code. No clock is read here."""
+"""Means of speed, seen in traces: memory layouts, graphs, generated code. No clock is read here.
+
+Layouts and graphs of blocks in training; compiled heads and cache; casts against autocast.
+Traces are PyTorch's own: dynamo's counters, generated code, the profiler.
+"""
 
 import copy
 import re

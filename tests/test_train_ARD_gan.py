@@ -1,4 +1,8 @@
-"""train_ARD_gan.py: one step against a hand-written one, ranks, resuming, its data, its command line."""
+"""train_ARD_gan.py: one step against a hand-written one, ranks, resuming, its data, its command line.
+
+The step written out by hand stands first; then resuming, the authors' command on ranks, kinds of real data,
+the plan, refusals, number formats.
+"""
 
 import json
 import math

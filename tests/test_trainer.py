@@ -1,4 +1,8 @@
-"""The loop that all trainers share: resume, kill -9, ranks, accumulation, non-finite steps."""
+"""The loop that all trainers share: resume, kill -9, ranks, accumulation, non-finite steps.
+
+train_ARD.py and its fellows on digits: resumed, killed, finished; snapshots; data workers and reading ahead;
+ranks, accumulation and uneven shares; a run that diverges.
+"""
 
 import os
 import pickle

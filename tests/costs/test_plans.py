@@ -1,4 +1,8 @@
-"""Plans say what a run then writes, are the same in every script, and need neither network nor ranks."""
+"""Plans say what a run then writes, are the same in every script, and need neither network nor ranks.
+
+First bytes: a plan's disk against what is then written; then what is not fetched, ranks that are not there, and room.
+Last the short cuts: few blocks counted for many, the outline of an autoencoder, the size of a checkpoint.
+"""
 
 import json
 import re

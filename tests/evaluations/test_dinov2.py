@@ -1,4 +1,8 @@
-"""DINOv2's features against the network's definition written out, and FD-DINOv2 against scipy's matrix root."""
+"""DINOv2's features against the network's definition written out, and FD-DINOv2 against scipy's matrix root.
+
+A small network with random weights by Meta's names stands for ViT-L/14; ``written_out`` is its definition in float64.
+Then the distance and its name in figures and printing; last, weights that are others and where they are looked for.
+"""
 
 import json
 from pathlib import Path

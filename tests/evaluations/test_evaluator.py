@@ -1,4 +1,8 @@
-"""The evaluator, from files to figures: real small files, real processes."""
+"""The evaluator, from files to figures: real small files, real processes.
+
+Reading images in pieces and refusing bad ones; Inception with stored statistics; what the command prints and writes;
+figures by any batch size and number of ranks; features that are kept; definitions, provenance, files left alone.
+"""
 
 import hashlib
 import json

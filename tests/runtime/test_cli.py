@@ -1,4 +1,8 @@
-"""Command lines: one sentence for a mistake, its exit code, presets as defaults, plans that do nothing."""
+"""Command lines: one sentence for a mistake, its exit code, presets as defaults, plans that do nothing.
+
+A small parser of its own serves: errors and their exit codes, argparse's words, presets, numbers, lack of memory.
+Then the help of every script, files and folders that must exist, and real processes (slow).
+"""
 
 import contextlib
 import errno

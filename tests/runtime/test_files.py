@@ -1,4 +1,8 @@
-"""Files: whole or not at all, beside computing, by all ranks together, fetched once."""
+"""Files: whole or not at all, beside computing, by all ranks together, fetched once.
+
+Atomic writes; claims of folders and files against other processes; writing behind and reading ahead in a thread;
+what ranks write together; downloads.
+"""
 
 import errno
 import hashlib

@@ -1,4 +1,8 @@
-"""The autoencoder: its own scale, published names of weights, number formats, and pixels, which need none."""
+"""The autoencoder: its own scale, published names of weights, number formats, and pixels, which need none.
+
+A tiny AutoencoderKL in diffusers' layout: scale, hash, the cache, names of weights, number formats and compilation;
+then pixels in place of latents, and samples that are decoded by the model's own autoencoder.
+"""
 
 import shutil
 

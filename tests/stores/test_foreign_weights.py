@@ -1,4 +1,8 @@
-"""Teachers and students of other people's making: the same weights in every layout are the same model."""
+"""Teachers and students of other people's making: the same weights in every layout are the same model.
+
+A DiT of diffusers in every layout; the config from shapes; caches and the network; files that are broken, each named;
+then the authors' students, what wraps a state dict, and paths that are misspelt.
+"""
 
 import argparse
 import copy

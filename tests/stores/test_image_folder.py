@@ -1,4 +1,8 @@
-"""Folders of images: images and classes, bad files named at the start, the identity of a folder."""
+"""Folders of images: images and classes, bad files named at the start, the identity of a folder.
+
+What is in a folder: classes, order, hidden files, links, channels. Images that are bad: named, skipped, on ranks.
+By what a folder is known: its listing, runs that go on after it moved, names of classes.
+"""
 
 import hashlib
 import os

@@ -1,4 +1,8 @@
-"""Image files: every mode against numpy, ADM's crop pixel by pixel, damaged and lying files named in no memory."""
+"""Image files: every mode against numpy, ADM's crop pixel by pixel, damaged and lying files named in no memory.
+
+Modes, 16 bits, transparency, orientation and animation; damage by header and by decoding; memory;
+last ADM's crop, against its definition in numpy.
+"""
 
 import io
 import struct

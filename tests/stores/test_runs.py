@@ -1,4 +1,8 @@
-"""Run folders: found again by their config, never mixed, continued from any version."""
+"""Run folders: found again by their config, never mixed, continued from any version.
+
+Folders: numbers, configs, others' files. Checkpoints and snapshots: which is newest, damaged, kept, copied.
+Then two trainings at once, and ranks without a common folder.
+"""
 
 import shutil
 import time

@@ -1,4 +1,8 @@
-"""Folders of shards: every row where it belongs, damage that is found, a store that broke off."""
+"""Folders of shards: every row where it belongs, damage that is found, a store that broke off.
+
+A writer and a reader of small tensors: any rows of any shards, broken off and continued, damaged in every way.
+Then repair, data workers, notes of an interrupted dump, other numbers of shards.
+"""
 
 import json
 import shutil

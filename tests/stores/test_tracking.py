@@ -1,4 +1,8 @@
-"""A run's logs for tensorboard and for Weights & Biases, read from their own files."""
+"""A run's logs for tensorboard and for Weights & Biases, read from their own files.
+
+Tensorboard's event files and W&B's offline runs are read by their own readers: numbers, previews, config, resuming.
+Then what fails: once said, or refused before anything is written.
+"""
 
 import json
 import sys
