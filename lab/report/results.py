@@ -25,6 +25,8 @@ import numpy as np
 
 from costs.flops import meta_model, sampling_gflops
 from presets import TABLE_1
+from runtime.cli import UserError
+from runtime.files import read_json
 from runtime.provenance import require_same
 from stores.runs import read_config
 
@@ -157,13 +159,21 @@ class Row:
         return [*self.degradation.values()] if figure == "degradation" else [r.figures[figure] for r in self.results]
 
 
+def content_of(path: Path) -> Any:
+    """What a file of JSON holds. ``UserError`` where it is none."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a file of JSON that can be read ({error})") from None
+
+
 def read_metrics(paths: Iterable[Path]) -> list[Result]:
-    """The files of our evaluator's metrics among some of JSON."""
-    found = [(path, json.loads(path.read_text())) for path in sorted(paths)]
+    """The files of our evaluator's metrics among some of JSON, of samples that say whose they are."""
+    found = [(path, content_of(path)) for path in sorted(paths)]
     return [
         Result(path, content)
         for path, content in found
-        if isinstance(content, dict) and "solver_steps" in content.get("provenance", {}).get("samples", {})
+        if isinstance(content, dict) and "solver_steps" in (content.get("provenance", {}).get("samples") or {})
     ]
 
 
@@ -261,7 +271,7 @@ class Results:
 
     def milliseconds(self, name: str) -> tuple[float | None, list[str]]:
         """The median over seeds of the measured time of a sample, and on what."""
-        tables = [json.loads(path.read_text()) for seed in self.seeds if (path := seed / "table.json").exists()]
+        tables = [content_of(path) for seed in self.seeds if (path := seed / "table.json").exists()]
         lines = [line for table in tables for line in table if line.get("name") == name and "ms_per_sample" in line]
-        times = [line["ms_per_sample"] for line in lines]
-        return float(np.median(times)) if times else None, sorted({line["timed"] for line in lines})
+        times, how = [line["ms_per_sample"] for line in lines], {line.get("timed", "a clock") for line in lines}
+        return float(np.median(times)) if times else None, sorted(how)

@@ -155,7 +155,10 @@ def test_the_same_input_gives_the_same_files(runs, report, tmp_path):
 
 
 def test_what_does_not_belong_together_is_refused(study, runs, tmp_path, capsys):
-    (tmp_path / "letter.json").write_text("{}")
+    (tmp_path / "letter.json").write_text("{")
+    error = refused(capsys, "lab.report", tmp_path, "--out", tmp_path / "out")
+    assert f"{tmp_path}/letter.json: not a file of JSON" in error
+    (tmp_path / "letter.json").write_text('{"provenance": {"samples": null}}')  # metrics of somebody's own samples
     assert f"FOLDER {tmp_path}: holds no metrics" in refused(capsys, "lab.report", tmp_path, "--out", tmp_path / "out")
     assert "no such folder" in refused(capsys, "lab.report", tmp_path / "none", "--out", tmp_path / "out")
     assert f"--out {runs}: is the FOLDER to read" in refused(capsys, "lab.report", runs, "--out", runs)
