@@ -24,14 +24,15 @@ from sampler import (
 )
 from stores import checkpoints
 from stores.captions import add_captions_option, open_conditions
-from stores.samples import SampleWriter
+from stores.samples import SampleWriter, write_pngs
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, description="Sample the teacher to .npz.")
     add_presets(parser, "sample.py")
     group = parser.add_argument_group("teacher and its ODE")
-    group.add_argument("--teacher", type=cli.file, required=True, help="Checkpoint, official name or hub id.")
+    known = "Checkpoint, official name or hub id."
+    group.add_argument("--teacher", "--ckpt-path", "--ckpt_path", type=cli.file, required=True, help=known)
     checkpoints.add_heads_option(group)
     add_captions_option(group)
     add_ode_options(group)
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         context.device,
         seed=options.seed,
         label_policy=options.label_policy,
-        class_labels=options.class_labels,
+        class_labels=options.labels(config, conditions),
         precision=drawing.precision,
         fill_up_to=drawing.fill_up_to,
         conditions=conditions,
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
         for indices in writer.missing_batches(args.per_proc_batch_size):
             writer.write(indices, *sampler(indices))
     if context.is_main:
+        write_pngs(out, options.png)
         print(f"{out}: {options.num_samples} samples" + (", already there" if writer.complete else ""))
     distributed.finish(context)
 

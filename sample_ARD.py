@@ -47,7 +47,7 @@ from stores.checkpoints import StudentOptions
 from stores.image_arrays import Images
 from stores.image_folder import ImageFolder
 from stores.pictures import center_crop
-from stores.samples import SampleWriter
+from stores.samples import SampleWriter, write_pngs
 
 
 def build_parser() -> cli.Parser:
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> None:
         context.device,
         seed=options.seed,
         label_policy=options.label_policy,
-        class_labels=options.class_labels,
+        class_labels=options.labels(config, conditions),
         precision=drawing.precision,
         fill_up_to=drawing.fill_up_to,
         sources=sources,
@@ -161,6 +161,7 @@ def run(args: argparse.Namespace) -> None:
         for indices in writer.missing_batches(args.per_proc_batch_size):
             writer.write(indices, *sampler(indices))
     if context.is_main:
+        write_pngs(out, options.png)
         print(f"{out}: {options.num_samples} samples" + (", already there" if writer.complete else ""))
     distributed.finish(context)
 

@@ -14,7 +14,8 @@ import torch
 from diffusion.teacher_ode import ODE_OPTIONS, TeacherODE
 from models import DiT
 from models_ard import ARD
-from runtime.cli import Parser, UserError, add_dry_run_option, file, name, not_negative, positive
+from runtime.checks import writable_folder
+from runtime.cli import Parser, UserError, add_dry_run_option, file, folder, name, not_negative, positive, shortened
 from runtime.distributed import DistributedContext, add_device_option
 from runtime.options import add_options, option
 from runtime.precision import COMPILE_HELP, COMPUTED, autocast, cast_weights, compile_blocks, inference_copy
@@ -34,17 +35,23 @@ Sources = Callable[[Sequence[int], VAE | Pixels], torch.Tensor]
 PREVIEW_COLUMNS, PREVIEW_ROWS = 10, 6
 
 
+def number_of(word: str) -> int:
+    """The number that a word is, -1 for other words."""
+    return int(word) if word.isdecimal() else -1
+
+
 @dataclass(frozen=True)
 class SampleOptions:
     """Which samples are drawn, and where they go."""
 
     out: str | None = option(None, "Write this .npz; without it, one beside the checkpoint and named after it.", file)
-    num_samples: int = option(50_000, "Draw exactly so many samples.", positive)
+    num_samples: int = option(50_000, "Number of samples.", positive)
     seed: int = option(0, "Sample i depends on (seed, i) alone.", not_negative)
     label_policy: str = option("balanced", "Choose labels in this way.", choices=LABEL_POLICIES)
-    class_labels: list[int] | None = option(
-        None, "Take these labels in turn instead.", not_negative, nargs="+", metavar="LABEL"
+    class_labels: list[str] | None = option(
+        None, "Take these classes in turn instead, numbers or names.", name, nargs="+", metavar="LABEL"
     )
+    png: str | None = option(None, "Write every sample as a PNG into this folder as well.", folder)
     weights: str = option("ema", "Use these weights of the checkpoint.", choices=("ema", "raw"))
     vae: str | None = option(
         None, "Decode by ema, mse, a folder or hub id instead of the model's own autoencoder.", name
@@ -59,14 +66,27 @@ class SampleOptions:
     def path(self, source: str) -> Path:
         """The .npz to write: ``out``, or one beside the checkpoint ``source``. ``UserError`` where it cannot be."""
         beside = f"{Path(source).with_suffix('')}-{self.weights}-seed{self.seed}-{self.num_samples}.npz"
+        if self.png:
+            writable_folder("--png", self.png)
         return writable_npz("--out", Path(self.out or beside))
+
+    def labels(self, config: dict, conditions: Conditions) -> list[int] | None:
+        """``class_labels`` as numbers of the model with this config. ``UserError`` for one that it does not have."""
+        if not self.class_labels:
+            return None
+        names = config["provenance"].get("class_names") or []
+        numbers = [names.index(word) if word in names else number_of(word) for word in self.class_labels]
+        if wrong := [word for word, i in zip(self.class_labels, numbers) if not 0 <= i < max(conditions.count, 1)]:
+            known = f" or a name: {shortened(names, 10)}" if names else ""
+            raise UserError(f"--class-labels {wrong[0]}: this model has labels 0..{conditions.count - 1}{known}")
+        return numbers
 
 
 @dataclass(frozen=True)
 class DrawingOptions:
     """How they are computed."""
 
-    per_proc_batch_size: int = option(64, "Draw so many samples of a rank at once.", positive)
+    per_proc_batch_size: int = option(64, "Batch size per rank.", positive)
     precision: str = option("fp32", "Use this number format for matrix products.", choices=COMPUTED)
     compile: bool = option(False, COMPILE_HELP)
     cuda_graph: bool = option(
@@ -92,16 +112,14 @@ def check_sampling(
     config: dict, options: SampleOptions, precision: str, conditions: Conditions, context: DistributedContext
 ) -> dict:
     """The provenance of samples of the model with this config. ``UserError`` names an option that does not suit it."""
-    labels, own, given = options.class_labels, config["vae"], options.vae
-    if labels and not all(0 <= label < max(conditions.count, 1) for label in labels):
-        raise UserError(f"--class-labels {labels}: this model has labels 0..{conditions.count - 1}")
+    own, given = config["vae"], options.vae
     if given and own is None and given != "none":
         raise UserError(f"--vae {given}: this model works on pixels, leave the option out")
     if given == "none" and own is not None:
         raise UserError(f"--vae none: this model works on latents of {own}, leave the option out")
     provenance = config["provenance"] | {
         "sample_seed": options.seed,
-        "sample_labels": labels or options.label_policy,
+        "sample_labels": options.labels(config, conditions) or options.label_policy,
         "sample_precision": precision,
         "weights": options.weights,
         "decoder": resolve_name(given or own),

@@ -23,6 +23,7 @@ from runtime.cli import UserError
 from runtime.distributed import DistributedContext
 from runtime.files import SharedWriter, atomic_write, claim, json_object, release, write_text
 from runtime.provenance import require_same
+from stores.image_arrays import Images
 from stores.images import to_uint8
 from stores.npz import DAMAGED_NPZ, npy_header, npz_member
 
@@ -193,6 +194,20 @@ def read_provenance(path: str | Path) -> dict:
         return {} if text is None else json_object(str(text))
     except (*DAMAGED_NPZ, KeyError, ValueError):
         raise UserError(f"{path}: not a complete .npz file, it is damaged or another one; give another name") from None
+
+
+def write_pngs(path: Path, folder: str | Path | None) -> None:
+    """Write every image of a sample file as FOLDER/INDEX.png, where it is not written yet; nothing without a folder."""
+    if folder is None:
+        return
+    samples = Images("--out", path)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for start, batch in samples.batches(range(samples.count), 64):
+        for i, image in enumerate(batch, start):
+            file = Path(folder) / f"{i:06d}.png"
+            if not file.exists():
+                with atomic_write(file) as partial:
+                    Image.fromarray(image).save(partial, format="PNG")
 
 
 def to_rgb(images: torch.Tensor) -> np.ndarray:

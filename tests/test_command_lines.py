@@ -90,7 +90,7 @@ CASES = {
     "a seed of no computer": (DUMP, ["--seed", "1e30"], "argument --seed: 1e30 must be at most"),
     "a million workers": (TRAIN, ["--num-workers", "1e6"], "argument --num-workers: 1e6 must be at most"),
     "no labels": (SAMPLE, ["--class-labels"], "argument --class-labels: expected at least one argument"),
-    "a negative label": (SAMPLE, ["--class-labels", -1], "argument --class-labels: -1 must not be negative"),
+    "a negative label": (SAMPLE, ["--class-labels", -1], "--class-labels -1: this model has labels 0..9"),
     "an empty store": (TRAIN, ["--data-path", ""], "argument --data-path: must not be empty"),
     "a name that no file can have": (DUMP, ["--out", "x" * 300], "argument --out: xxxx"),
     "a time of no schedule": (TUNE, ["--gan-warmup", 0, "--d-time", 1000], "--d-time 1000: must be between 0"),
@@ -152,7 +152,7 @@ CASES = {
     "a teacher as student": (SAMPLE, ["--ckpt-path", "TEACHER"], "teacher"),
     "contradicting N": (SAMPLE, ["--stack", 3], "history_layers is 2 there and 3 here"),
     "contradicting model": (SAMPLE, ["--model", "DiT-XL/2"], "depth is 3 there and 28 here"),
-    "labels out of range": (SAMPLE, ["--class-labels", 3, 10], "--class-labels [3, 10]"),
+    "labels out of range": (SAMPLE, ["--class-labels", 3, 10], "--class-labels 10: this model has labels 0..9"),
     "not an npz": (SAMPLE, ["--out", "OUT.zip"], ".npz"),
     "vae for pixels": (TEACHER_SAMPLE, ["--vae", "ema"], "--vae ema"),
     "a file for the folder of runs": (
@@ -162,6 +162,7 @@ CASES = {
     ),
     "a file for a store": (DUMP, ["--out", "BAD/text.pt"], "BAD/text.pt: is a file, give a folder"),
     "samples over another file": (SAMPLE, ["--out", "BAD/text.npz"], "text.npz: not a complete .npz file"),
+    "pngs within a file": (SAMPLE, ["--png", "BAD/text.pt/x"], "--png BAD/text.pt/x: BAD/text.pt is a file"),
     "samples over other images": (SAMPLE, ["--out", "BAD/images.npz"], "it holds other samples"),
     "samples over the checkpoint": (SAMPLE, ["--ckpt-path", "BAD/a.npz", "--out", "BAD/a.npz"], "BAD/a.npz: "),
 }

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import arrays, call, random_teacher, spawn
+from helpers import arrays, call, random_teacher, refused, save_teacher, spawn
 from PIL import Image
 
 from models_ard import ARD
@@ -82,6 +82,24 @@ def test_chosen_classes_are_taken_in_turn(student_file, tmp_path):
     call("sample_ARD.py", "--ckpt-path", student_file, "--num-samples", 5, "--class-labels", 3, 7,
          "--out", tmp_path / "s.npz")  # fmt: skip
     assert arrays(tmp_path / "s.npz")["arr_1"].tolist() == [3, 7, 3, 7, 3]
+
+
+def test_classes_are_taken_by_name_and_samples_written_as_pngs(tmp_path, capsys):
+    """Of a teacher of pictures in folders, as sample.py's --ckpt-path; a second call writes only what was removed."""
+    names = [f"{i}_food" for i in range(10)]
+    teacher = save_teacher(tmp_path / "teacher.pt", random_teacher(), about={"class_names": names})
+    sample = ("sample.py", "--ckpt-path", teacher, "--num-samples", 3, "--solver-steps", 2, "--out", tmp_path / "s.npz",
+              "--class-labels", "3_food", 7, "--png", tmp_path / "png")  # fmt: skip
+    call(*sample)
+    found = arrays(tmp_path / "s.npz")
+    assert found["arr_1"].tolist() == [3, 7, 3] and json.loads(str(found["provenance"]))["sample_labels"] == [3, 7]
+    (tmp_path / "png/000001.png").unlink()
+    call(*sample)
+    assert [path.name for path in sorted((tmp_path / "png").iterdir())] == ["000000.png", "000001.png", "000002.png"]
+    for i, image in enumerate(found["arr_0"]):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / f"png/{i:06d}.png")), image)
+    said = refused(capsys, "sample.py", "--teacher", teacher, "--class-labels", "3_fod", "--out", tmp_path / "t.npz")
+    assert "--class-labels 3_fod: this model has labels 0..9 or a name: 0_food, 1_food" in said
 
 
 def test_the_default_name_lies_beside_the_checkpoint(student_file):
