@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from diffusion import create_diffusion
+from diffusion import process_of
 from losses import regression_losses
 from models import DiT
 from models_ard import ARD
@@ -38,20 +38,20 @@ class FrozenFeatures:
     """
 
     def __init__(self, teacher: DiT, time: int = 0):
-        """``time`` 0..999 is when the teacher looks: 0 at the clean latent itself, later at the diffused one."""
-        self.teacher, self.time = teacher.eval().requires_grad_(False), time
-        self.alpha_bar = float(create_diffusion().alphas_cumprod[time]) if time else 1.0
+        """``time`` 0..999 is the noise level in thousandths at which the teacher looks: 0 is the clean latent."""
+        self.teacher, self.process = teacher.eval().requires_grad_(False), process_of(teacher)
+        self.diffuses, self.time = time > 0, self.process.time(time / 1000)
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor, noise: torch.Tensor | None = None) -> Features:
         """x: (B, C, H, W) clean, y: (B,) labels, noise: as x, for times above 0 -> features and class embedding.
 
         The embedding is normalised to unit variance, since DiT's own starts with a deviation of 0.02.
         """
-        if self.time:
+        if self.diffuses:
             assert noise is not None, "images are diffused with noise"
-            x = math.sqrt(self.alpha_bar) * x + math.sqrt(1 - self.alpha_bar) * noise
+            x = self.process.diffuse(x, self.time, noise)
         label = self.teacher.y_embedder(y)
-        features = self.teacher.features(x, torch.full_like(y, self.time), y)
+        features = self.teacher.features(x, torch.full(y.shape, self.time, device=y.device), y)
         return features, F.layer_norm(label, label.shape[1:])
 
 

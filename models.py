@@ -19,6 +19,9 @@ from torch.utils.checkpoint import checkpoint
 # Queries, keys and values (B, h, T, D/h) -> the values that the queries read (B, h, T, D/h).
 AttentionFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
+# What a model is told is the time of noise, and of data, by the process that it was trained for (diffusion/).
+PROCESS_TIMES = {"ddpm": (999, 0), "sit": (0, 1), "repa": (1, 0)}
+
 #################################################################################
 #                     Embeddings of patches, time and class                     #
 #################################################################################
@@ -47,7 +50,7 @@ class TimestepEmbedder(nn.Module):
         self.frequency_embedding_size = frequency_embedding_size
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        """t: (B,) times in 0..999, fractions allowed -> (B, D)."""
+        """t: (B,) times, those of ``PROCESS_TIMES`` and what lies between -> (B, D)."""
         half = self.frequency_embedding_size // 2
         frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
         angles = t[:, None].float() * frequencies  # (B, 128)
@@ -150,7 +153,8 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Diffusion transformer that predicts the noise in x_t, and with ``learn_sigma`` the variance's interpolation.
 
-    Raises ``ValueError`` where sizes do not divide. ``config`` holds the constructor's arguments, enough to rebuild it.
+    That of another ``process`` than ddpm predicts the velocity; what ``learn_sigma`` adds has no meaning then. Raises
+    ``ValueError`` where sizes do not divide. ``config`` holds the constructor's arguments, enough to rebuild it.
     """
 
     checkpoint_activations = False  # True: keep no block's activations for the backward pass but compute them again
@@ -169,8 +173,11 @@ class DiT(nn.Module):
         class_dropout_prob: float = 0.1,
         num_classes: int = 1000,
         learn_sigma: bool = True,
+        process: str = "ddpm",
     ):
         super().__init__()
+        if process not in PROCESS_TIMES:
+            raise ValueError(f"process {process!r} must be one of {', '.join(PROCESS_TIMES)}")
         if input_size % patch_size:
             raise ValueError(f"input size {input_size} is not divisible by patch size {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:
@@ -187,6 +194,9 @@ class DiT(nn.Module):
             num_classes=num_classes,
             learn_sigma=learn_sigma,
         )
+        if process != "ddpm":  # which a config without a process means
+            self.config["process"] = process
+        self.process = process
         self.input_size, self.patch_size, self.num_classes = input_size, patch_size, num_classes
         self.in_channels, self.out_channels = in_channels, in_channels * 2 if learn_sigma else in_channels
 
@@ -229,7 +239,7 @@ class DiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, side * p, side * p)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """x: (B, C, H, W), t: (B,) times 0..999, y: (B,) labels -> (B, 2C, H, W): noise and sigma (C: noise only)."""
+        """x: (B, C, H, W), t: (B,) times, y: (B,) labels -> (B, 2C, H, W): noise and sigma (C: noise only)."""
         x, c, given = self.embed(x, t, y)
         for block in self.blocks:
             x = self.run_block(block, x, given)

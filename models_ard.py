@@ -7,10 +7,11 @@ conditioned on its own time; in the lower N blocks a point's queries also look a
     C, H, W the latent   h heads   d head width   N = history_layers, the depth of the history
 
 A step k = 0 .. S-1 is the paper's s = S - k: conditioned on the time 999 (S - k) / S, whatever the grid, it reads point
-k and predicts point k + 1. Points of one trajectory are folded into the batch (B * S, T, D), so the teacher's blocks
-serve unchanged, adaLN runs once per point, and blocks above N attend within a point by themselves. In the lower N
-blocks only the function that computes attention differs: ``TeacherForcedAttention`` has all steps at once, for
-training; ``KVCache`` has one after another, for sampling. Neither needs a mask.
+k and predicts point k + 1. (For other processes than ddpm times are on their scale, ``models.PROCESS_TIMES``.) Points
+of one trajectory are folded into the batch (B * S, T, D), so the teacher's blocks serve unchanged, adaLN runs once per
+point, and blocks above N attend within a point by themselves. In the lower N blocks only the function that computes
+attention differs: ``TeacherForcedAttention`` has all steps at once, for training; ``KVCache`` has one after another,
+for sampling. Neither needs a mask.
 """
 
 import copy
@@ -21,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models import AttentionFn, DiT
+from models import PROCESS_TIMES, AttentionFn, DiT
 
 MASKS = ("M1", "M2", "M3", "M4")
 STUDENTS: dict[type[DiT], type["ARD"]] = {}  # of each class of teachers; models_pixart.py adds its own
@@ -145,7 +146,8 @@ class ARD(DiT):
         self.y_embedder.dropout_prob = 0.0  # the teacher's guidance is distilled in: the student always knows its label
         self.heads = nn.ModuleList(copy.deepcopy(self.final_layer) for _ in range(steps))
         del self.final_layer
-        times = [999 * (steps - k) / steps for k in range(steps)]
+        noise_time, data_time = PROCESS_TIMES[self.process]
+        times = [(noise_time * (steps - k) + data_time * k) / steps for k in range(steps)]
         self.register_buffer("times", torch.tensor(times, dtype=torch.float32), persistent=False)
         self.level = nn.Parameter(torch.zeros(steps, 1, self.config["hidden_size"])) if level_embedding else None
 

@@ -311,6 +311,7 @@ class ARDPipeline(DiffusionPipeline):
             "target": known.get("target"),
             "grid": known.get("grid") and f"{known['grid']}, after teacher steps {known['solver_indices']}",
             "teacher": known.get("teacher") and f"`{known['teacher']}`, weights {known['teacher_hash']}",
+            "process": known.get("process"),
             "teacher's ODE": known.get("solver")
             and f"{known['solver']}, {known['solver_steps']} steps, guidance {known['cfg_scale']}",
             "training": ", ".join(f"{key} {value}" for key, value in training.items()),

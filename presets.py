@@ -3,6 +3,7 @@
 DiT-XL/2 on ImageNet 256, 50k samples, ADM's protocol. ``preset(script)`` gives the choices of ``--preset``; --dry-run
 shows the options that a preset sets. Table 6 and section 4.1 of the paper have the settings.
 
+The rows "sit-..." and "repa-..." are four of Table 1's with a flow teacher in DiT's place: what is trained is the same.
 The rows "t2i-..." are those of Table 4 with a public teacher: PixArt-Sigma stands in for the paper's private model.
 """
 
@@ -51,6 +52,14 @@ GAN = {"model": "DiT-XL/2", "lr": 1e-4, "d_lr": 1e-3, "clip": 1.0, "ema_decay": 
 # 50k balanced labels flatter FID a little against the uniform draws of DiT's own sampling: --label-policy random.
 SAMPLE = {"num_samples": 50_000, "label_policy": "balanced", "weights": "ema"}
 
+# Guidance as their authors published it, for their own samplers of 250 steps; here 25 of Euler's, as DiT's 25 of DDIM.
+FLOW_ODES = {
+    "sit": ODE | {"teacher": "SiT-XL-2-256x256.pt"},
+    "repa": ODE
+    | {"teacher": "REPA-XL-2-256x256.pt", "cfg_scale": 1.8, "cfg_channels": 4, "guidance_interval": [0.0, 0.7]},
+}
+FLOW_ROWS = ("teacher-25", "step-s4", "ard-n6-m4-s4", "step-s4-gan", "ard-n6-m4-s4-gan")
+
 # Section 4.2. Batch and learning rate are not stated there; the guidance is PixArt-Sigma's own, the paper's private
 # teacher had 3.0 or 7.5. The prompts are given by --captions.
 TEXT_TEACHERS = {
@@ -86,7 +95,17 @@ def _student(row: Row) -> dict:
 
 def preset(script: str) -> dict[str, dict]:
     """Option values by preset's name, of those rows that need the script."""
-    return table_1_preset(script) | text_preset(script)
+    return table_1_preset(script) | flow_preset(script) | text_preset(script)
+
+
+def flow_preset(script: str) -> dict[str, dict]:
+    """Rows of Table 1 with the teachers of ``FLOW_ODES``: "sit-step-s4" is "step-s4", but for the teacher's ODE."""
+    rows = {name: row for name, row in table_1_preset(script).items() if name in FLOW_ROWS}
+    return {
+        f"{flow}-{name}": row | (ode if "solver_steps" in row else {})
+        for flow, ode in FLOW_ODES.items()
+        for name, row in rows.items()
+    }
 
 
 def table_1_preset(script: str) -> dict[str, dict]:

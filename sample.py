@@ -33,7 +33,7 @@ def build_parser() -> cli.Parser:
     group = parser.add_argument_group("teacher and its ODE")
     known = "Checkpoint, official name or hub id."
     group.add_argument("--teacher", "--ckpt-path", "--ckpt_path", type=cli.file, required=True, help=known)
-    checkpoints.add_heads_option(group)
+    checkpoints.add_file_options(group)
     add_captions_option(group)
     add_ode_options(group)
     add_sampling_options(parser)
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     out = options.path(args.teacher)
     context = distributed.choose_device(args.device)
     teacher, config = checkpoints.load_teacher(
-        args.teacher, weights=args.weights, heads=args.teacher_heads, vae=args.vae
+        args.teacher, weights=args.weights, heads=args.teacher_heads, vae=args.vae, process=args.teacher_process
     )
     conditions = open_conditions(args.captions, teacher, config["provenance"])
     ode = TeacherODE(teacher, conditions=conditions, **chosen(args, ODE_OPTIONS))

@@ -37,7 +37,7 @@ def build_parser() -> cli.Parser:
     add_presets(parser, "sample_trajectory.py")
     group = parser.add_argument_group("teacher and its ODE")
     group.add_argument("--teacher", type=cli.file, required=True, help="Checkpoint, official name or hub id.")
-    checkpoints.add_heads_option(group)
+    checkpoints.add_file_options(group)
     group.add_argument(
         "--vae", type=cli.name, help="Autoencoder of a PixArt in diffusers' layout: sdxl, ema, a folder or hub id."
     )
@@ -79,7 +79,11 @@ def run(args: argparse.Namespace) -> None:
     writable_folder("--out", args.out)
     context = distributed.choose_device(args.device)
     teacher, config = checkpoints.load_teacher(
-        args.teacher, weights=args.teacher_weights, heads=args.teacher_heads, vae=args.vae
+        args.teacher,
+        weights=args.teacher_weights,
+        heads=args.teacher_heads,
+        vae=args.vae,
+        process=args.teacher_process,
     )
     if args.vae and resolve_name(args.vae) != config["vae"]:
         raise UserError(f"--vae {args.vae}: this teacher works on {config['vae'] or 'pixels'}, leave the option out")

@@ -7,7 +7,7 @@ for indices in writer.missing_batches(batch_size):   # the loop stands in the sc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -225,10 +225,12 @@ def learned_ode(
     if "teacher_hash" not in provenance:
         raise UserError(f"--teacher {teacher}: the student's checkpoint does not say whose trajectories it learned")
     path = teacher or recorded_teacher(provenance["teacher"], student)
-    model, config = load_teacher(path, weights=provenance["teacher_weights"], vae=provenance.get("vae"))
+    told = {"weights": provenance["teacher_weights"], "process": provenance.get("process", "ddpm")}
+    model, config = load_teacher(path, vae=provenance.get("vae"), **told)
     found = {"teacher_hash": config["provenance"]["teacher_hash"]}
     require_same(f"--teacher {path}: the student learned from another teacher", provenance, found)
-    return TeacherODE(model, conditions=conditions, **{name: provenance[name] for name in ODE_OPTIONS})
+    options: dict[str, Any] = {name: provenance.get(name) for name in ODE_OPTIONS}
+    return TeacherODE(model, conditions=conditions, **options)
 
 
 def student_previews(

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from costs.commands import check_plan, plan_command
 from costs.flops import meta_model
-from diffusion import create_diffusion
+from diffusion import PROCESSES, Process, process_of
 from evaluations.quality import PeriodicEvaluator, QualityOptions, add_quality_options
 from models import DiT
 from models_pixart import MODELS, PixArt_models, teacher_type
@@ -73,6 +73,12 @@ def build_parser() -> cli.Parser:
     )
     group.add_argument("--keep-labels", action="store_true", help="Keep the label table of --init: the same classes.")
     add_captions_option(group)
+    group.add_argument(
+        "--process",
+        choices=PROCESSES,
+        help="Predict noise and variance as DiT, velocity as SiT, or as REPA without its projection loss; else do "
+        "as --init does, or ddpm.",
+    )
     group.add_argument("--label-dropout", type=cli.fraction, default=0.1, help="Rate of the null label in training.")
     group.add_argument("--hflip", action=argparse.BooleanOptionalAction, default=True, help="Mirror images at random.")
     add_training_options(parser, global_batch_size=256, iterations=400_000)
@@ -97,9 +103,11 @@ class TeacherBatches(Dataset):
         label_dropout: float,
         hflip: bool,
         context: DistributedContext,
+        process: Process = PROCESSES["ddpm"],
         conditions: Conditions | None = None,
     ):
         """``conditions`` of a text model are captions; without them, the classes of ``source``."""
+        self.process = process
         self.source, self.shape, self.global_batch_size, self.seed = source, shape, global_batch_size, seed
         self.label_dropout, self.hflip, self.context = label_dropout, hflip, context
         self.conditions = conditions or Classes(source.num_classes)
@@ -108,7 +116,7 @@ class TeacherBatches(Dataset):
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         indices = self.context.step_indices(step, self.global_batch_size)
         draws = [generator(self.seed, "augmentation", i) for i in indices]
-        t = torch.tensor([int(draw.integers(1000)) for draw in draws])
+        t = torch.tensor([self.process.draw_time(draw) for draw in draws])
         dropped = torch.tensor([draw.random() < self.label_dropout for draw in draws])
         flips = torch.tensor([draw.random() < 0.5 and self.hflip for draw in draws]).numpy()
         real = self.source.read(self.shuffle.rows(indices.start, indices.stop), flips)
@@ -176,7 +184,11 @@ def run(args: argparse.Namespace) -> None:
     running.check()
     if args.keep_labels and not args.init:
         raise UserError("--keep-labels: has no meaning without --init")
-    initial, about_initial = checkpoints.load_teacher(args.init, "--init", vae=args.vae) if args.init else (None, {})
+    initial, process = None, args.process or "ddpm"
+    about_initial: dict[str, Any] = {}
+    if args.init:
+        initial, about_initial = checkpoints.load_teacher(args.init, "--init", vae=args.vae, process=args.process)
+        process = initial.process
     sizes, sizes_given = model_shape(initial=initial, **chosen(args, ("model", *SIZES)))
     context = distributed.choose_device(args.device)
     distributed.join(context)  # the main rank looks at a folder for all
@@ -186,6 +198,7 @@ def run(args: argparse.Namespace) -> None:
     conditions = open_captions(args.captions, args.model, source, args.verify)
     vae, vae_name, vae_hash = open_vae(source, args.vae, context.device, bool(args.sample_every or args.eval_every))
     fitting: dict[str, Any] = chosen(args, ("data_path", "label_dropout"))
+    sizes = {"learn_sigma": process == "ddpm", "process": process} | sizes
     model = outline(sizes, sizes_given, source, conditions, vae, **fitting)
     begins = {}
     if initial is not None:  # what does not fit is refused here, before there is a run
@@ -220,10 +233,10 @@ def run(args: argparse.Namespace) -> None:
         source,
         model.latent_shape,
         context=context,
+        process=process_of(model),
         conditions=conditions,
         **chosen(args, ("global_batch_size", "seed", "label_dropout", "hflip")),
     )
-    diffusion = create_diffusion()
     trainer.folder.log(f"{args.data_path}: {summary(source)}")
     if begins:
         trainer.folder.log(f"--init {args.init}: {begins['init']}")
@@ -233,7 +246,7 @@ def run(args: argparse.Namespace) -> None:
             with autocast(args.precision, context.device):
                 x = real_latents(part, vae)
                 labels = {"y": part["y"]}
-                losses = diffusion.training_losses(state.ddp_model, x, part["t"], labels, part["noise"])
+                losses = batches.process.training_losses(state.ddp_model, x, part["t"], labels, part["noise"])
             state.backward(losses)
         trainer.end_step(state.step())
     distributed.finish(context)

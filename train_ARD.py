@@ -48,7 +48,7 @@ def build_parser() -> cli.Parser:
     group.add_argument(
         "--teacher", type=cli.file, help="Checkpoint of the teacher; without it, the one that the store names."
     )
-    checkpoints.add_heads_option(group)
+    checkpoints.add_file_options(group)
     group.add_argument("--online", action="store_true", help="Make trajectories in each step instead of reading them.")
     group.add_argument(
         "--vae", type=cli.name, help="Load the teacher's autoencoder from this folder or hub id instead of by name."
@@ -85,6 +85,7 @@ def open_teacher(
     teacher: str | None,
     *,
     teacher_heads: int | None,
+    teacher_process: str | None,
     online: bool,
     seed: int,
     verify: bool,
@@ -99,12 +100,12 @@ def open_teacher(
         raise UserError("--data-path: give the folder of a trajectory store, or else --online and --teacher")
     if data_path:
         store = TrajectoryStore(data_path, verify=verify)
-        model, config = store.load_teacher(teacher, teacher_heads)
+        model, config = store.load_teacher(teacher, teacher_heads, teacher_process)
         conditions = open_conditions(captions, model, store.provenance, same_text=True, verify=verify)
         return model, config, store.provenance, store, conditions
     if not teacher:
         raise UserError("--online: needs --teacher, the checkpoint whose trajectories to make")
-    model, config = checkpoints.load_teacher(teacher, heads=teacher_heads, vae=vae)
+    model, config = checkpoints.load_teacher(teacher, heads=teacher_heads, vae=vae, process=teacher_process)
     conditions = open_conditions(captions, model, config["provenance"], verify=verify)
     ode = TeacherODE(model, conditions=conditions, **ode_options)
     made = {"seed": seed, "label_policy": "balanced", "online": True}
@@ -133,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
     quality = read_options(QualityOptions, given)
     running.check()
     context = distributed.choose_device(args.device)
-    names = ("teacher_heads", "online", "seed", "verify", "vae", "captions", *ODE_OPTIONS)
+    names = ("teacher_heads", "teacher_process", "online", "seed", "verify", "vae", "captions", *ODE_OPTIONS)
     teacher, teacher_config, provenance, source, conditions = open_teacher(
         args.data_path, args.teacher, **chosen(args, names)
     )

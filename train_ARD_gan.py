@@ -38,6 +38,7 @@ from trainer import Optimisation, RunOptions, Trainer, TrainState, add_training_
 
 # What trajectories must share with those that the student was trained on; seed and number may differ.
 SAME_TEACHER = ("teacher_hash", "vae", "solver", "solver_steps", "cfg_scale", "cfg_channels")
+SAME_IF_SAID = ("vae_hash", "teacher_heads", "process", "guidance_interval")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class GanOptions:
     rollout: bool = option(False, "Judge predictions from the student's own history.", action="store_true")
     d_lr: float = option(1e-3, "Learning rate of the heads (AdamW).", cli.positive_number)
     d_clip: float | None = option(None, "Clip their gradient to this norm if given.", cli.positive_number)
-    d_time: int = option(0, "Diffuse images to this time 0..999 first; 0 is clean.", cli.not_negative)
+    d_time: int = option(0, "Diffuse images first, to 0..999 thousandths of noise.", cli.not_negative)
     d_width: int | None = option(None, "Channels of a head; without it, the teacher's width.", cli.positive)
     bn_group: int = option(6, "Samples of a group of the heads' batch norm.", cli.positive)
 
@@ -63,7 +64,7 @@ def build_parser() -> cli.Parser:
     group.add_argument(
         "--teacher", type=cli.file, help="Checkpoint of the teacher; without it, the one that the store names."
     )
-    checkpoints.add_heads_option(group)
+    checkpoints.add_file_options(group)
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data-path", type=cli.folder, required=True, help="Train on this store of sample_trajectory.py."
@@ -124,7 +125,7 @@ def check_inputs(store: TrajectoryStore, teacher: DiT, origin: dict, ckpt_path: 
     require_same(
         f"--data-path {store.folder}: not the trajectories that the student was trained on",
         store.provenance,
-        {name: origin.get(name) for name in (*SAME_TEACHER, "vae_hash", "teacher_heads")},
+        {name: origin.get(name) for name in (*SAME_TEACHER, *SAME_IF_SAID)},
     )
 
 
@@ -194,7 +195,7 @@ def run(args: argparse.Namespace) -> None:
     check_options(gan, optimisation, args.real_data_path, context)
     store = TrajectoryStore(args.data_path, verify=args.verify)
     student, start = checkpoints.load_named_student(read_options(StudentOptions, given), args.init_weights)
-    teacher, teacher_config = store.load_teacher(args.teacher, args.teacher_heads)
+    teacher, teacher_config = store.load_teacher(args.teacher, args.teacher_heads, args.teacher_process)
     origin = start["provenance"]
     check_inputs(store, teacher, origin, args.ckpt_path)
     distributed.join(context)  # the main rank looks at a folder for all

@@ -15,7 +15,7 @@ import torch
 from bench.timing import Case
 from costs.flops import count_flops, count_gan_step, sampling_gflops
 from costs.stages import INCEPTION_GFLOPS
-from diffusion import create_diffusion
+from diffusion import process_of
 from diffusion.teacher_ode import grid_steps, pick_points
 from discriminator import AdversarialLosses, Discriminator, FrozenFeatures
 from evaluations.extraction import extract
@@ -151,12 +151,12 @@ def sample_case(options: dict, context: DistributedContext) -> Case:
 
 def trajectories_case(options: dict, context: DistributedContext) -> Case:
     """The teacher's states that sample_trajectory.py dumps, with guidance 1.5."""
-    solver, points, model = create_diffusion("25"), grid_steps(4), build_model(options, context.device)
+    points, model = grid_steps(4), build_model(options, context.device)
     with on_meta_device():  # its positions come from numpy
         flops = 2e9 * sampling_gflops(DiT(**model.config).to("meta"), 25)
 
     def draw(noise: torch.Tensor, y: torch.Tensor) -> object:
-        return pick_points(*solver.ddim_trajectory(model, noise, y, 1.5), points)
+        return pick_points(*process_of(model).trajectory(model, noise, y, 25, 1.5), points)
 
     return drawing_case(model, draw, flops, options, context.device)
 

@@ -27,7 +27,7 @@ from stores.runs import find_run
 
 TRAINERS = ("train.py", "train_ARD.py", "train_ARD_gan.py")
 OF_STUDENTS = ("train_ARD.py", "train_ARD_gan.py", "sample_ARD.py")
-SOLVER = ("solver_steps", "cfg_scale")
+SOLVER = ("solver_steps", "cfg_scale", "guidance_interval")
 
 
 def plan_command(
@@ -76,7 +76,8 @@ def plan_command(
         return plan_gan(config, teacher, context, **known, **take("d_time", "d_width", "bn_group", "rollout"))
     if options.get("online") and teacher:
         known |= {"frozen": meta_model(teacher)} | take("solver_steps")
-        known["flops_per_sample"] = partial(count_online_step, config, teacher, options["solver_steps"], text_tokens)
+        solver = take(*SOLVER) | {"text_tokens": text_tokens}
+        known["flops_per_sample"] = partial(count_online_step, config, teacher, **solver)
     return plan_training(config, context, text_tokens=text_tokens, **known)
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion import create_diffusion
+from diffusion import process_of
+from diffusion.process import Interval
 from discriminator import AdversarialLosses, Discriminator, FrozenFeatures, own_history
 from models import DiT, DiT_models
 from models_ard import ARD
@@ -72,14 +73,22 @@ def count_by_blocks(config: dict, count: Callable[[Any], float]) -> float:
 
 
 @torch.no_grad()
-def sampling_gflops(model: DiT, steps: int, cfg_scale: float = 1.5, text_tokens: int = 0) -> float:
-    """Multiply-accumulates, in 1e9, that one image costs: a student's sampling, or a teacher's guided DDIM."""
+def sampling_gflops(
+    model: DiT,
+    steps: int,
+    cfg_scale: float = 1.5,
+    text_tokens: int = 0,
+    guidance_interval: Interval | None = None,
+) -> float:
+    """Multiply-accumulates, in 1e9, that one image costs: a student's sampling, or a teacher's ODE with guidance."""
     noise, y = blank_inputs(model, text_tokens)
     if isinstance(model, ARD):
         return count_flops(lambda: model.sample(noise, y)) / 2e9
-    # A guided step is the same work at every time: count one, on both halves of the batch, and multiply.
-    one = count_flops(lambda: create_diffusion("1").ddim_trajectory(model, noise, y, cfg_scale))
-    return one * steps / 2e9
+    # A step is the same work at every time: count one, and one on both halves of the batch, and multiply.
+    process = process_of(model)
+    guided = sum(process.guided_steps(steps, guidance_interval)) if cfg_scale != 1 else 0
+    alone, both = (count_flops(partial(process.trajectory, model, noise, y, 1, scale)) for scale in (1, cfg_scale))
+    return (guided * both + (steps - guided) * alone) / 2e9
 
 
 def training_flops(model: DiT, text_tokens: int = 0) -> int:
@@ -93,9 +102,12 @@ def training_flops(model: DiT, text_tokens: int = 0) -> int:
     return count_flops(lambda: model(*inputs).sum().backward())
 
 
-def count_online_step(student: dict, teacher: dict, solver_steps: int, text_tokens: int = 0) -> float:
-    """Operations of a step of regression, by models of these configs, for one sample whose trajectory is made in it."""
-    made = count_by_blocks(teacher, partial(sampling_gflops, steps=solver_steps, text_tokens=text_tokens))
+def count_online_step(student: dict, teacher: dict, solver_steps: int, text_tokens: int = 0, **guidance: Any) -> float:
+    """Operations of a step of regression, by models of these configs, for one sample whose trajectory is made in it.
+
+    ``guidance``: the options of ``sampling_gflops``.
+    """
+    made = count_by_blocks(teacher, partial(sampling_gflops, steps=solver_steps, text_tokens=text_tokens, **guidance))
     return count_by_blocks(student, partial(training_flops, text_tokens=text_tokens)) + 2e9 * made
 
 

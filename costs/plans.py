@@ -31,6 +31,7 @@ from costs.flops import (
     training_flops,
 )
 from costs.memory import Execution, training_memory
+from diffusion.process import Interval
 from discriminator import Discriminator
 from models import DiT
 from runtime.checks import in_words, require_disk, require_memory, size_of
@@ -241,6 +242,7 @@ def plan_sampling(
     held_bytes: int = 0,
     solver_steps: int = 0,
     cfg_scale: float = 1.5,
+    guidance_interval: Interval | None = None,
     precision: str = "fp32",
     vae: Outline | Pixels = PIXELS,
     text_tokens: int = 0,
@@ -260,7 +262,13 @@ def plan_sampling(
         "rows": held_bytes,
     }
     steps = math.ceil(len(context.share(count)) / batch_size)
-    one = partial(sampling_gflops, steps=solver_steps, cfg_scale=cfg_scale, text_tokens=text_tokens)
+    one = partial(
+        sampling_gflops,
+        steps=solver_steps,
+        cfg_scale=cfg_scale,
+        text_tokens=text_tokens,
+        guidance_interval=guidance_interval,
+    )
     fetch = [] if vae.downloaded else [str(vae.name)]
     batch = f"--per-proc-batch-size {batch_size}"
     return Plan(

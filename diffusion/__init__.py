@@ -1,12 +1,18 @@
-"""Gaussian diffusion with DiT's linear 1000-step schedule: training loss of the teacher, its ODE by DDIM."""
+"""Diffusion processes by name: what their networks predict, their training losses, and their ODEs."""
 
-from diffusion.gaussian_diffusion import GaussianDiffusion, linear_betas, space_timesteps
+from diffusion.flow_matching import FlowMatching
+from diffusion.gaussian_diffusion import GaussianDiffusion
+from diffusion.process import Process
+from models import DiT
 
-__all__ = ["create_diffusion"]
+PROCESSES: dict[str, Process] = {
+    process.name: process for process in (GaussianDiffusion(), FlowMatching("sit", 3), FlowMatching("repa", None))
+}
 
 
-def create_diffusion(timestep_respacing: str | int = "") -> GaussianDiffusion:
-    """The 1000-step diffusion, or its respaced form: ``create_diffusion("25")`` visits 25 of the 1000 times."""
-    betas = linear_betas()
-    steps = int(timestep_respacing) if timestep_respacing != "" else len(betas)
-    return GaussianDiffusion(betas, space_timesteps(len(betas), steps))
+def process_of(model: DiT) -> Process:
+    """The process that a teacher, or a student's teacher, was trained for."""
+    return PROCESSES[model.process]
+
+
+__all__ = ["PROCESSES", "Process", "process_of"]

@@ -1,9 +1,9 @@
-"""The diffusion process: q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I).
+"""DiT's process, by the name ddpm: q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I) at 1000 times.
 
 Equations cite Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (learned variances) and Song et al. 2021 (DDIM).
 Schedules are float64 numpy arrays; tensors keep the dtype of x.
 
-    B batch   C, H, W channels and size of x   n number of (respaced) steps
+    B batch   C, H, W channels and size of x
 """
 
 import math
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from models import DiT
+from diffusion.process import Process
 
 
 def linear_betas(steps: int = 1000) -> np.ndarray:
@@ -45,18 +45,18 @@ def discretized_gaussian_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log
     return torch.where(x < -0.999, upper, log_prob).clamp(min=1e-12).log()
 
 
-class GaussianDiffusion:
-    """A diffusion over the times ``timestep_map`` of the full schedule; index i of n means time timestep_map[i]."""
+class GaussianDiffusion(Process):
+    """DDPM's diffusion at the times 0, nearly clean, to 999, nearly noise; the data themselves have the time -1."""
 
-    def __init__(self, betas: np.ndarray, timestep_map: list[int]):
-        self.timestep_map = timestep_map
-        self.alphas_cumprod = np.cumprod(1 - betas)[timestep_map]
+    name, solver, guided_channels = "ddpm", "ddim", 3
+
+    def __init__(self) -> None:
+        self.alphas_cumprod = np.cumprod(1 - linear_betas())
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
         self.betas = 1 - self.alphas_cumprod / self.alphas_cumprod_prev
         kept, noisy, previous = self.alphas_cumprod, 1 - self.alphas_cumprod, self.alphas_cumprod_prev
         variance = self.betas * (1 - previous) / noisy  # of the posterior; 0 at the first index
         self.tables = {
-            "timestep": np.array(timestep_map),
             "sqrt_alpha_bar": np.sqrt(kept),
             "sqrt_one_minus_alpha_bar": np.sqrt(noisy),
             "x0_of_xt": np.sqrt(1 / kept),
@@ -69,10 +69,35 @@ class GaussianDiffusion:
         }
         self._copies: dict[tuple[str, torch.device], torch.Tensor] = {}
 
-    @property
-    def num_timesteps(self) -> int:
-        """Number of steps n."""
-        return len(self.timestep_map)
+    def grid(self, steps: int) -> list[float]:
+        """DiT's respacing: evenly spaced, with the first and the last time."""
+        return [*reversed(space_timesteps(len(self.alphas_cumprod), steps)), -1]
+
+    def level(self, t: float) -> float:
+        """Thousandths are times."""
+        return t / len(self.alphas_cumprod)
+
+    def time(self, level: float) -> float:
+        """The nearest there is."""
+        return round(len(self.alphas_cumprod) * level)
+
+    def _alpha_bar(self, t: float) -> float:
+        return float(self.alphas_cumprod[int(t)]) if t >= 0 else 1.0
+
+    def step(self, x: torch.Tensor, out: torch.Tensor, t: float, then: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """DDIM with eta = 0 (Song et al. eq. 12); ``out`` is the predicted noise."""
+        a, a_then = self._alpha_bar(t), self._alpha_bar(then)
+        x0 = math.sqrt(1 / a) * x - math.sqrt(1 / a - 1) * out
+        return math.sqrt(a_then) * x0 + math.sqrt(1 - a_then) * out, x0
+
+    def diffuse(self, x0: torch.Tensor, t: float, noise: torch.Tensor) -> torch.Tensor:
+        """``q_sample`` at one time for all."""
+        a = self._alpha_bar(t)
+        return math.sqrt(a) * x0 + math.sqrt(1 - a) * noise
+
+    def draw_time(self, draw: np.random.Generator) -> float:
+        """Each is as likely."""
+        return int(draw.integers(len(self.alphas_cumprod)))
 
     def _table(self, name: str, device: torch.device) -> torch.Tensor:
         """A table (n,) on the device, where it stays: no step of training waits for a copy."""
@@ -102,18 +127,17 @@ class GaussianDiffusion:
     ) -> dict[str, torch.Tensor]:
         """Noise-prediction loss, plus the variational bound that trains the variances only.
 
-        x: (B, C, H, W) clean, t: (B,) steps in 0..n-1 -> {"loss", "mse", "vb"} each (B,); vb in bits per dimension,
-        0 for a model without learned sigma. Nichol & Dhariwal eq. 16 with the bound rescaled to 1000 steps.
+        x: (B, C, H, W) clean, t: (B,) times in 0..999 -> {"loss", "mse", "vb"} each (B,); vb in bits per dimension,
+        0 for a model without learned sigma. Nichol & Dhariwal eq. 16.
         """
         noise = torch.randn_like(x) if noise is None else noise
         x_t = self.q_sample(x, t, noise)
-        times = self._table("timestep", t.device)[t]
-        out = model(x_t, times, **(model_kwargs or {})).to(x.dtype)
+        out = model(x_t, t, **(model_kwargs or {})).to(x.dtype)
         eps, sigma = (out, None) if out.shape[1] == x.shape[1] else out.chunk(2, dim=1)
         mse = (noise - eps).square().flatten(1).mean(1)
         vb = torch.zeros_like(mse)
         if sigma is not None:
-            vb = self._variational_bound(x, x_t, t, eps.detach(), sigma) * (self.num_timesteps / 1000)
+            vb = self._variational_bound(x, x_t, t, eps.detach(), sigma)
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
     def _variational_bound(
@@ -129,37 +153,3 @@ class GaussianDiffusion:
         kl = normal_kl(posterior_mean(x0), low, mean, logvar)
         nll = -discretized_gaussian_log_likelihood(x0, mean, logvar)
         return torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2)
-
-    @torch.no_grad()
-    def ddim_trajectory(
-        self,
-        model: DiT,
-        noise: torch.Tensor,
-        y: torch.Tensor,
-        cfg_scale: float,
-        cfg_channels: int = 3,
-        null: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The probability-flow ODE from noise to sample by DDIM with eta = 0 (Song et al. eq. 12), without clipping.
-
-        noise: (B, C, H, W), y: (B,) labels -> x (B, n+1, C, H, W) states, noise first, and x0 (B, n, C, H, W), the
-        prediction of x_0 made at each of the first n states. ``cfg_scale`` 1 runs without the null half. ``null`` is
-        the null half's y, (1, ...) for all rows; without it, the null label.
-        """
-        x, states, predictions = noise, [noise], []
-        null = torch.full_like(y, model.num_classes) if null is None else null.expand_as(y)
-        for i in reversed(range(self.num_timesteps)):
-            time = torch.full((len(y),), self.timestep_map[i], device=y.device)
-            if cfg_scale == 1:
-                out = model(x, time, y)
-            else:
-                doubled = (torch.cat([x, x]), torch.cat([time, time]), torch.cat([y, null]))
-                out = model.forward_with_cfg(*doubled, cfg_scale, cfg_channels)[: len(x)]
-            eps = out[:, : x.shape[1]].to(x.dtype)
-            # Scalars, not tensors: nothing waits for the device inside the loop.
-            a, a_prev = float(self.alphas_cumprod[i]), float(self.alphas_cumprod_prev[i])
-            x0 = math.sqrt(1 / a) * x - math.sqrt(1 / a - 1) * eps
-            x = math.sqrt(a_prev) * x0 + math.sqrt(1 - a_prev) * eps
-            states.append(x)
-            predictions.append(x0)
-        return torch.stack(states, dim=1), torch.stack(predictions, dim=1)

@@ -3,30 +3,41 @@
 B batch   C, H, W the latent   n solver steps   K points that are kept   S student steps
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch.utils.data import Dataset
 
-from diffusion import create_diffusion
+from diffusion import process_of
 from models import DiT
-from runtime.cli import OptionGroup, UserError, not_negative_number, positive
+from runtime.cli import OptionGroup, UserError, noise_level, not_negative_number, positive
 from runtime.distributed import DistributedContext
 from runtime.randomness import Classes, Conditions, labels, noise
 
 TARGETS = ("x0", "xt")
 GRIDS = ("even", "authors")
-ODE_OPTIONS = ("solver_steps", "cfg_scale", "cfg_channels")
+ODE_OPTIONS = ("solver_steps", "cfg_scale", "cfg_channels", "guidance_interval")
 
 
 def add_ode_options(group: OptionGroup) -> None:
     """The options of the teacher's probability-flow ODE, ``ODE_OPTIONS``."""
-    group.add_argument("--solver-steps", type=positive, default=25, help="Solve the ODE in this many DDIM steps.")
+    group.add_argument("--solver-steps", type=positive, default=25, help="Solve the ODE in this many steps.")
     group.add_argument(
         "--cfg-scale", type=not_negative_number, default=1.5, help="Guide by this scale; 1 is no guidance."
     )
     group.add_argument(
         "--cfg-channels",
         type=positive,
-        help="Guide only the first N channels; without it 3, as DiT's sampler, or all of fewer, and of a text model.",
+        help="Guide only the first N channels; without it 3, as the samplers of DiT and SiT, or all of fewer, and of a "
+        "REPA or a text model.",
+    )
+    group.add_argument(
+        "--guidance-interval",
+        type=noise_level,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="Guide at these noise levels only, 0 is data and 1 noise; elsewhere the null half is not run.",
     )
 
 
@@ -48,9 +59,9 @@ def grid_steps(steps: int, grid: str = "even", teacher_steps: int = 25) -> list[
 def pick_points(x: torch.Tensor, x0: torch.Tensor, solver_indices: list[int]) -> dict[str, torch.Tensor]:
     """The points of a student's grid out of a full teacher trajectory.
 
-    x: (B, n+1, C, H, W) states and x0: (B, n, C, H, W) predictions of ``ddim_trajectory``, K ``solver_indices`` after
-    which the points lie -> {"xt", "x0"}: (B, K, C, H, W) each. The predicted x_0 at a point is the one made from that
-    state; at the end it is the sample.
+    x: (B, n+1, C, H, W) states and x0: (B, n, C, H, W) predictions of ``Process.trajectory``, K ``solver_indices``
+    after which the points lie -> {"xt", "x0"}: (B, K, C, H, W) each. The predicted x_0 at a point is the one made from
+    that state; at the end it is the sample.
     """
 
     def picked(points: torch.Tensor) -> torch.Tensor:
@@ -60,7 +71,7 @@ def pick_points(x: torch.Tensor, x0: torch.Tensor, solver_indices: list[int]) ->
 
 
 class TeacherODE:
-    """Trajectories of a teacher by DDIM with guidance; ``provenance`` is all that decides them but noise and label."""
+    """Trajectories of a teacher with guidance; ``provenance`` is all that decides them but noise and label."""
 
     def __init__(
         self,
@@ -69,40 +80,56 @@ class TeacherODE:
         solver_steps: int = 25,
         cfg_scale: float = 1.5,
         cfg_channels: int | None = None,
+        guidance_interval: Sequence[float] | None = None,
         conditions: Conditions | None = None,
     ):
         """``conditions`` of a text model are captions; without them, the teacher's classes.
 
-        ``UserError`` for impossible numbers of steps and channels, and for guidance of one without a null label.
+        ``UserError`` for impossible numbers of steps and channels or an empty interval, and for guidance of one without
+        a null label.
         """
         self.conditions: Conditions = conditions or Classes(teacher.num_classes)
         guidable = self.conditions.count and teacher.config["class_dropout_prob"]
         if cfg_scale != 1 and not guidable:
             raise UserError(f"--cfg-scale {cfg_scale}: this teacher has no null label, give --cfg-scale 1")
+        self.teacher, self.process, self.solver_steps = teacher, process_of(teacher), solver_steps
         try:
-            self.diffusion = create_diffusion(str(solver_steps))
+            self.process.grid(solver_steps)
         except ValueError as error:
             raise UserError(f"--solver-steps {solver_steps}: {error}") from None
-        self.teacher = teacher
         if cfg_channels and cfg_channels > teacher.in_channels:
             raise UserError(f"--cfg-channels {cfg_channels}: this teacher has {teacher.in_channels}, give no more")
+        interval = None
+        if guidance_interval is not None:
+            interval = low, high = (guidance_interval[0], guidance_interval[1])
+            if low > high or cfg_scale == 1:
+                why = "guidance of scale 1 is none" if cfg_scale == 1 else "the first must not be above the second"
+                raise UserError(f"--guidance-interval {low:g} {high:g}: {why}; leave it out, or give others")
         reads_text = bool(self.conditions.max_text_tokens)
-        self.guidance = cfg_scale, cfg_channels or (teacher.in_channels if reads_text else min(3, teacher.in_channels))
+        all_channels = teacher.in_channels
+        usual = all_channels if reads_text else min(self.process.guided_channels or all_channels, all_channels)
         self.null = self.conditions(torch.tensor([self.conditions.count])) if reads_text else None  # (1, L, C)
+        self.guidance: dict[str, Any] = {
+            "cfg_scale": cfg_scale,
+            "cfg_channels": cfg_channels or usual,
+            "interval": interval,
+        }
         self.provenance = {
             "num_classes": self.conditions.count,
-            "solver": "ddim",
+            "solver": self.process.solver,
             "solver_steps": solver_steps,
             "cfg_scale": cfg_scale,
-            "cfg_channels": self.guidance[1],
+            "cfg_channels": self.guidance["cfg_channels"],
         } | self.conditions.about
+        if interval:
+            self.provenance["guidance_interval"] = list(interval)
 
     def __call__(self, noise: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """noise: (B, C, H, W), y: (B, ...) -> states (B, n+1, C, H, W), noise first, predictions of x_0 (B, n, ...)."""
         if self.null is not None:
             y = y.float()  # autocast to bf16 cannot join float16
             self.null = self.null.to(y)  # once: a recorded graph cannot copy
-        return self.diffusion.ddim_trajectory(self.teacher, noise, y, *self.guidance, self.null)
+        return self.process.trajectory(self.teacher, noise, y, self.solver_steps, null=self.null, **self.guidance)
 
     def sample(self, noise: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """noise: (B, C, H, W), y: (B, ...) -> the last states (B, C, H, W)."""

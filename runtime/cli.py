@@ -34,6 +34,7 @@ from runtime.values import file as file
 from runtime.values import folder as folder
 from runtime.values import fraction as fraction
 from runtime.values import name as name
+from runtime.values import noise_level as noise_level
 from runtime.values import not_negative as not_negative
 from runtime.values import not_negative_number as not_negative_number
 from runtime.values import positive as positive
@@ -78,7 +79,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         if action.required and action.option_strings:
             return f"{action.help} (required)"
         if isinstance(action.default, list):
-            return f"{action.help} (default: {' '.join(action.default)})"
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:

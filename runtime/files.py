@@ -178,13 +178,13 @@ def held(place: Path, option: str, context: DistributedContext) -> Iterator[None
             release(place)
 
 
-def cached_download(url: str, option: str, hash_prefix: str | None = None) -> Path:
+def cached_download(url: str, option: str, hash_prefix: str | None = None, name: str | None = None) -> Path:
     """The file behind a URL in torch.hub's cache (TORCH_HOME), fetched once per machine however many ranks ask.
 
-    ``hash_prefix`` is how its SHA-256 must begin. ``UserError`` names the option and says where to put the file when it
-    cannot be fetched.
+    ``hash_prefix`` is how its SHA-256 must begin; ``name`` what it is called there, where the URL does not end so.
+    ``UserError`` names the option and says where to put the file when it cannot be fetched.
     """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / (name or url.rpartition("/")[2])
     if path.is_file():
         return path
     if not FETCHING.get():

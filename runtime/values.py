@@ -80,6 +80,14 @@ def fraction(text: str) -> float:
     return value
 
 
+def noise_level(text: str) -> float:
+    """argparse type: a number from 0 to 1."""
+    value = _number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must be between 0 and 1")
+    return value
+
+
 def name(text: str) -> str:
     """argparse type: a word, a path or a name, not an empty one."""
     if not text.strip() or "\0" in text:

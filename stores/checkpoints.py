@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file
 
-from models import DiT
+from models import PROCESS_TIMES, DiT
 from models_ard import ARD, MASKS
 from models_pixart import MODELS, student_type, teacher_type
 from runtime import cli
@@ -34,7 +34,7 @@ from runtime.precision import DTYPES
 from runtime.provenance import require_same, weights_hash
 from stores import foreign_pixart, foreign_weights
 
-HEADS = "--teacher-heads"
+HEADS, PROCESS = "--teacher-heads", "--teacher-process"
 Model = TypeVar("Model", bound=DiT)
 
 
@@ -137,10 +137,16 @@ def _build(kind: type[Model], shape: dict, what: str) -> Model:
         raise UserError(f"{what}: its config makes no model ({error})") from None
 
 
-def add_heads_option(group: OptionGroup) -> None:
-    """``--teacher-heads``, beside every ``--teacher``."""
+def add_file_options(group: OptionGroup) -> None:
+    """``--teacher-heads`` and ``--teacher-process``, beside every ``--teacher``."""
     group.add_argument(
         HEADS, type=positive, help="Its attention heads, where its file has no config and an unknown size."
+    )
+    group.add_argument(
+        PROCESS,
+        choices=PROCESS_TIMES,
+        metavar="NAME",
+        help=f"One of {', '.join(PROCESS_TIMES)}, where its file does not say what it was trained for; ddpm is DiT's.",
     )
 
 
@@ -150,16 +156,19 @@ def load_teacher(
     weights: str = "ema",
     heads: int | None = None,
     vae: str | None = None,
+    process: str | None = None,
 ) -> tuple[DiT, dict]:
     """A teacher and its config, with ``provenance`` {"teacher", "teacher_hash", "teacher_weights", "vae"} filled in,
-    "vae_hash" if it is known, and the "captions" of a text model that was trained here.
+    "process" unless it is ddpm, "vae_hash" if it is known, and the "captions" of a text model that was trained here.
 
-    ``source`` is a checkpoint of ours, an official or diffusers' DiT (file, folder, official name or hub id), or
-    diffusers' PixArt, whose autoencoder is ``vae`` where none is in the same folder. Weights that came alone are "ema",
-    as the official ones are. ``heads`` is the number of attention heads where the file does not say it; where it is not
-    that of a known size, ``provenance`` has it as "teacher_heads". ``UserError`` names missing or unfitting weights.
+    ``source`` is a checkpoint of ours, an official or diffusers' DiT (file, folder, official name or hub id), a SiT or
+    a REPA, or diffusers' PixArt, whose autoencoder is ``vae`` where none is in the same folder. Weights that came alone
+    are "ema", as the official ones are. ``heads`` is the number of attention heads where the file does not say it;
+    where it is not that of a known size, ``provenance`` has it as "teacher_heads". ``process`` is that of its
+    training, where the file does not say it. ``UserError`` names missing or unfitting weights.
     """
     bare = False
+    known: str | None = "ddpm"
     path, what = foreign_weights.find(source, option), f"{option} {source}"
     if path.is_dir():
         config_path, weights_path = foreign_weights.diffusers_files(path, option)
@@ -175,22 +184,34 @@ def load_teacher(
         state = foreign_weights.official_state(state, weights, what)
     else:
         content = load(path, option)
+        foreign_weights.refuse_lightning(content, what)
         if isinstance(content.get("config"), dict):
             config, state = _own(content, "teacher", weights, what)
+            known = config["model"].get("process", "ddpm")
         else:
             state = foreign_weights.official_state(content, weights, what)
+            known = foreign_weights.known_process(path.name, content, state, what)
+            state = foreign_weights.from_repa(state)
             config, bare = _foreign_config("teacher", foreign_weights.dit_config(state, what, heads, HEADS)), True
+            config["model"] |= foreign_weights.process_argument(known or process)
+    if process and known and process != known:
+        raise UserError(f"{what}: is of the process {known}, not of {process}")
     model = _build(teacher_type(config["model"]), config["model"], what)
     own = model.config["num_heads"]
     if heads not in (None, own):
         raise UserError(f"{HEADS} {heads}: {what} has {own}, leave the option out")
     load_weights(model, state, what, take=True)
+    if not (known or process):
+        alike = "ddpm (a DiT) or sit (a SiT)" if config["model"]["learn_sigma"] else "ddpm, sit or repa"
+        says = "--process" if option == "--init" else PROCESS
+        raise UserError(f"{what}: its weights do not say what they were trained for, give {says}: {alike}")
     provenance = {
         "teacher": str(source),
         "teacher_hash": weights_hash(state),
         "teacher_weights": weights,
         "vae": config["vae"],
     }
+    provenance |= foreign_weights.process_argument(model.process)
     if config.get("vae_hash"):
         provenance["vae_hash"] = config["vae_hash"]
     if bare and own != foreign_weights.heads_of_size(config["model"]):

@@ -1,6 +1,7 @@
 """Weights that other projects made: where they are found, and their names and shapes in terms of ours.
 
-    official        a state dict with DiT's own names: DiT-XL-2-256x256.pt, or a checkpoint of DiT's training script
+    official        a state dict with DiT's own names: DiT-XL-2-256x256.pt, or a checkpoint of DiT's training script;
+                    SiT's and REPA's have the same names and shapes, and another process (diffusion/)
     diffusers       a folder with DiTTransformer2DModel's config.json and weights: facebook/DiT-XL-2-256
     the authors'    a state dict of their ARD re-implementation: DiT's names and the heads final_layer .. final_layer4
 
@@ -8,6 +9,7 @@ Everything here maps names and shapes; ``checkpoints.py`` reads the files and lo
 its autoencoder: models of 4 channels are taken to work on Stable Diffusion's latents, others on pixels.
 """
 
+import argparse
 import json
 import math
 import re
@@ -26,7 +28,14 @@ from runtime.vae import NAMES
 State = dict[str, torch.Tensor]
 
 URL = "https://dl.fbaipublicfiles.com/DiT/models/"
-OFFICIAL = ("DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt")
+DROPBOX = "https://www.dl.dropboxusercontent.com/scl/fi/"
+OFFICIAL = {  # where each is to be had
+    "SiT-XL-2-256x256.pt": DROPBOX + "as9oeomcbub47de5g4be0/SiT-XL-2-256.pt?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=1",
+    "DiT-XL-2-256x256.pt": URL + "DiT-XL-2-256x256.pt",
+    "DiT-XL-2-512x512.pt": URL + "DiT-XL-2-512x512.pt",
+}
+REPA = "REPA-XL-2-256x256.pt"  # so called here: its authors' file is last.pt
+PROCESS_OF_NAME = {"DiT": "ddpm", "SiT": "sit", "REPA": "repa"}  # how official names begin
 
 #################################################################################
 #                             Where they are found                              #
@@ -43,26 +52,36 @@ def find(source: str | Path, option: str) -> Path:
     if path.exists():
         return path
     if str(source) in OFFICIAL:
-        # No checksum of Meta's files is published. In its place stands the strict load (every name, shape and
+        # No checksum of these files is published. In its place stands the strict load (every name, shape and
         # finite value) and the hash of the weights, which all artefacts record as teacher_hash.
-        return cached_download(URL + str(source), f"{option} {source}")
+        return cached_download(OFFICIAL[str(source)], f"{option} {source}", name=str(source))
+    if str(source) == REPA:
+        raise UserError(
+            f"{option} {source}: no such file; fetch last.pt, which github.com/sihyun-yu/REPA links, and give its path"
+        )
     if shape_by_name(str(source)) or is_hub_id(str(source)):
         return _snapshot(str(source), option)
     raise UserError(
         f"{option} {source}: {missing(path, 'file')}; give a checkpoint, a folder in diffusers' layout, a hub id such "
-        f"as facebook/DiT-XL-2-256, or {' or '.join(OFFICIAL)}"
+        f"as facebook/DiT-XL-2-256, {', '.join([*OFFICIAL][:-1])} or {[*OFFICIAL][-1]}"
     )
 
 
 def shape_by_name(source: str) -> dict | None:
     """The model's arguments for an official name, or a hub id, before its file is here; None for other names."""
     known = re.fullmatch(r"(?:facebook/)?(DiT-XL)-(2)-(256|512)(?:x\3\.pt)?", source)
+    known = known or re.fullmatch(r"(SiT-XL|REPA-XL)-(2)-(256)x256\.pt", source)
     known = known or re.fullmatch(r"PixArt-alpha/(PixArt)-Sigma-XL-(2)-(256|512|1024)(?:-MS)?", source)
     if known is None:
         return None
     kind, side = known[1].removesuffix("-XL"), int(known[3]) // 8
-    scale = {"position_scale": side / 64} if kind == "PixArt" else {}
-    return named_shape(f"{kind}-XL/{known[2]}") | {"input_size": side} | scale
+    of_kind: dict[str, dict] = {
+        "PixArt": {"position_scale": side / 64},
+        "SiT": {"process": "sit"},
+        "REPA": {"process": "repa", "learn_sigma": False},
+    }
+    size = named_shape(f"{kind if kind == 'PixArt' else 'DiT'}-XL/{known[2]}")
+    return size | {"input_size": side} | of_kind.get(kind, {})
 
 
 def _snapshot(repository: str, option: str) -> Path:
@@ -127,6 +146,56 @@ def unwrapped_state(content: dict, what: str) -> State:
             f"if name.startswith({prefix!r})}}"
         )
     return {name.removeprefix(prefix): value for name, value in state.items()}
+
+
+def refuse_lightning(content: dict, what: str) -> None:
+    """``UserError`` for a LightningDiT, alone or in a checkpoint of its training script, which has a config too."""
+    parts = (content, *(part for part in content.values() if isinstance(part, dict)))
+    if any(re.fullmatch(r"(.+\.)?blocks\.0\.(mlp\.w12|norm1)\.weight", str(name)) for part in parts for name in part):
+        raise UserError(
+            f"{what}: a LightningDiT, which this project cannot read: it has RMSNorm, SwiGLU, rotary positions and "
+            "VA-VAE's latents; give a DiT, a SiT or a REPA"
+        )
+
+
+def process_argument(process: str | None) -> dict[str, str]:
+    """A process as configs and provenances have it: not at all where it is ddpm, or not known."""
+    return {} if process in ("ddpm", None) else {"process": str(process)}
+
+
+def known_process(name: str, content: dict, state: State, what: str) -> str | None:
+    """The process of a DiT, a SiT or a REPA in a file of that name: what training scripts say in "args", REPA's own
+    layers in the ``state``, the name itself. None where they say nothing, for weights alone look alike.
+
+    ``UserError`` for SiT's other paths and predictions.
+    """
+    args = content.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    if "path_type" in args:
+        path, prediction = str(args["path_type"]), str(args.get("prediction"))
+        if path.lower() != "linear" or prediction not in ("velocity", "v"):
+            raise UserError(
+                f"{what}: was trained on the path {path} to predict {prediction}; give one of the linear path that "
+                "predicts the velocity"
+            )
+        return "repa" if "enc_type" in args else "sit"
+    if any(re.match(r"(projectors|decoder_blocks)\.", name) for name in state):
+        return "repa"
+    if str(args.get("model")).startswith("DiT"):
+        return "ddpm"
+    named = re.fullmatch(r"(DiT|SiT|REPA)-.+-\d+x\d+\.(pt|pth|safetensors)", name)
+    return PROCESS_OF_NAME[named[1]] if named else None
+
+
+def from_repa(state: State) -> State:
+    """REPA's state dict by DiT's names: without its projectors; older ones call the later blocks ``decoder_blocks``."""
+    first = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    ours = {}
+    for name, value in state.items():
+        later = re.fullmatch(r"decoder_blocks\.(\d+)\.(.+)", name)
+        if not name.startswith("projectors."):
+            ours[f"blocks.{int(later[1]) + first}.{later[2]}" if later else name] = value
+    return ours
 
 
 def heads_of_size(shape: dict) -> int | None:

@@ -41,6 +41,8 @@ def start_from(model: DiT, source: DiT, keep_labels: bool = False) -> dict[str, 
     if type(model) is not type(source):
         names = type(source).__name__, type(model).__name__
         raise UserError(f"--init: holds a {names[0]}, which a {names[1]} cannot begin with")
+    if model.process != source.process:
+        raise UserError(f"--init: is of the process {source.process}, not of {model.process}")
     init_shape(source.config, model.config)
     own, theirs = model.state_dict(), source.state_dict()
     new = [name for name in own if name not in theirs]

@@ -70,15 +70,23 @@ class TrajectoryStore(ShardStore):
         """(C, H, W) of each point."""
         return tuple(self.tensors[0]["noise"].shape[1:])
 
-    def load_teacher(self, path: str | None = None, heads: int | None = None) -> tuple[DiT, dict]:
+    def load_teacher(
+        self, path: str | None = None, heads: int | None = None, process: str | None = None
+    ) -> tuple[DiT, dict]:
         """The teacher whose trajectories these are, from ``path`` or where the store says; another one is refused.
 
-        ``heads`` as for ``checkpoints.load_teacher``, by default the dump's option.
+        ``heads`` and ``process`` as for ``checkpoints.load_teacher``, by default the options of the dump.
         """
+        own = self.provenance.get("process", "ddpm")
+        if process not in (None, own):
+            raise UserError(
+                f"{checkpoints.PROCESS} {process}: the trajectories of {self.folder} are of the process {own}, leave "
+                "the option out"
+            )
         weights, heads = self.provenance["teacher_weights"], heads or self.provenance.get("teacher_heads")
         source = path or checkpoints.recorded_teacher(self.provenance["teacher"], self.folder)
         vae = self.provenance["vae"]
-        teacher, config = checkpoints.load_teacher(source, weights=weights, heads=heads, vae=vae)
+        teacher, config = checkpoints.load_teacher(source, weights=weights, heads=heads, vae=vae, process=own)
         mine = {name: config["provenance"].get(name) for name in ("teacher_hash", "vae", "vae_hash")}
         if "teacher_heads" in self.provenance | config["provenance"]:
             mine["teacher_heads"] = teacher.config["num_heads"]

@@ -10,7 +10,7 @@ from helpers import random_teacher
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion import create_diffusion
+from diffusion import PROCESSES
 from discriminator import Discriminator, DiscriminatorHead, FrozenFeatures, GhostBatchNorm
 from models import DiT
 
@@ -96,8 +96,15 @@ def test_features_are_the_tokens_that_the_teacher_goes_through():
     torch.testing.assert_close(teacher.unpatchify(end), teacher(x, zero, y))
     torch.testing.assert_close(label.square().mean(1), torch.ones(2), rtol=0, atol=1e-2)
     eps, t = torch.randn_like(x), torch.full((2,), 300)
-    noisy = create_diffusion().q_sample(x, t, eps)
+    noisy = PROCESSES["ddpm"].q_sample(x, t, eps)
     torch.testing.assert_close(FrozenFeatures(teacher, 300)(x, y, eps)[0], teacher.features(noisy, t, y))
+    for process, t in (("sit", 0.7), ("repa", 0.3)):  # three tenths of noise in all of them
+        flow = random_teacher(process=process)
+        noisy = 0.7 * x + 0.3 * eps
+        wanted = flow.features(noisy, torch.full((2,), t), y)
+        torch.testing.assert_close(FrozenFeatures(flow, 300)(x, y, eps)[0], wanted)
+        clean = flow.features(x, torch.full((2,), {"sit": 1.0, "repa": 0.0}[process]), y)
+        torch.testing.assert_close(FrozenFeatures(flow)(x, y)[0], clean)
     bare = DiT(input_size=4, in_channels=2, hidden_size=16, depth=2, num_heads=2, num_classes=0, class_dropout_prob=0)
     features, label = FrozenFeatures(bare)(torch.randn(3, 2, 4, 4), torch.zeros(3, dtype=torch.int64))
     assert Discriminator(2, 16)((features, label))[0].shape == (3, 2, 4)

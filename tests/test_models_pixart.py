@@ -12,7 +12,7 @@ import torch
 from text_helpers import random_text_teacher, save_pixart
 
 from costs.flops import count_by_blocks, meta_model, sampling_gflops, training_flops
-from diffusion import create_diffusion
+from diffusion import PROCESSES
 from models_ard import ARD, MASKS
 from models_pixart import PixArt, PixArt_models, TextARD, model_name
 from stores import checkpoints
@@ -78,13 +78,13 @@ def test_the_guided_ode_is_diffusers_dpm_solver_of_first_order(tmp_path, steps):
     model, _ = checkpoints.load_teacher(tmp_path, vae="sdxl")
     torch.manual_seed(1)
     x, y, null = torch.randn(4, 4, 8, 8), text(), text((1,), longest=7, seed=2)
-    diffusion = create_diffusion(str(steps))
-    ours = diffusion.ddim_trajectory(model, x, y, 4.5, 4, null)[0][:, -1]
+    ddpm = PROCESSES["ddpm"]
+    ours = ddpm.trajectory(model, x, y, steps, 4.5, 4, null)[0][:, -1]
 
     scheduler = DPMSolverMultistepScheduler(
         beta_schedule="linear", solver_order=1, final_sigmas_type="zero", beta_start=1e-4, beta_end=0.02
     )
-    scheduler.set_timesteps(timesteps=diffusion.timestep_map[::-1])
+    scheduler.set_timesteps(timesteps=ddpm.grid(steps)[:-1])
     both = torch.cat([null.expand(4, -1, -1), y])
     for t in scheduler.timesteps:
         out = theirs(reference, torch.cat([x, x]), t.expand(8), both)[:, :4]

@@ -6,7 +6,7 @@ import json
 import pytest
 from helpers import call, refused
 
-from presets import TABLE_1, TEXT_TEACHERS, preset
+from presets import FLOW_ODES, FLOW_ROWS, TABLE_1, TEXT_TEACHERS, preset
 
 SCRIPTS = ("sample.py", "sample_trajectory.py", "train_ARD.py", "train_ARD_gan.py", "sample_ARD.py")
 
@@ -17,10 +17,12 @@ def test_presets_set_options_that_exist_to_values_that_they_take(script):
     actions = {action.dest: action for action in parser._actions}
     assert preset(script)
     for name, values in preset(script).items():
-        assert (name in TABLE_1 or name.removesuffix("-step") in TEXT_TEACHERS) and values.keys() <= actions.keys()
+        known = {*TABLE_1, *TEXT_TEACHERS, *(f"{flow}-{row}" for flow in FLOW_ODES for row in FLOW_ROWS)}
+        assert (name in known or name.removesuffix("-step") in known) and values.keys() <= actions.keys()
         for option, value in values.items():
             assert actions[option].choices is None or value in actions[option].choices
-            assert actions[option].type is None or actions[option].type(str(value)) == value
+            for one in value if isinstance(value, list) else [value]:
+                assert actions[option].type is None or actions[option].type(str(one)) == one
 
 
 def test_text_rows_differ_from_their_baselines_in_history_alone():
@@ -43,6 +45,27 @@ def test_the_text_rows_cost_what_was_counted_beforehand(capsys):
         per_sample[side] = plan["flops"] / (15_000 * 64)
         assert plan["memory_bytes_per_rank"]["batch"] == 64 * (4 * 4 * 4 * side**2 + 2 * 300 * 4096)
     assert 125e12 < per_sample[64] < 145e12 and 600e12 < per_sample[128] < 750e12
+
+
+def test_flow_rows_differ_from_dits_in_the_teachers_ode_alone(capsys):
+    """As published: 1.5 on three channels everywhere; 1.8 on all channels, at noise levels up to 0.7."""
+    for script in SCRIPTS:
+        rows = preset(script)
+        for flow, ode in FLOW_ODES.items():
+            for name in FLOW_ROWS:
+                assert (f"{flow}-{name}" in rows) == (name in rows)
+                if name in rows:
+                    ours, dits = rows[f"{flow}-{name}"], rows[name]
+                    assert {key for key in ours if ours[key] != dits.get(key)} <= ode.keys()
+    flops = {}
+    for name in ("teacher-25", "sit-teacher-25", "repa-teacher-25"):
+        call("sample.py", "--preset", name, "--dry-run")
+        plan = json.loads(capsys.readouterr().out)
+        flops[name] = plan["flops"]
+        assert plan["options"]["solver_steps"] == 25
+    assert flops["teacher-25"] == flops["sit-teacher-25"]
+    guided = 17 / 25  # 0.68, 0.64 .. 0.04 of the levels 1, 0.96 .. 0.04
+    assert flops["repa-teacher-25"] == pytest.approx(flops["teacher-25"] * (1 + guided) / 2, rel=1e-2)
 
 
 def test_every_row_can_be_reproduced():

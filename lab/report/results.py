@@ -32,7 +32,7 @@ from stores.runs import read_config
 
 FIGURES = ("fid", "inception_score", "precision", "recall")
 # Of a teacher's samples and of a student's trajectories: what decides which teacher it is, and how it was solved.
-TEACHER = ("teacher_hash", "solver", "solver_steps", "cfg_scale", "cfg_channels")
+TEACHER = ("teacher_hash", "process", "solver", "solver_steps", "cfg_scale", "cfg_channels", "guidance_interval")
 # Of samples: what else decides a figure, but for seeds.
 DECISIVE = (
     *(*TEACHER, "student", "target", "grid", "step", "start_step", "weights", "real", "online", "teacher_steps"),

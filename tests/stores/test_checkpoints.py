@@ -107,10 +107,11 @@ def test_weights_of_any_shape_are_loaded_where_an_option_says_their_heads(tmp_pa
     path, store = tmp_path / "bare.pt", tmp_path / "store"
     torch.save(teacher.state_dict(), path)
     dump = ("--teacher", path, "--out", store, "--num-trajectories", 12, "--solver-steps", 4)
+    dump += ("--teacher-process", "ddpm")
     assert "give it by --teacher-heads" in refused(capsys, "sample_trajectory.py", *dump)
     assert "divisible by 5 heads" in refused(capsys, "sample_trajectory.py", *dump, "--teacher-heads", 5)
     call("sample_trajectory.py", *dump, "--teacher-heads", 3)
-    loaded, config = checkpoints.load_teacher(path, heads=3)
+    loaded, config = checkpoints.load_teacher(path, heads=3, process="ddpm")
     assert loaded.config == teacher.config and config["provenance"]["teacher_heads"] == 3
     train = ("--data-path", store, *SMALL, "--iterations", 1, "--run-dir", tmp_path / "run")
     assert "teacher_heads is 3 there and 2 here" in refused(capsys, "train_ARD.py", *train, "--teacher-heads", 2)

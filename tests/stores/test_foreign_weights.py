@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import Timesteps
-from helpers import call, refused, save_teacher, spawn
+from helpers import GOLDEN, arrays, call, refused, save_teacher, spawn
 
 from models import DiT, DiT_models
 from models_ard import ARD
@@ -107,7 +107,7 @@ def test_every_layout_gives_the_same_model(theirs, folder, state, tmp_path):
 
 
 def test_half_precision_files_become_float32(state, tmp_path):
-    model, _ = checkpoints.load_teacher(saved(tmp_path / "half.pt", {k: v.half() for k, v in state.items()}))
+    model, _ = checkpoints.load_teacher(saved(tmp_path / "DiT-half-6x6.pt", {k: v.half() for k, v in state.items()}))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
@@ -236,6 +236,100 @@ def test_blocks_with_embedders_of_their_own_are_refused(theirs, tmp_path):
 
 
 #################################################################################
+#                                 SiT and REPA                                  #
+#################################################################################
+
+
+@pytest.fixture(scope="module")
+def flows():
+    """The state dicts of the official codes' tiny models; four heads, which no known size has."""
+    files = {name: arrays(GOLDEN / f"{name}_official.npz") for name in ("sit", "repa")}
+    return {
+        name: {key[2:]: torch.from_numpy(value) for key, value in file.items() if key.startswith("w/")}
+        for name, file in files.items()
+    }
+
+
+def trained(state, **args):
+    """A checkpoint of SiT's or REPA's training script."""
+    return {"model": state, "ema": state, "opt": {}, "args": argparse.Namespace(**args)}
+
+
+SIT = dict(model="SiT-XL/2", path_type="Linear", prediction="velocity", loss_weight=None)
+REPA = dict(model="SiT-XL/2", path_type="linear", prediction="v", enc_type="dinov2-vit-b", encoder_depth=2)
+
+
+@torch.no_grad()
+def test_sits_and_repas_checkpoints_say_their_process(flows, tmp_path):
+    for name, args in (("sit", SIT), ("repa", REPA)):
+        path = saved(tmp_path / "0400000.pt", trained(flows[name], **args))
+        model, config = checkpoints.load_teacher(path, heads=4)
+        assert model.process == config["model"]["process"] == config["provenance"]["process"] == name
+        golden = {key: torch.from_numpy(value) for key, value in arrays(GOLDEN / f"{name}_official.npz").items()}
+        out = model(golden["x"], golden["t"], golden["y"])[:, :4]
+        torch.testing.assert_close(out, golden["out/forward"], rtol=0, atol=1e-5)
+        with pytest.raises(UserError, match=f"is of the process {name}, not of ddpm$"):
+            checkpoints.load_teacher(path, heads=4, process="ddpm")
+    for change, said in (
+        ({"path_type": "GVP"}, "trained on the path GVP to predict velocity; give one of the linear path"),
+        ({"prediction": "score"}, "trained on the path Linear to predict score"),
+    ):
+        with pytest.raises(UserError, match=said):
+            checkpoints.load_teacher(saved(tmp_path / "other.pt", trained(flows["sit"], **SIT | change)), heads=4)
+
+
+def test_repas_own_layers_are_dropped_and_renamed(flows, tmp_path):
+    state = flows["repa"]
+    old = {key.replace("blocks.2.", "decoder_blocks.0."): value for key, value in state.items()}
+    assert any(key.startswith("projectors.") for key in state) and old.keys() != state.keys()
+    hashes = set()
+    for name, content in (("last.pt", state), ("SiT-XL-2-256x256.pt", old)):
+        model, config = checkpoints.load_teacher(saved(tmp_path / name, content), heads=4)
+        assert model.process == "repa" and torch.equal(model.state_dict()["pos_embed"], state["pos_embed"])
+        assert torch.equal(model.state_dict()["blocks.2.attn.qkv.weight"], state["blocks.2.attn.qkv.weight"])
+        hashes.add(config["provenance"]["teacher_hash"])
+    assert len(hashes) == 1
+
+
+def test_bare_weights_that_fit_several_processes_must_be_named(flows, state, tmp_path):
+    bare = {key: value for key, value in flows["repa"].items() if not key.startswith("projectors.")}
+    for content, choices in ((flows["sit"], r"ddpm \(a DiT\) or sit \(a SiT\)"), (bare, "ddpm, sit or repa")):
+        path = saved(tmp_path / "weights.pt", content)
+        with pytest.raises(
+            UserError, match=f"do not say what they were trained for, give --teacher-process: {choices}$"
+        ):
+            checkpoints.load_teacher(path, heads=4)
+        for process in ("ddpm", "sit"):
+            model, config = checkpoints.load_teacher(path, heads=4, process=process)
+            assert model.process == process and config["provenance"].get("process", "ddpm") == process
+    for name, process in (("DiT-XL-2-256x256.pt", "ddpm"), ("SiT-XL-2-256x256.pt", "sit")):
+        path = saved(tmp_path / name, state)
+        assert checkpoints.load_teacher(path)[0].process == process
+        with pytest.raises(UserError, match=f"is of the process {process}, not of repa$"):
+            checkpoints.load_teacher(path, process="repa")
+
+
+def test_a_lightningdit_is_called_by_its_name(state, tmp_path):
+    theirs = without(state, "blocks.0.mlp.fc1.weight") | {"blocks.0.mlp.w12.weight": torch.zeros(1)}
+    ddp = {f"module.{key}": value for key, value in theirs.items()}
+    for content in (theirs, {"ema": ddp, "model": ddp, "opt": {}, "config": {"train": {"max_steps": 80000}}}):
+        with pytest.raises(UserError, match="a LightningDiT, which this project cannot read: it has RMSNorm, SwiGLU"):
+            checkpoints.load_teacher(saved(tmp_path / "lightningdit.pt", content))
+
+
+def test_sits_official_name_is_found_in_the_cache_and_planned_before(state, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    sample = ("sample.py", "--teacher", "SiT-XL-2-256x256.pt", "--num-samples", 2, "--dry-run")
+    call(*sample)
+    plan = json.loads(capsys.readouterr().out)
+    assert "would be fetched from https://www.dl.dropboxusercontent.com" in plan["not_checked"] and plan["flops"] > 1e12
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    saved(tmp_path / "hub/checkpoints/SiT-XL-2-256x256.pt", state)
+    call(*sample)
+    assert json.loads(capsys.readouterr().out)["process"] == "sit"
+
+
+#################################################################################
 #                             The authors' students                             #
 #################################################################################
 
@@ -309,7 +403,7 @@ WRAPPED = {
 @pytest.mark.parametrize("case", WRAPPED)
 def test_what_wraps_a_state_dict_is_taken_off(case, state, folder, tmp_path):
     path = saved(tmp_path / "wrapped.ckpt", WRAPPED[case](state))
-    model, config = checkpoints.load_teacher(path)
+    model, config = checkpoints.load_teacher(path, process="ddpm")
     assert config["provenance"]["teacher_hash"] == checkpoints.load_teacher(folder)[1]["provenance"]["teacher_hash"]
     assert torch.equal(model.state_dict()["blocks.1.attn.qkv.weight"], state["blocks.1.attn.qkv.weight"])
 

@@ -54,3 +54,9 @@ def test_the_shape_is_the_sources_but_for_classes_and_latent_size():
     assert shape == source | {"num_classes": 3, "input_size": 16}
     with pytest.raises(UserError, match=r"--init: its weights are for another model \(depth 5 instead of \d+\)"):
         init_shape(source, {"depth": 5})
+
+
+def test_weights_of_another_process_are_refused():
+    for own, other in (("ddpm", "sit"), ("sit", "repa")):
+        with pytest.raises(UserError, match=f"^--init: is of the process {other}, not of {own}$"):
+            start_from(random_teacher(process=own), random_teacher(process=other))

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from helpers import SMALL, arrays, call, contents, random_teacher, refused, save_teacher
 
-from diffusion import create_diffusion
+from diffusion import PROCESSES
 from diffusion.teacher_ode import grid_steps, pick_points
 from runtime.distributed import DistributedContext
 from runtime.randomness import Shuffle, labels, noise
@@ -20,7 +20,7 @@ def test_rows_are_the_teachers_trajectories(store, teacher_file):
     assert len(opened) == 50 and len(opened.shards) == 3 and opened.latent_shape == (1, 8, 8)
     rows = np.array([49, 0, 19, 20, 0, 33])  # any order, across shards, repeated
     z, y = noise(0, "trajectory", rows, (1, 8, 8)), labels(0, rows, 10)
-    x, x0 = create_diffusion("25").ddim_trajectory(checkpoints.load_teacher(teacher_file)[0], z, y, 1.5)
+    x, x0 = PROCESSES["ddpm"].trajectory(checkpoints.load_teacher(teacher_file)[0], z, y, 25, 1.5)
     points = pick_points(x, x0, [6, 12, 19, 25])
     for target in ("x0", "xt"):
         trajectory, stored_labels = opened.read(rows, target, opened.point_columns([6, 12, 19, 25], target))
