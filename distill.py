@@ -4,7 +4,7 @@
     python distill.py photos --image-size 256 --vae ema --out results/photos --gan --train "--model DiT-B/2 --lr 2e-4"
 
 Encodes the pictures (with --vae), trains a teacher (or takes --teacher), dumps its trajectories, distils them, samples,
-compares the samples with the pictures, and saves the student as a pipeline of diffusers. First it says what that will
+compares the samples with the pictures, and saves the student as a pipeline of diffusers. First it prints the
 cost, and each command as one could type it. To resume, run it again.
 """
 
@@ -134,7 +134,7 @@ def stages(args: argparse.Namespace, out: Path, side: int) -> list[Stage]:
 
 
 def with_plans(found: list[Stage], teacher: dict, count: int, vae: Any) -> list[Stage]:
-    """The stages with what they need, counted from shapes; each command line is parsed, and refused, by its own parser.
+    """The stages with their needs, counted from shapes; each command line is parsed, and refused, by its own parser.
 
     ``teacher`` has the arguments of its model; those that --train changes are taken from there. ``count`` pictures.
     """
@@ -182,7 +182,7 @@ def teacher_shape(args: argparse.Namespace, found: list[Stage], source: Any, sid
 
 
 def costs(found: list[Stage], device: torch.device) -> tuple[str, int]:
-    """A table of what each stage will need, its time on this device estimated; and the bytes of all on the disk."""
+    """A table of each stage's needs, its time on this device estimated; and the bytes of all on the disk."""
     rate = UTILISATION * peak_flops("fp32", device)["mean"]
     lines, disk, hours = ["stage      steps      disk        memory      operations   hours, about"], 0, 0.0
     for stage in found:

@@ -45,7 +45,7 @@ def build_parser() -> cli.Parser:
     group.add_argument("--teacher-weights", choices=("ema", "raw"), default="ema", help="Use these of its weights.")
     add_ode_options(group)
     group = parser.add_argument_group("store")
-    group.add_argument("--out", type=cli.folder, required=True, help="Write the store there.")
+    group.add_argument("--out", type=cli.folder, required=True, help="Write the store into this folder.")
     group.add_argument(
         "--num-trajectories",
         type=cli.positive,

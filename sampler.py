@@ -1,4 +1,4 @@
-"""What all samplers share: options, and the one way from a sample's index to its noise, label, latent and image.
+"""Shared by all samplers: options, and the one way from a sample's index to its noise, label, latent and image.
 
 for indices in writer.missing_batches(batch_size):   # the loop stands in the script
     writer.write(indices, *sampler(indices))
@@ -26,7 +26,7 @@ from stores.checkpoints import load_teacher, recorded_teacher
 from stores.images import from_uint8, to_uint8
 from stores.samples import save_grid, writable_npz
 
-# Noise (B, C, H, W) and y (B, ...), on the device -> latents (B, C, H, W): what a model makes of them. Where there are
+# Noise (B, C, H, W) and y (B, ...), on the device -> a model's latents (B, C, H, W). Where there are
 # source images their latents (B, C, H, W) come third.
 Draw = Callable[..., torch.Tensor]
 # The latents (B, C, H, W) of the source images of some indices, by the model's autoencoder.
@@ -145,7 +145,7 @@ def prepare_model(model: DiT, drawing: DrawingOptions, context: DistributedConte
 
 
 class Samples(NamedTuple):
-    """What was drawn for some indices."""
+    """The samples of some indices."""
 
     latents: torch.Tensor  # (B, C, h, w) float32
     images: torch.Tensor  # (B, 1 or 3, H, W) about [-1, 1]
@@ -207,10 +207,10 @@ class Sampler:
 
 
 def source_latents(images: torch.Tensor, vae: VAE | Pixels, model: DiT) -> torch.Tensor:
-    """What source images, (B, 3, H, W) uint8 on the device, are to a model: (B, C, h, w), the encoder's mean."""
+    """Source images, (B, 3, H, W) uint8 on the device -> a model's latents (B, C, h, w), the encoder's mean."""
     if (vae.image_channels or model.in_channels) == 1:
         red, green, blue = images.int().unbind(1)
-        images = ((299 * red + 587 * green + 114 * blue + 500) // 1000)[:, None]  # a grey image stays what it is
+        images = ((299 * red + 587 * green + 114 * blue + 500) // 1000)[:, None]  # a grey image keeps its values
     return vae.encode(from_uint8(images))[0]
 
 
@@ -241,7 +241,7 @@ def student_previews(
     precision: str,
     conditions: Conditions | None = None,
 ) -> Sampler:
-    """Draws what a student in training makes of the preview noises; ``ema()`` is the average of its weights by then."""
+    """Draws a training student's images of the preview noises; ``ema()`` is the average of its weights by then."""
 
     def draw(noise: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return inference_copy(ema(), precision).sample(noise, y)[:, -1]
@@ -259,7 +259,7 @@ def teacher_previews(
     solver_steps: int,
     cfg_scale: float,
 ) -> Sampler:
-    """The same of a teacher in training, by an ODE of so many steps; ``model`` says its shape."""
+    """The same of a teacher in training, by an ODE of ``solver_steps``; ``model`` says its shape."""
 
     def draw(noise: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         ode = TeacherODE(ema(), solver_steps=solver_steps, cfg_scale=cfg_scale, conditions=conditions)

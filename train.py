@@ -146,7 +146,7 @@ def model_shape(model: str | None, initial: DiT | None, **sizes: int | None) -> 
 
 
 def open_captions(captions: str | None, model: str | None, source: Source, verify: bool) -> Conditions:
-    """What the labels of the images stand for: classes, or captions as many. ``UserError`` where the model is not for
+    """The meaning of the images' labels: classes, or as many captions. ``UserError`` where the model is not for
     them.
     """
     if model and (model in PixArt_models) != bool(captions):
@@ -201,7 +201,7 @@ def run(args: argparse.Namespace) -> None:
     sizes = {"learn_sigma": process == "ddpm", "process": process} | sizes
     model = outline(sizes, sizes_given, source, conditions, vae, **fitting)
     begins = {}
-    if initial is not None:  # what does not fit is refused here, before there is a run
+    if initial is not None:  # weights that do not fit are refused here, before the run exists
         weights = about_initial["provenance"]["teacher_hash"]
         begins = {"init": {"weights": weights, **start_from(model, initial, args.keep_labels)}}
     config = {

@@ -60,7 +60,9 @@ def build_parser() -> cli.Parser:
         "--model", choices=MODELS, metavar="NAME", help="The teacher's size, such as DiT-XL/2; only checked."
     )
     group.add_argument("--steps", type=cli.positive, default=4, help="S, the student's steps.")
-    group.add_argument("--mask", choices=MASKS, default="M4", help="What a step sees: M1 itself .. M4 all before it.")
+    group.add_argument(
+        "--mask", choices=MASKS, default="M4", help="Points that a step sees: M1 its own .. M4 all before it."
+    )
     share = "N, the lower blocks that see history; without it 6 of 28, or that share of another depth."
     group.add_argument("--stack", type=cli.not_negative, help=share)
     group.add_argument(

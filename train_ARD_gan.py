@@ -36,7 +36,7 @@ from stores.images import BUNDLED, Source, open_suitable, real_latents, require_
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
 from trainer import Optimisation, RunOptions, Trainer, TrainState, add_training_options
 
-# What trajectories must share with those that the student was trained on; seed and number may differ.
+# Keys of trajectories that must equal those of the student's training; seed and number may differ.
 SAME_TEACHER = ("teacher_hash", "vae", "solver", "solver_steps", "cfg_scale", "cfg_channels")
 SAME_IF_SAID = ("vae_hash", "teacher_heads", "process", "guidance_interval")
 

@@ -1,4 +1,4 @@
-"""What all trainers share: options, the state that is trained, the loop's two ends, logs and checkpoints. No losses.
+"""Shared by all trainers: options, the state that is trained, the loop's two ends, logs and checkpoints. No losses.
 
     for batch in trainer.steps(batches):                 # a step reads from top to bottom in its script
         for part in state.micro_batches(batch):
@@ -70,7 +70,7 @@ class Optimisation:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """A run's folder, and what is done between its steps; none of it changes the result."""
+    """A run's folder, and the work between its steps; none of it changes the result."""
 
     results_dir: str = option("results", "Where runs are numbered folders.", cli.folder)
     run_dir: str | None = option(None, "This very folder instead of a numbered one.", cli.folder)
@@ -189,7 +189,7 @@ class TrainState:
         """
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
         bad = (~norm.isfinite()).float()
-        self.optimizer.found_inf, self.optimizer.grad_scale = bad, None  # what GradScaler tells a fused optimiser
+        self.optimizer.found_inf, self.optimizer.grad_scale = bad, None  # GradScaler's message to a fused optimiser
         if self.lr_warmup:
             self.optimizer.param_groups[0]["lr"] = self.lr * min(1.0, (self.steps + 1) / self.lr_warmup)
         self.optimizer.step()
@@ -208,7 +208,7 @@ class TrainState:
         return scalars
 
     def ema_remark(self, iterations: int) -> str:
-        """What to say of an average that will hardly have left its start after so many steps; empty otherwise."""
+        """A warning of an average that will hardly have left its start after ``iterations``; empty otherwise."""
         window = 0 if self.ema_decay is None or self.ema_warmup else round(1 / (1 - self.ema_decay))
         if window <= iterations:
             return ""
@@ -222,7 +222,7 @@ class TrainState:
         return torch.stack([p.detach().double().sum() for p in self.parameters]).sum()
 
     def state(self, suffix: str = "") -> dict:
-        """What a checkpoint holds of this model, under the names that DiT's checkpoints use."""
+        """The checkpoint's entries of this model, under the names of DiT's checkpoints."""
         state = {f"model{suffix}": self.raw_model.state_dict(), f"opt{suffix}": self.optimizer.state_dict()}
         return state | ({f"ema{suffix}": self.ema.state_dict()} if self.ema is not None else {})
 
@@ -301,7 +301,7 @@ class Trainer:
         quiet = None if self.context.is_main else True  # None: unless this is a terminal
         bar = tqdm(total=self.iterations, initial=self.step, unit="step", disable=quiet)
         with bar as self._progress, self.folder.open(self.step):
-            self._evaluate_if_due()  # what a kill after the last checkpoint left undone
+            self._evaluate_if_due()  # the evaluation that a kill after the last checkpoint prevented
             self._saved = time.monotonic()
             with notice_signals() as self._signals:
                 self._since = time.perf_counter()
@@ -310,7 +310,7 @@ class Trainer:
         self.folder.log(f"{self.folder.path}: done at step {self.step}")
 
     def end_step(self, scalars: dict[str, torch.Tensor]) -> None:
-        """Count the step, add up what it is to log, and do what is due: logs, preview, checkpoint, evaluation.
+        """Count the step, add up its values to log, and do the work that is due: logs, preview, checkpoint, evaluation.
 
         Raises ``RunError`` when the run no longer trains, or was told to stop.
         """

@@ -1,4 +1,4 @@
-"""The plan of every command, made from its model's config and its options: what ``check_plan`` refuses or shows.
+"""The plan of every command, made from its model's config and its options: ``check_plan`` refuses or shows it.
 
 ``add_presets`` tells a script's ``--dry-run`` what follows from names and options alone, where weights or data are
 missing.
@@ -123,7 +123,7 @@ def check_plan(
 ) -> None:
     """``ShortageError`` where disk or memory are too small. A dry run ends here, and shows ``about`` and the plan.
 
-    ``about`` is the config of a run, or the provenance of what is written to ``out``.
+    ``about`` is the config of a run, or the provenance of the file ``out``.
     """
     more: dict[str, Any] = {}
     if "run_dir" in options:

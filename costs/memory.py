@@ -1,6 +1,6 @@
-"""What a training step holds in memory beside weights, optimiser and average, counted from the models' sizes.
+"""The memory of a training step beside weights, optimiser and average, counted from the models' sizes.
 
-Autograd keeps of each block what its backward pass reads: so many numbers for each number of the residual stream. How
+Autograd keeps what a block's backward pass reads: a count of numbers for each number of the residual stream. How
 many follows from the code of the blocks and, compiled, from what torch's partitioner computes again instead. A tracker
 on tensors without numbers checks it (tests/pretended_cuda/memory.py). Counted are tensors: a GPU's CUDA context, what
 libraries set aside, and what the allocator cannot use come on top.
@@ -52,7 +52,7 @@ def tokens_of(model: DiT, samples: int) -> int:
 
 
 def block_bytes(model: Any, how: Execution, *, history: bool = False, frozen: bool = False) -> float:
-    """What a block keeps for its backward pass, for each number of the residual stream.
+    """The numbers that a block keeps for its backward pass, for each number of the residual stream.
 
     ``frozen``: its weights take no gradients, so the inputs of its linear maps are not kept.
     """
@@ -73,7 +73,7 @@ def block_bytes(model: Any, how: Execution, *, history: bool = False, frozen: bo
 def backward_bytes(
     model: DiT, samples: int, how: Execution, *, text_tokens: int = 0, frozen: bool = False
 ) -> tuple[int, int]:
-    """What a forward pass of so many samples leaves for the backward pass, at the start of that and at its end."""
+    """Bytes that a forward pass of ``samples`` keeps for the backward pass, at the start of that and at its end."""
     numbers, depth, layers = tokens_of(model, samples), len(model.blocks), getattr(model, "history_layers", 0)
     text = 2 * how.itemsize * samples * text_tokens * model.config["hidden_size"]  # keys and values
     casts = 0 if frozen or how.itemsize == FP32 else cast_bytes(model.blocks[0], how.precision)
@@ -91,12 +91,12 @@ def backward_bytes(
 
 
 def forward_bytes(model: DiT, samples: int, how: Execution) -> int:
-    """What a forward pass without gradients needs at once: the residual stream and an MLP."""
+    """Bytes that a forward pass without gradients needs at once: the residual stream and an MLP."""
     return round(tokens_of(model, samples) * (2 * FP32 + 2 * how.itemsize * model.config["mlp_ratio"]))
 
 
 def judged_bytes(heads: Discriminator, teacher: DiT, samples: int, batches: int, how: Execution) -> int:
-    """What the discriminator's heads keep of so many batches of the teacher's features; one may stand for all heads."""
+    """Bytes that the discriminator's heads keep of ``batches`` of the teacher's features; one may stand for all."""
     head: Any = heads.heads[0]
     width, kernels = head.enter.norm.weight.numel(), sum(p.numel() for p in head.parameters())
     entering = how.itemsize * teacher.config["hidden_size"]
@@ -119,7 +119,7 @@ def step_bytes(
     heads: Discriminator | None = None,
     rollout: bool = False,
 ) -> int:
-    """The most that a rank's step on so many samples holds at a time, gradients among it.
+    """The most that a rank's step on its samples holds at a time, gradients among it.
 
     ``alone``: gradients end with the step; in DDP their memory stays. ``teacher`` makes the trajectories in so many
     ``solver_steps``, or shows its features to the discriminator's ``heads``. ``rollout`` as in train_ARD_gan.py.
@@ -150,7 +150,7 @@ def training_memory(
     text_tokens: int = 0,
     **step: Any,
 ) -> dict[str, int]:
-    """Bytes of a rank that trains on so many samples a step, by parts; the arguments are those of ``step_bytes``.
+    """Bytes of a rank that trains on ``samples`` a step, by parts; the arguments are those of ``step_bytes``.
 
     Gradients take the activations' place as the backward pass frees these, which therefore count without them.
     """

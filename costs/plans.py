@@ -1,13 +1,13 @@
-"""What a command will need, counted from shapes before anything is loaded or made.
+"""The needs of a command, counted from shapes before anything is loaded or made.
 
 A run is refused by its plan where it cannot work, and ``--dry-run`` prints it, in every script alike:
 
-    "disk_bytes"             what the run writes, at its peak
+    "disk_bytes"             bytes that the run writes, at its peak
     "memory_bytes_per_rank"  by parts, and in "total": at least so much, for a few small things are not counted
     "steps"                  how often the script's loop goes round: optimiser steps, or batches of a rank
     "epochs"                 passes over the data; null where they are made, or not known yet
     "flops"                  operations of all ranks together, two for a multiply-accumulate; null where not counted
-    "fetch"                  what would be downloaded first
+    "fetch"                  files that would be downloaded first
 """
 
 import math
@@ -63,7 +63,7 @@ class Plan:
     lighter: Callable[[], dict[str, int]] = dict  # bytes of memory with other options, in words
 
     def check(self, path: str | Path, device: torch.device) -> None:
-        """``ShortageError`` where disk or memory are too small; what lies at ``path`` is a part of it."""
+        """``ShortageError`` where disk or memory are too small; the files at ``path`` are a part of it."""
         path = Path(path)
         there = path.with_suffix(".partial") if path.suffix == ".npz" else path
         try:
@@ -99,7 +99,7 @@ class Plan:
 
 
 def latent_shape_of(config: dict) -> tuple[int, int, int]:
-    """(C, H, W) of what a model of that config makes; DiT's own defaults where it does not say."""
+    """(C, H, W) of the output of a model of that config; DiT's own defaults where it does not say."""
     side = config.get("input_size", 32)
     return config.get("in_channels", 4), side, side
 
@@ -249,7 +249,7 @@ def plan_sampling(
 ) -> Plan:
     """Of what draws ``count`` samples or trajectories, ``row_bytes`` each on the disk.
 
-    ``held_bytes``: what a rank holds of them in memory beside a batch. ``solver_steps`` of a teacher; a student has its
+    ``held_bytes``: those in a rank's memory beside a batch. ``solver_steps`` of a teacher; a student has its
     own.
     """
     model: Any = meta_model(config)

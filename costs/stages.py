@@ -199,7 +199,7 @@ def count_rows(tflops: float) -> list[dict[str, Any]]:
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__, prog="costs.stages", description="Count what each stage of the ImageNet path costs.")
+    parser = cli.Parser(__doc__, prog="costs.stages", description="Count the cost of each stage of the ImageNet path.")
     parser.add_argument(
         "--tflops", type=cli.positive_number, default=300.0, help="Rate of a GPU, in 1e12 operations per second."
     )
@@ -211,9 +211,7 @@ def build_parser() -> cli.Parser:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--rows", action="store_true", help="Print each row of Table 1 instead, by its presets.")
     kind.add_argument("--memory", action="store_true", help="Print a GPU's memory in training instead, in bf16.")
-    parser.add_argument(
-        "--card", type=cli.positive_number, default=80.0, help="Take a GPU of so many GB, with --memory."
-    )
+    parser.add_argument("--card", type=cli.positive_number, default=80.0, help="Memory of the GPU in GB, for --memory.")
     return parser
 
 

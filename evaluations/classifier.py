@@ -2,7 +2,7 @@
 
 They are to FID there what Inception-v3 is to FID on ImageNet. The files in assets/ are part of the yardstick: figures
 are comparable only between runs that used the same file, so its hash is recorded with every result. digits.py and
-emoji.py have the networks; here is what they share: training, files, the commands.
+emoji.py have the networks; their common parts are here: training, files, the commands.
 """
 
 import argparse
@@ -77,7 +77,7 @@ class Yardstick:
     images: Callable[[], tuple[torch.Tensor, torch.Tensor]]
     source: str  # what they are, for provenance
     steps: int
-    pixels: int  # an image is moved by up to so many each way
+    pixels: int  # an image is moved by up to this number each way
     strength: float  # largest deviation of the noise on an image
 
     @property

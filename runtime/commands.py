@@ -16,7 +16,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 
 def start(command: list, threads: int, out: Any = None, error: Any = None) -> subprocess.Popen:
-    """Begin one of the project's commands with so many threads, from the root of the project."""
+    """Begin one of the project's commands with a number of threads, from the root of the project."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     # glibc gives every large block back to the system at once; keeping them saves a tenth to a fifth of the time.
     environment |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31)}

@@ -333,7 +333,7 @@ def load_named_student(options: StudentOptions, weights: str = "ema") -> tuple[A
 
 
 def slim(args: argparse.Namespace) -> None:
-    """Keep what a user of the model needs: its config and EMA weights, a fifth of the file, or a tenth in fp16."""
+    """Keep a user's part of the model: its config and EMA weights, a fifth of the file, or a tenth in fp16."""
     content = load(args.source, "SOURCE")
     if "ema" not in content or "config" not in content:
         raise UserError(f"SOURCE {args.source}: no checkpoint of this project's trainers")

@@ -43,7 +43,7 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 
 
 Source = DigitImages | DigitScenes | EmojiImages | ImageFolder | LatentStore
-# What the word in place of a path stands for.
+# The meaning of the word in place of a path.
 BUNDLED: dict[str, Callable[[], Source]] = {"digits": DigitImages, "emoji": EmojiImages, "digit-scenes": DigitScenes}
 
 

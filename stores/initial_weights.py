@@ -1,7 +1,7 @@
 """``--init``: a new teacher that begins with another model's weights, whatever its classes and its latent size.
 
-What is a function of the shape alone, the positions, is the new model's own. Another set of classes gets a new label
-table, of which the null row is the other model's. All else is taken; what does not fit is refused with its names.
+The positions, a function of the shape alone, are the new model's own. Another set of classes gets a new label
+table, of which the null row is the other model's. All else is taken; weights that do not fit are refused by name.
 """
 
 from typing import Any
@@ -12,7 +12,14 @@ from models import DiT
 from runtime.cli import UserError, shortened
 
 LABELS = "y_embedder.embedding_table.weight"
-SHAPE = ("hidden_size", "num_heads", "depth", "patch_size", "in_channels", "learn_sigma")  # what weights must fit
+SHAPE = (
+    "hidden_size",
+    "num_heads",
+    "depth",
+    "patch_size",
+    "in_channels",
+    "learn_sigma",
+)  # the entries that weights must fit
 
 
 def init_shape(source: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a saved pipeline (pipeline_ard.py) has besides weights: the code that it needs, and the names of its classes.
+"""A saved pipeline (pipeline_ard.py) without its weights: the code that it needs, and the names of its classes.
 
 The code is one file of the few parts of this repository that drawing a sample takes, each copied as it stands.
 ``DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)`` of diffusers runs it, without this repository on
@@ -13,7 +13,7 @@ from runtime import cli
 from runtime.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-# What is taken of each of our files, in an order in which each finds what it needs; None is all of it.
+# The names taken from each of our files, in an order in which each finds its imports; None is the whole file.
 PARTS: dict[str, tuple[str, ...] | None] = {
     "models.py": None,
     "models_ard.py": None,
@@ -29,7 +29,7 @@ HEAD = '''"""A student of ARD as a pipeline of diffusers; its parts are copied f
 """
 '''
 TAIL = """
-CODE = __import__("pathlib").Path(__file__).read_text()  # what a pipeline that is saved again carries
+CODE = __import__("pathlib").Path(__file__).read_text()  # for a pipeline that is saved again
 """
 
 

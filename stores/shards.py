@@ -133,7 +133,7 @@ class ShardWriter(SharedWriter):
         self._written += len(rows)
 
     def losses(self) -> str:
-        """What was made of a shard that is not whole."""
+        """Words on the rows of an unfinished shard, which are lost; "" where there are none."""
         lost = self.made - self._written
         less = "a smaller --rows-per-shard loses less"
         return f"{lost} of an unfinished shard are lost, {self._written} before it are kept; {less}" if lost else ""
