@@ -145,6 +145,14 @@ def model_shape(model: str | None, initial: DiT | None, **sizes: int | None) -> 
     return shape, words
 
 
+def open_initial(init: str | None, vae: str | None, process: str | None) -> tuple[DiT | None, dict, str]:
+    """The model that the new one begins with, if any, and its config; the process of both."""
+    if init is None:
+        return None, {}, process or "ddpm"
+    initial, config = checkpoints.load_teacher(init, "--init", vae=vae, process=process)
+    return initial, config, initial.process
+
+
 def open_captions(captions: str | None, model: str | None, source: Source, verify: bool) -> Conditions:
     """The meaning of the images' labels: classes, or as many captions. ``UserError`` where the model is not for
     them.
@@ -184,11 +192,7 @@ def run(args: argparse.Namespace) -> None:
     running.check()
     if args.keep_labels and not args.init:
         raise UserError("--keep-labels: has no meaning without --init")
-    initial, process = None, args.process or "ddpm"
-    about_initial: dict[str, Any] = {}
-    if args.init:
-        initial, about_initial = checkpoints.load_teacher(args.init, "--init", vae=args.vae, process=args.process)
-        process = initial.process
+    initial, about_initial, process = open_initial(**chosen(args, ("init", "vae", "process")))
     sizes, sizes_given = model_shape(initial=initial, **chosen(args, ("model", *SIZES)))
     context = distributed.choose_device(args.device)
     distributed.join(context)  # the main rank looks at a folder for all
