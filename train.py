@@ -241,7 +241,7 @@ def run(args: argparse.Namespace) -> None:
         conditions=conditions,
         **chosen(args, ("global_batch_size", "seed", "label_dropout", "hflip")),
     )
-    trainer.folder.log(f"{args.data_path}: {summary(source)}")
+    trainer.folder.log(f"{args.data_path}: {summary(source, vae)}")
     if begins:
         trainer.folder.log(f"--init {args.init}: {begins['init']}")
 

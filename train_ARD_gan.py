@@ -232,7 +232,7 @@ def run(args: argparse.Namespace) -> None:
     states = {"": state, "_d": d_state}
     trainer = Trainer(context, config, states, optimisation, running, given, previews.save_preview, evaluate)
 
-    trainer.folder.log(f"{args.real_data_path}: {summary(source)}")
+    trainer.folder.log(f"{args.real_data_path}: {summary(source, vae)}")
     for batch in trainer.steps(batches):
         batch["real"] = real_latents(batch, vae)
         if gan.rollout:

@@ -327,11 +327,14 @@ class Trainer:
                 self.preview(self.folder.preview(self.step))
                 self.folder.log_preview(self.step)
             self.context.barrier()
+        kept = self.step % self.run.ckpt_every == 0 or last
         if self.context.is_main:
-            if self.step % self.run.ckpt_every == 0 or last:
+            if kept:
                 self._save(self.folder.save_checkpoint, last)
             elif self._snapshot_is_due() and not self._skipping():
                 self._save(self.folder.save_snapshot)
+        if kept or self._snapshot_is_due_by_steps():
+            self.context.barrier()  # the main rank may wait for an earlier write, and a slow disk may take its time
         self._evaluate_if_due()
         if self._signals and not last and self.context.is_main:
             # Alone: every rank has the same state, and the others may be gone already.
@@ -360,9 +363,11 @@ class Trainer:
 
     def _snapshot_is_due(self) -> bool:
         """Whether steps or minutes say so; by minutes only where the last one is written already."""
-        by_steps = self.run.snapshot_every and self.step % self.run.snapshot_every == 0
         overdue = self.run.snapshot_minutes and time.monotonic() - self._saved > 60 * self.run.snapshot_minutes
-        return bool(by_steps or (overdue and not self.folder.background.busy))
+        return self._snapshot_is_due_by_steps() or bool(overdue and not self.folder.background.busy)
+
+    def _snapshot_is_due_by_steps(self) -> bool:
+        return bool(self.run.snapshot_every) and self.step % self.run.snapshot_every == 0
 
     def _log_scalars(self) -> None:
         """Average the scalars over steps and ranks, write them, and stop a run that no longer trains."""

@@ -162,6 +162,7 @@ def join(context: DistributedContext) -> None:
                 dist.init_process_group(backend, init_method="env://", timeout=TRAINING_TIMEOUT)
                 _patient_group()
                 require_own_gpus(context)
+                context.all_reduce(torch.zeros(1, device=context.device))  # a fault of the fabric shows now, not later
         except (RuntimeError, ValueError, OSError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -87,12 +87,18 @@ def open_source(
     return source
 
 
-def summary(source: Source) -> str:
-    """The content of a source, in a line: "303 images, 3 classes: a, b, c"."""
+def summary(source: Source, vae: Any = None) -> str:
+    """The content of a source, in a line: "303 images, 3 classes: a, b, c".
+
+    With the autoencoder that encodes it in every step of a training, if one does, that as well.
+    """
     text, names = f"{source.count} images", source.fingerprint.get("class_names")
     if source.num_classes:
         text += f", {source.num_classes} classes" + (f": {shortened(names, 8)}" if names else "")
-    return "; ".join([text, *getattr(source, "notes", [])])
+    notes = [text, *getattr(source, "notes", [])]
+    if vae is not None and vae.name and not isinstance(source, LatentStore):
+        notes.append("encoded in every step, for about as long as it trains; encode_latents.py does it once")
+    return "; ".join(notes)
 
 
 def require_outside_source(source: Source, outputs: dict[str, str | None]) -> None:

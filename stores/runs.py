@@ -65,7 +65,8 @@ class RunFolder:
         The main rank chooses, the newest that is whole, and all ranks take that one. ``UserError`` on every rank where
         none is whole, or where a rank does not find the same file, as with results on disks of single nodes.
         """
-        choice = self.context.on_main(self._newest_whole)
+        read: dict[str, dict] = {}  # by the main rank, which has compared the checksums then
+        choice = self.context.on_main(lambda: self._newest_whole(read))
         if choice is None:
             return None
         name, size = choice
@@ -77,14 +78,19 @@ class RunFolder:
                 f"--run-dir {self.path}: {int(absent)} of {self.context.world_size} ranks do not find the main rank's "
                 f"checkpoint {name}; give a folder that all nodes share"
             )
-        return path, checkpoints.load(path, "--run-dir")
+        return path, read.get(name) or checkpoints.load(path, "--run-dir")
 
-    def _newest_whole(self) -> tuple[str, int] | None:
-        """Name and size of the newest checkpoint that can be read. ``UserError`` if there are some, but none can."""
+    def _newest_whole(self, read: dict[str, dict]) -> tuple[str, int] | None:
+        """Name and size of the newest checkpoint that can be read, and is, into ``read`` by its name.
+
+        ``UserError`` if there are some, but none can.
+        """
         files = sorted((self.path / "checkpoints").glob("*.pt"), reverse=True)
         for path in files:
             try:
-                if {"step", "config"} <= checkpoints.load(path, "--run-dir").keys():
+                content = checkpoints.load(path, "--run-dir")
+                if {"step", "config"} <= content.keys():
+                    read[path.name] = content
                     return path.name, path.stat().st_size
                 reason = f"{path}: no checkpoint of a run"
             except UserError as error:
@@ -242,9 +248,22 @@ def read_config(folder: Path) -> dict | None:
 
 
 def on_host(state: Any, copy: bool = True) -> Any:
-    """Nested dicts and lists with their tensors on the host; copied, training does not change them any more."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=copy)
-    if isinstance(state, dict):
-        return {name: on_host(value, copy) for name, value in state.items()}
-    return [on_host(value, copy) for value in state] if isinstance(state, list) else state
+    """Nested dicts and lists with their tensors on the host; copied, training does not change them any more.
+
+    From a GPU all are copied at once, into pinned memory, which torch keeps for the next time.
+    """
+
+    def moved(part: Any) -> Any:
+        if isinstance(part, torch.Tensor) and part.device.type == "cuda":
+            pinned = torch.empty_like(part, device="cpu", pin_memory=True, requires_grad=False)
+            return pinned.copy_(part.detach(), non_blocking=True)
+        if isinstance(part, torch.Tensor):
+            return part.detach().to("cpu", copy=copy)
+        if isinstance(part, dict):
+            return {name: moved(value) for name, value in part.items()}
+        return [moved(value) for value in part] if isinstance(part, list) else part
+
+    host = moved(state)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return host

@@ -116,7 +116,8 @@ def dispatch(func: Any, args: tuple, named: dict) -> Any:
     if name in ("_to_copy", "to"):
         return copied(args[0], dict(named))
     if name == "copy_":
-        if bool(others):
+        host = next((x for x in args[:2] if not isinstance(x, Pretended)), None)
+        if others and not (getattr(host, "pinned", False) and (args[2:] or (named.get("non_blocking"),))[0]):
             wait("copy to the host" if isinstance(args[1], Pretended) else "copy of pageable memory")
         bare(args[0]).copy_(bare(args[1]))
         return args[0]
@@ -130,9 +131,12 @@ def dispatch(func: Any, args: tuple, named: dict) -> Any:
     masks = [x for x in (args[1] if name in INDEXED else ()) if isinstance(x, torch.Tensor) and x.dtype == torch.bool]
     if name in NEED_VALUES or masks or (name == "repeat_interleave" and named.get("output_size") is None):
         wait(name)
+    pinned = named.get("pin_memory") and not on_device
     if device is not None:
         named = {key: value for key, value in named.items() if key != "pin_memory"} | {"device": "cpu"}
     out = func(*tree_map(bare, args), **tree_map(bare, named))
+    if pinned:
+        out.pinned = True
     if name == "_local_scalar_dense" or not on_device:
         return out
     return return_and_correct_aliasing(func, args, named, tree_map(dressed, out)) if ours else dressed(out)
@@ -176,7 +180,7 @@ def install() -> None:
     total, cuda = 80 << 30, torch.cuda
     about = {"name": "pretended", "total_memory": total, "major": 9, "minor": 0, "multi_processor_count": 132}
     answers: dict[str, Any] = {
-        "is_available": True, "device_count": 8, "current_device": 0, "set_device": None, "is_initialized": False,
+        "is_available": True, "device_count": 8, "current_device": 0, "set_device": None, "is_initialized": True,
         "get_device_name": "pretended", "get_device_capability": (9, 0), "is_bf16_supported": True,
         "get_device_properties": collections.namedtuple("Properties", about)(**about), "mem_get_info": (total, total),
         "memory_allocated": 0, "max_memory_allocated": 0, "reset_peak_memory_stats": None, "empty_cache": None,

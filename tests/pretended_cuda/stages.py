@@ -39,7 +39,7 @@ def walk(out: Path, inputs: Path, name: str) -> list[list[dict]]:
     call("sample_trajectory.py", "--teacher", teacher, "--out", out / "store", "--num-trajectories", 12,
          "--solver-steps", 4, "--steps", 2, "--per-proc-batch-size", 6, "--dtype", "fp32", *here)  # fmt: skip
     data = ("--data-path", inputs / "store")
-    train("train_ARD.py", "R", *data, "--steps", 2, "--stack", 1)
+    train("train_ARD.py", "R", *data, "--steps", 2, "--stack", 1, "--snapshot-every", 2)
     train("train_ARD.py", "online", "--online", "--teacher", teacher, "--solver-steps", 4, "--steps", 2, "--stack", 1)
     train("train_ARD_gan.py", "R+D", *data, "--real-data-path", "digits", "--ckpt-path", student, "--gan-warmup", 0,
           "--bn-group", 3)  # fmt: skip
@@ -70,7 +70,7 @@ def main(folder: Path) -> None:
         ("teacher", "R", "online", "R+D"), walk(folder / "cuda", folder / "cpu", "cuda"), strict=True
     ):
         new = {where: count - waits[1].get(where, 0) for where, count in waits[-1].items()}
-        print(f"{run}: {sum(new.values())} waits in steps", *(where for where, count in new.items() if count))
+        print(f"{run}: {sum(new.values())} waits in steps", *(what for (what, _), count in new.items() if count))
     cpu, cuda = numbers(folder / "cpu"), numbers(folder / "cuda")
     apart = {name: float(np.abs(cuda[name].astype(np.float64) - value).max()) for name, value in cpu.items()}
     print(f"{len(cpu.keys() & cuda.keys())} of {len(cpu)} tensors, at most {max(apart.values())} apart")

@@ -1,10 +1,13 @@
 """Sources of real images: uint8 that survives, mirror images, a source's description and refused options."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
 
 from runtime.cli import UserError
+from runtime.vae import Pixels
 from stores.digits import DigitImages
 from stores.image_folder import mirrored
 from stores.images import from_uint8, open_source, summary, to_uint8
@@ -32,6 +35,11 @@ def test_a_source_is_summed_up_in_a_line(image_folder, latent_store):
     assert summary(open_source(str(image_folder), 8, unconditional=True)) == "11 images"
     assert summary(open_source(str(latent_store), unconditional=True)) == "11 images"
     assert summary(DigitImages()) == "1797 images, 10 classes"
+    encodes = types.SimpleNamespace(name="an/autoencoder")  # of which nothing but its name is asked for
+    told = summary(open_source(str(image_folder), 8, unconditional=True), encodes)
+    assert told.startswith("11 images; encoded in every step") and told.endswith("encode_latents.py does it once")
+    assert summary(open_source(str(latent_store), unconditional=True), encodes) == "11 images"
+    assert summary(DigitImages(), Pixels()) == "1797 images, 10 classes"
 
 
 def test_options_that_do_not_suit_a_source_are_refused(latent_store):

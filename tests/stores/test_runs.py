@@ -6,6 +6,7 @@ Then two trainings at once, and ranks without a common folder.
 
 import shutil
 import time
+from datetime import timedelta
 from threading import Event
 
 import pytest
@@ -15,11 +16,13 @@ from helpers import (
     SMALL,
     assert_equal,
     call,
+    call_on_ranks,
     checkpoint,
     spawn,
     start,
 )
 
+from runtime import distributed
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
 from stores import checkpoints
@@ -239,3 +242,30 @@ def test_ranks_that_do_not_find_the_main_ranks_checkpoint_end_with_a_sentence(st
     assert done.returncode != 0 and time.monotonic() - begun < 60
     assert "1 of 2 ranks do not find the main rank's checkpoint 0000002.pt; give a folder that all nodes" in done.stderr
     assert not list((tmp_path / "node0").rglob("0000004.pt")) and not list((tmp_path / "node1").rglob("*.pt"))
+
+
+def test_a_checkpoint_to_resume_from_is_read_and_compared_with_its_checksums_once(tmp_path, monkeypatch):
+    run, compared = folder(CONFIG, tmp_path), []
+    run.save_snapshot(7, {"model": {"w": torch.ones(3)}})
+    run.background.wait()
+    whole = checkpoints.damaged_member
+    monkeypatch.setattr(checkpoints, "damaged_member", lambda path: compared.append(path) or whole(path))
+    path, content = folder(CONFIG, tmp_path).newest_checkpoint()
+    assert content["step"] == 7 and torch.equal(content["model"]["w"], torch.ones(3)) and compared == [path]
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_a_slow_disk_longer_than_for_each_others_steps(store, tmp_path, monkeypatch):
+    """The first checkpoint is still being written when the second is due; no rank sits in an exchange meanwhile."""
+    write, patience = checkpoints.save, 10
+
+    def slow(path, content):
+        if path.name == "0000002.pt":
+            time.sleep(2 * patience)
+        write(path, content)
+
+    monkeypatch.setattr(checkpoints, "save", slow)
+    monkeypatch.setattr(distributed, "TRAINING_TIMEOUT", timedelta(seconds=patience))
+    options = ("--data-path", store, *SMALL, "--iterations", 6, "--ckpt-every", 2, "--run-dir", tmp_path / "run")
+    assert call_on_ranks(2, "train_ARD.py", *options, "--device", "cpu") == [0, 0]
+    assert len(list((tmp_path / "run/checkpoints").glob("*.pt"))) == 3
