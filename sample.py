@@ -7,10 +7,9 @@ import argparse
 from typing import Any
 
 from costs.commands import add_presets, check_plan, plan_command
-from diffusion.teacher_ode import ODE_OPTIONS, TeacherODE, add_ode_options
+from diffusion.teacher_ode import OdeOptions, TeacherODE
 from runtime import cli, distributed
-from runtime.cli import chosen
-from runtime.options import read_options
+from runtime.options import add_options, read_options
 from runtime.precision import CUDAGraph
 from runtime.vae import outline_vae
 from sampler import (
@@ -35,7 +34,7 @@ def build_parser() -> cli.Parser:
     group.add_argument("--teacher", "--ckpt-path", "--ckpt_path", type=cli.file, required=True, help=known)
     checkpoints.add_file_options(group)
     add_captions_option(group)
-    add_ode_options(group)
+    add_options(group, OdeOptions)
     add_sampling_options(parser)
     return parser
 
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
         args.teacher, weights=args.weights, heads=args.teacher_heads, vae=args.vae, process=args.teacher_process
     )
     conditions = open_conditions(args.captions, teacher, config["provenance"])
-    ode = TeacherODE(teacher, conditions=conditions, **chosen(args, ODE_OPTIONS))
+    ode = TeacherODE(teacher, conditions=conditions, **vars(read_options(OdeOptions, vars(args))))
     config["provenance"] |= ode.provenance
     provenance = check_sampling(config, options, drawing.precision, conditions, context)
     writer = SampleWriter(out, options.num_samples, provenance, context, options.save_latents)

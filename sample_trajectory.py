@@ -11,10 +11,11 @@ import argparse
 import torch
 
 from costs.commands import add_presets, check_plan, plan_command
-from diffusion.teacher_ode import GRIDS, ODE_OPTIONS, TARGETS, TeacherODE, add_ode_options, grid_steps, pick_points
+from diffusion.teacher_ode import GRIDS, TARGETS, OdeOptions, TeacherODE, grid_steps, pick_points
 from runtime import cli, distributed
 from runtime.checks import writable_folder
 from runtime.cli import UserError, chosen
+from runtime.options import add_options, read_options
 from runtime.precision import (
     DTYPES,
     STORED,
@@ -43,7 +44,7 @@ def build_parser() -> cli.Parser:
     )
     add_captions_option(group)
     group.add_argument("--teacher-weights", choices=("ema", "raw"), default="ema", help="Use these of its weights.")
-    add_ode_options(group)
+    add_options(group, OdeOptions)
     group = parser.add_argument_group("store")
     group.add_argument("--out", type=cli.folder, required=True, help="Write the store into this folder.")
     group.add_argument(
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     if args.vae and resolve_name(args.vae) != config["vae"]:
         raise UserError(f"--vae {args.vae}: this teacher works on {config['vae'] or 'pixels'}, leave the option out")
     conditions = open_conditions(args.captions, teacher, config["provenance"])
-    ode = TeacherODE(teacher, conditions=conditions, **chosen(args, ODE_OPTIONS))
+    ode = TeacherODE(teacher, conditions=conditions, **vars(read_options(OdeOptions, vars(args))))
     try:
         solver_indices = grid_steps(args.steps, args.grid, args.solver_steps)
     except ValueError as error:

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffusion.teacher_ode import ODE_OPTIONS, TeacherODE
+from diffusion.teacher_ode import OdeOptions, TeacherODE
 from models import DiT
 from models_ard import ARD
 from runtime.checks import writable_folder
 from runtime.cli import Parser, UserError, add_dry_run_option, file, folder, name, not_negative, positive, shortened
 from runtime.distributed import DistributedContext, add_device_option
-from runtime.options import add_options, option
+from runtime.options import add_options, option, read_options
 from runtime.precision import COMPILE_HELP, COMPUTED, autocast, cast_weights, compile_blocks, inference_copy
 from runtime.provenance import require_same
 from runtime.randomness import LABEL_POLICIES, Classes, Conditions, labels, noise
@@ -229,8 +229,8 @@ def learned_ode(
     model, config = load_teacher(path, vae=provenance.get("vae"), **told)
     found = {"teacher_hash": config["provenance"]["teacher_hash"]}
     require_same(f"--teacher {path}: the student learned from another teacher", provenance, found)
-    options: dict[str, Any] = {name: provenance.get(name) for name in ODE_OPTIONS}
-    return TeacherODE(model, conditions=conditions, **options)
+    options: dict[str, Any] = {"guidance_interval": None} | provenance
+    return TeacherODE(model, conditions=conditions, **vars(read_options(OdeOptions, options)))
 
 
 def student_previews(

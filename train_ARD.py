@@ -7,16 +7,16 @@
 """
 
 import argparse
+from dataclasses import dataclass
 from typing import Any
 
 from costs.commands import add_presets, check_plan, plan_command
 from diffusion.teacher_ode import (
     GRIDS,
-    ODE_OPTIONS,
     TARGETS,
+    OdeOptions,
     OnlineBatches,
     TeacherODE,
-    add_ode_options,
     grid_steps,
 )
 from evaluations.quality import PeriodicEvaluator, QualityOptions, add_quality_options
@@ -26,7 +26,7 @@ from models_ard import ARD, MASKS
 from models_pixart import MODELS
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
-from runtime.options import read_options
+from runtime.options import add_options, option, read_options
 from runtime.precision import autocast, cast_weights, prepare_blocks
 from runtime.provenance import require_same
 from runtime.randomness import Conditions
@@ -36,6 +36,25 @@ from stores import checkpoints
 from stores.captions import add_captions_option, open_conditions
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
 from trainer import Optimisation, RunOptions, Trainer, TrainState, add_training_options
+
+
+@dataclass(frozen=True)
+class DistilOptions:
+    """The student, and what it learns of the teacher's trajectories."""
+
+    model: str | None = option(
+        None, "The teacher's size, such as DiT-XL/2; only checked.", choices=MODELS, metavar="NAME"
+    )
+    steps: int = option(4, "S, the student's steps.", cli.positive)
+    mask: str = option("M4", "Points that a step sees: M1 its own .. M4 all before it.", choices=MASKS)
+    stack: int | None = option(
+        None,
+        "N, the lower blocks that see history; without it 6 of 28, or that share of another depth.",
+        cli.not_negative,
+    )
+    target: str = option("x0", "Predict x_0 from the next point, or that point.", choices=TARGETS)
+    grid: str = option("even", "Where the points lie on the teacher's trajectory.", choices=GRIDS)
+    level_embedding: bool = option(False, "Add a learned vector per step to the tokens.")
 
 
 def build_parser() -> cli.Parser:
@@ -54,29 +73,8 @@ def build_parser() -> cli.Parser:
         "--vae", type=cli.name, help="Load the teacher's autoencoder from this folder or hub id instead of by name."
     )
     add_captions_option(group)
-    add_ode_options(parser.add_argument_group("the teacher's ODE, with --online"))
-    group = parser.add_argument_group("student")
-    group.add_argument(
-        "--model", choices=MODELS, metavar="NAME", help="The teacher's size, such as DiT-XL/2; only checked."
-    )
-    group.add_argument("--steps", type=cli.positive, default=4, help="S, the student's steps.")
-    group.add_argument(
-        "--mask", choices=MASKS, default="M4", help="Points that a step sees: M1 its own .. M4 all before it."
-    )
-    share = "N, the lower blocks that see history; without it 6 of 28, or that share of another depth."
-    group.add_argument("--stack", type=cli.not_negative, help=share)
-    group.add_argument(
-        "--target", choices=TARGETS, default="x0", help="Predict x_0 from the next point, or that point."
-    )
-    group.add_argument(
-        "--grid", choices=GRIDS, default="even", help="Where the points lie on the teacher's trajectory."
-    )
-    group.add_argument(
-        "--level-embedding",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="Add a learned vector per step to the tokens.",
-    )
+    add_options(parser.add_argument_group("the teacher's ODE, with --online"), OdeOptions)
+    add_options(parser.add_argument_group("student"), DistilOptions)
     add_training_options(parser)
     add_quality_options(parser)
     return parser
@@ -85,6 +83,7 @@ def build_parser() -> cli.Parser:
 def open_teacher(
     data_path: str | None,
     teacher: str | None,
+    ode_options: OdeOptions,
     *,
     teacher_heads: int | None,
     teacher_process: str | None,
@@ -93,7 +92,6 @@ def open_teacher(
     verify: bool,
     vae: str | None,
     captions: str | None,
-    **ode_options: Any,
 ) -> tuple[DiT, dict, dict, TrajectoryStore | TeacherODE, Conditions]:
     """The teacher, its config, the provenance of its trajectories, where they come from, a store or the ODE, and what
     their labels stand for.
@@ -109,23 +107,23 @@ def open_teacher(
         raise UserError("--online: needs --teacher, the checkpoint whose trajectories to make")
     model, config = checkpoints.load_teacher(teacher, heads=teacher_heads, vae=vae, process=teacher_process)
     conditions = open_conditions(captions, model, config["provenance"], verify=verify)
-    ode = TeacherODE(model, conditions=conditions, **ode_options)
+    ode = TeacherODE(model, conditions=conditions, **vars(ode_options))
     made = {"seed": seed, "label_policy": "balanced", "online": True}
     return model, config, config["provenance"] | ode.provenance | made, ode, conditions
 
 
-def build_student(
-    teacher: DiT, solver_steps: int, *, model: str | None, steps: int, mask: str, stack: int, grid: str, level: bool
-) -> tuple[ARD, list[int]]:
+def build_student(teacher: DiT, solver_steps: int, options: DistilOptions) -> tuple[ARD, list[int]]:
     """The student that is asked for, and after which solver steps its points lie; ``UserError`` if it cannot be."""
-    if model:
-        require_same(f"--model {model}: the teacher is another model", teacher.config, MODELS[model].keywords)
+    steps, grid, stack = options.steps, options.grid, options.stack
+    if options.model:
+        size = MODELS[options.model].keywords
+        require_same(f"--model {options.model}: the teacher is another model", teacher.config, size)
     try:
         solver_indices = grid_steps(steps, grid, solver_steps)
     except ValueError as error:
         raise UserError(f"--steps {steps} --grid {grid}: {error}") from None
     try:
-        return ARD.from_teacher(teacher, steps, mask, stack, level), solver_indices
+        return ARD.from_teacher(teacher, steps, options.mask, stack, options.level_embedding), solver_indices
     except ValueError as error:
         raise UserError(f"--stack {stack}: {error}") from None
 
@@ -136,12 +134,12 @@ def run(args: argparse.Namespace) -> None:
     quality = read_options(QualityOptions, given)
     running.check()
     context = distributed.choose_device(args.device)
-    names = ("teacher_heads", "teacher_process", "online", "seed", "verify", "vae", "captions", *ODE_OPTIONS)
+    names = ("teacher_heads", "teacher_process", "online", "seed", "verify", "vae", "captions")
     teacher, teacher_config, provenance, source, conditions = open_teacher(
-        args.data_path, args.teacher, **chosen(args, names)
+        args.data_path, args.teacher, read_options(OdeOptions, given), **chosen(args, names)
     )
-    shape: dict[str, Any] = chosen(args, ("model", "steps", "mask", "stack", "grid")) | {"level": args.level_embedding}
-    student, solver_indices = build_student(teacher, provenance["solver_steps"], **shape)
+    distil = read_options(DistilOptions, given)
+    student, solver_indices = build_student(teacher, provenance["solver_steps"], distil)
     order: dict[str, Any] = {"global_batch_size": args.global_batch_size, "seed": args.seed, "context": context}
     batches: OnlineBatches | TrajectoryBatches
     if isinstance(source, TeacherODE):

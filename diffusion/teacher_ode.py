@@ -4,6 +4,7 @@ B batch   C, H, W the latent   n solver steps   K points that are kept   S stude
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,33 +12,33 @@ from torch.utils.data import Dataset
 
 from diffusion import process_of
 from models import DiT
-from runtime.cli import OptionGroup, UserError, noise_level, not_negative_number, positive
+from runtime.cli import UserError, noise_level, not_negative_number, positive
 from runtime.distributed import DistributedContext
+from runtime.options import option
 from runtime.randomness import Classes, Conditions, labels, noise
 
 TARGETS = ("x0", "xt")
 GRIDS = ("even", "authors")
-ODE_OPTIONS = ("solver_steps", "cfg_scale", "cfg_channels", "guidance_interval")
 
 
-def add_ode_options(group: OptionGroup) -> None:
-    """The options of the teacher's probability-flow ODE, ``ODE_OPTIONS``."""
-    group.add_argument("--solver-steps", type=positive, default=25, help="Solve the ODE in this many steps.")
-    group.add_argument(
-        "--cfg-scale", type=not_negative_number, default=1.5, help="Guide by this scale; 1 is no guidance."
-    )
-    group.add_argument(
-        "--cfg-channels",
-        type=positive,
-        help="Guide only the first N channels; without it 3, as the samplers of DiT and SiT, or all of fewer, and of a "
+@dataclass(frozen=True)
+class OdeOptions:
+    """The teacher's probability-flow ODE."""
+
+    solver_steps: int = option(25, "Solve the ODE in this many steps.", positive)
+    cfg_scale: float = option(1.5, "Guide by this scale; 1 is no guidance.", not_negative_number)
+    cfg_channels: int | None = option(
+        None,
+        "Guide only the first N channels; without it 3, as the samplers of DiT and SiT, or all of fewer, and of a "
         "REPA or a text model.",
+        positive,
     )
-    group.add_argument(
-        "--guidance-interval",
-        type=noise_level,
+    guidance_interval: Sequence[float] | None = option(
+        None,
+        "Guide at these noise levels only, 0 is data and 1 noise; elsewhere the null half is not run.",
+        noise_level,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="Guide at these noise levels only, 0 is data and 1 noise; elsewhere the null half is not run.",
     )
 
 
