@@ -14,8 +14,9 @@ import pytest
 from helpers import ROOT, SMALL, call, refused
 from PIL import Image
 
+from lab.report import evidence
 from lab.report.page import SHOWN
-from lab.report.results import Model
+from lab.report.results import Model, Results
 from stores import checkpoints
 
 STUDY = ROOT / "assets/study"
@@ -152,6 +153,15 @@ def test_the_same_input_gives_the_same_files(runs, report, tmp_path):
     for path in report.iterdir():
         if path.suffix in (".png", ".json", ".md", ".tex"):
             assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_curves_come_from_the_runs_own_logs_where_there_are_no_metrics(runs, tmp_path):
+    shutil.copytree(runs / "M4", tmp_path / "M4")
+    with (tmp_path / "M4/log.txt").open("a") as log:
+        log.write("eval 0000001 fid 12.5 recall 0.5\neval 0000002 fid 1.0 recall 0.5\n")
+    found = evidence.over_training(Results(tmp_path))
+    assert found.numbers == [{"label": "ARD M4, N=2", "x": [1, 2], "values": [[12.5], [1.0]]}]
+    assert "as logged by --eval-every" in found.caption and found.figure.axes[0].get_yscale() == "log"
 
 
 def test_what_does_not_belong_together_is_refused(study, runs, tmp_path, capsys):
