@@ -16,8 +16,8 @@ LIBRARY = "PRETENDED_CUDA"  # the environment variable with the path of the comp
 
 def lacking() -> str:
     """Why there can be no pretended device here, "" where there can be."""
-    if sys.platform != "linux" or torch.version.cuda is None:
-        return "a pretended CUDA device needs Linux and the CUDA build of torch"
+    if sys.platform != "linux" or torch.version.cuda is None or not hasattr(torch._C, "_ensureCUDADeviceGuardSet"):
+        return "a pretended CUDA device needs Linux and the CUDA build of a recent torch"
     return "" if shutil.which("c++") else "a pretended CUDA device needs a C++ compiler (c++)"
 
 
