@@ -23,14 +23,14 @@ study: .venv/ready
 
 test: .venv/ready-extra
 	$(MAKE) check
-	$(BIN)/python -m pytest -q -n auto -m slow
+	$(BIN)/python -m pytest -q -rs -n auto -m slow
 
 # Lint, types and the fast tests.
 check: .venv/ready-extra
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n auto -m "not slow"
+	$(BIN)/python -m pytest -q -rs -n auto -m "not slow"
 
 # uv installs the same packages as pip, several times faster. Compiled to bytecode once, so that no process has to.
 .venv/ready: requirements.txt constraints.txt

@@ -9,7 +9,6 @@ the same command again: finished shards are kept.
 """
 
 import argparse
-import hashlib
 from pathlib import Path
 
 import torch
@@ -17,7 +16,8 @@ import torch
 from costs.commands import check_plan, plan_captions
 from runtime import cli, distributed
 from runtime.checks import writable_folder
-from runtime.cli import RunError, UserError, existing_file
+from runtime.cli import RunError, UserError
+from runtime.files import file_sha256, read_lines
 from runtime.text import T5, T5Outline, WordEncoder, load_encoder
 from stores.captions import KIND, CaptionStore, shard_tensors
 from stores.shards import ROWS_PER_SHARD, ShardWriter
@@ -58,17 +58,12 @@ def build_parser() -> cli.Parser:
 
 def read_captions(path: str) -> tuple[list[str], str]:
     """The captions of a text file and the file's SHA-256; ``UserError`` for an empty line or bytes that are no text."""
-    content = existing_file("--text", path).read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--text {path}: not a text file in UTF-8 ({error})") from None
-    captions = [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+    captions = read_lines("--text", path)
     empty = [number for number, caption in enumerate(captions, start=1) if not caption.strip()]
     if empty or not captions:
         where = f"line {empty[0]} is empty" if empty else "the file is empty"
         raise UserError(f"--text {path}: {where}; give one caption a line (the null caption is added by itself)")
-    return captions, hashlib.sha256(content).hexdigest()[:16]
+    return captions, file_sha256(path)[:16]
 
 
 def run(args: argparse.Namespace) -> None:

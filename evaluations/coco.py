@@ -32,7 +32,7 @@ def choose(annotations: str, count: int, seed: int) -> list[tuple[str, str]]:
     """File name and caption of ``count`` random images of COCO's annotation file, in the order of their draw."""
     path = existing_file("--annotations", annotations)
     try:
-        content: Any = json.loads(path.read_text())
+        content: Any = json.loads(path.read_bytes())
         names = {image["id"]: str(image["file_name"]) for image in content["images"]}
         captions: dict[int, list[str]] = {}
         for annotation in content["annotations"]:
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     }
     require_outside("--out", args.out, "--images", folder)
     text, path = "".join(f"{caption}\n" for _, caption in pairs), writable_folder("--out", args.out) / "captions.txt"
-    require_replaceable("--out", path, "these captions", lambda path: path.read_text() == text)
+    require_replaceable("--out", path, "these captions", lambda path: path.read_bytes() == text.encode())
     if args.dry_run:
         cli.show_plan(provenance | {"count": args.count, "first": pairs[0]}, args)
         return

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from runtime import cli, distributed
 from runtime.checks import writable_folder
-from runtime.cli import UserError, existing_file
-from runtime.files import atomic_write, read_json, require_replaceable, write_text
+from runtime.cli import UserError
+from runtime.files import atomic_write, read_json, read_lines, require_replaceable, write_text
 from runtime.provenance import require_same
 from stores.captions import CaptionStore, add_captions_option
 from stores.image_arrays import Images
@@ -92,7 +92,7 @@ def run_compbench(args: argparse.Namespace) -> None:
 
 def run_geneval(args: argparse.Namespace) -> None:
     prompted = Prompted(args.samples, args.captions)
-    lines = existing_file("--metadata", args.metadata).read_text().splitlines()
+    lines = read_lines("--metadata", args.metadata)
     if len(lines) != prompted.store.count:
         raise UserError(f"--metadata {args.metadata}: {len(lines)} lines for {prompted.store.count} captions")
     folder = empty_image_folder(args.out, r"\d{5,}")

@@ -59,7 +59,7 @@ def write_captions(out: str | Path, count: int) -> None:
     """The captions of the first so many scenes, one a line."""
     text = "".join(f"{scene_caption(scene)}\n" for scene in range(count))
     known = {scene_caption(scene) for scene in range(len(SCENES))}
-    require_replaceable("--out", out, "captions", lambda path: set(path.read_text().splitlines()) <= known)
+    require_replaceable("--out", out, "captions", lambda path: set(path.read_text("utf-8").splitlines()) <= known)
     write_whole("--out", out, lambda file: file.write(text.encode()))
     print(f"{out}: {count} captions")
 

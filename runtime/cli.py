@@ -121,6 +121,9 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, after the named preset has replaced the defaults."""
         self.words = [str(word) for word in (sys.argv[1:] if args is None else args)]
+        for word in self.words:  # libraries take no such path, though python does
+            if not word.isascii() and word != word.encode(errors="ignore").decode():
+                self.error(f"{word}: is no text in UTF-8; rename it, or give a link to it with another name")
         early: Any = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         early.error = self.error
         early.add_argument("--preset", nargs="?")

@@ -22,8 +22,8 @@ class Console:
     def write(self, text: str) -> int:
         """Write what can be written."""
         with self._losses():
-            try:
-                self._stream.write(text)
+            try:  # first, names of bytes that are no text, which some consoles would be sent as they are
+                self._stream.write(text.encode(errors="backslashreplace").decode())
             except UnicodeEncodeError as error:
                 self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         return len(text)

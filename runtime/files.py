@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from runtime.checks import writable_file
-from runtime.cli import FETCHING, AbsentError, UserError
+from runtime.cli import FETCHING, AbsentError, UserError, existing_file
 from runtime.distributed import FILE_TIMEOUT, DistributedContext
 from runtime.errors import BusyError
 from runtime.paths import broken_link
@@ -103,6 +104,16 @@ def require_replaceable(option: str, path: str | Path, what: str, is_ours: Calla
         if path.is_file() and is_ours(path):
             return
     raise UserError(f"{option} {path}: exists already and is not {what}; give another name")
+
+
+def read_lines(option: str, path: str | Path) -> list[str]:
+    """The lines of a text file in UTF-8; they end in LF, CR LF or CR, nowhere else. ``UserError`` for other bytes."""
+    try:
+        text = existing_file(option, path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{option} {path}: not a text file in UTF-8 ({error})") from None
+    lines = re.split("\r\n|\r|\n", text)
+    return lines if lines[-1] else lines[:-1]
 
 
 def read_json(path: Path) -> Any:

@@ -127,7 +127,7 @@ def _survey(
     labelled = [(name, label) for name, label in zip(found, labels, strict=True) if _is_image(name)]
     others = [name for name in found if not _is_image(name)]
     if not unconditional:
-        others += sorted(e.name for e in os.scandir(root) if not _hidden(e.name) and e.is_file())
+        others += sorted(path.name for path in root.iterdir() if not _hidden(path.name) and not path.is_dir())
     if not labelled:
         raise UserError(f"{where}: holds no images ({', '.join(SUFFIXES)})")
 
@@ -180,7 +180,7 @@ def _survey(
 
 def _classes(root: Path, where: str) -> list[str]:
     """The names of the sub-folders, in order. ``UserError`` where there are none."""
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not _hidden(entry.name))
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not _hidden(path.name))
     if not classes:
         raise UserError(f"{where}: give a folder with one sub-folder of images for each class, or --unconditional")
     return classes

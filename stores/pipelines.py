@@ -9,8 +9,8 @@ import ast
 import json
 from pathlib import Path
 
-from runtime import cli
 from runtime.cli import UserError
+from runtime.files import read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 # The names taken from each of our files, in an order in which each finds its imports; None is the whole file.
@@ -70,11 +70,11 @@ def defined(node: ast.stmt) -> set[str]:
 
 def read_labels(path: str | Path, count: int) -> list[str]:
     """Names of ``count`` classes: a line for each, or JSON with id2label, as DiTPipeline's model_index.json has it."""
-    text = cli.existing_file("--labels", path).read_text(errors="replace")
-    names = [line.strip() for line in text.splitlines()]
+    lines = read_lines("--labels", path)
+    names = [line.strip() for line in lines]
     if str(path).endswith(".json"):
         try:
-            given = json.loads(text)
+            given = json.loads("\n".join(lines))
             given = given.get("id2label", given)
             names = [str(given[str(i)]) for i in range(len(given))]
         except (ValueError, KeyError, AttributeError, TypeError):

@@ -17,17 +17,28 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from runtime.checks import writable_file
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
-from runtime.files import SharedWriter, atomic_write, claim, json_object, release, write_text
+from runtime.files import SharedWriter, atomic_write, claim, json_object, release, require_replaceable, write_text
 from runtime.provenance import require_same
 from stores.image_arrays import Images
 from stores.images import to_uint8
 from stores.npz import DAMAGED_NPZ, npy_header, npz_member
 
 INDEX_BYTES = 40  # that a rank needs for each sample, to know which are missing
+
+
+GRID = PngInfo()  # what a picture of ours says of itself
+GRID.add_text("Software", "ARD")
+
+
+def is_grid(path: Path) -> bool:
+    """Whether a picture is a grid of samples that ``save_grid`` has drawn."""
+    with Image.open(path) as picture:
+        return picture.info.get("Software") == "ARD"
 
 
 def row_bytes(size: int, latent_shape: tuple[int, ...] = ()) -> int:
@@ -81,6 +92,7 @@ class SampleWriter(SharedWriter):
                 require_same(unfinished, found, self.provenance)
             elif self._parts():
                 raise UserError(f"--out {path}: {self.folder} does not say whose samples it holds; remove it")
+            require_replaceable("--out", self.path.with_suffix(".png"), "a grid of samples", is_grid)
         self._missing: list[int] = []
 
     def _noted(self) -> dict | None:
@@ -227,4 +239,4 @@ def save_grid(path: str | Path, images: torch.Tensor, columns: int | None = None
     factor = max(1, 48 // width)
     enlarged = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     with atomic_write(path) as partial:
-        enlarged.save(partial, format="PNG")
+        enlarged.save(partial, format="PNG", pnginfo=GRID)

@@ -74,6 +74,16 @@ def test_lines_end_as_on_any_system_and_nowhere_else(tmp_path):
     assert [store.text(i) for i in range(store.count)] == ["a three", "a four\x0babove\u2028a one"]
 
 
+@pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])
+@pytest.mark.parametrize("last", [True, False])
+def test_two_captions_are_two_whatever_ends_their_lines(end, last, tmp_path, capsys):
+    (tmp_path / "text.txt").write_bytes(f"a three{end}a four{end * last}".encode())
+    call("encode_captions.py", "--text", tmp_path / "text.txt", "--encoder", "words", "--out", tmp_path / "out")
+    store = CaptionStore(tmp_path / "out")
+    assert [store.text(i) for i in range(store.count)] == ["a three", "a four"]
+    assert "2 captions" in capsys.readouterr().out
+
+
 def test_long_captions_are_cut_with_a_count(tmp_path, capsys):
     out = encode(tmp_path, tmp_path / "store", captions=["a " * 10_000, "a three"])
     assert "2 captions, 1 of them cut to 16 tokens" in capsys.readouterr().out

@@ -1,12 +1,16 @@
 """Pieces of work as processes: what is there is not made again, a failure costs only what needs it."""
 
 import _thread
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from lab.experiments import Piece, Student, run_pieces
 from lab.worlds import DIGITS
@@ -72,3 +76,13 @@ def test_a_student_says_where_its_files_lie(tmp_path):
     assert (str(student), student.steps) == ("ARD (R), target x0", 4)
     for blind in ({"mask": "M1"}, {"stack": 0}):
         assert Student(DIGITS, tmp_path, "m", 1, **blind).method == "step distillation"
+
+
+@pytest.mark.parametrize("module", ["demo", "lab.report.page", "docs.figures"])
+def test_figures_are_files_whatever_a_shell_says_of_notebooks(module):
+    for backend in ("module://matplotlib_inline.backend_inline", "no such backend"):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {module}, matplotlib; print(matplotlib.get_backend())"],
+            env=os.environ | {"MPLBACKEND": backend}, cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0 and done.stdout.lower() == "agg\n", done.stderr

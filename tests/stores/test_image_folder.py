@@ -258,3 +258,54 @@ def test_the_names_of_classes_travel_from_images_to_samples(folder, tmp_path):
 
     assert checkpoints.load_teacher(teacher / "checkpoints/0000001.pt")[1]["provenance"]["class_names"] == ["a", "b"]
     assert read_provenance(tmp_path / "samples.npz")["class_names"] == ["a", "b"]
+
+
+@pytest.mark.slow
+def test_names_that_are_no_text_work_in_every_command(folder, autoencoder, tmp_path):
+    """In a process of its own, whose console is strict about what it is given."""
+    raw = os.fsdecode(b"caf\xe9")
+    (folder / "b").rename(folder / raw)
+    (folder / raw / "1.png").rename(folder / raw / f"1{raw}.png")
+    images = ("--data-path", folder, "--image-size", 8)
+    teach = ("train.py", *NANO_TEACHER, "--iterations", 1, "--sample-every", 1, "--run-dir")
+    encode = ("encode_latents.py", *images, "--vae", autoencoder, "--num-workers", 0, "--out", tmp_path / "latents")
+    draw_them = ("--num-samples", 4, "--solver-steps", 4, "--out")
+    for words in (
+        (*teach, tmp_path / "run", *images),
+        (*teach, tmp_path / "run", *images),  # again: it is found
+        encode,
+        ("stores.latents", "verify", tmp_path / "latents"),
+        (*teach, tmp_path / "latent-run", "--data-path", tmp_path / "latents"),
+        ("sample.py", "--teacher", tmp_path / "run/checkpoints/0000001.pt", *draw_them, tmp_path / "s.npz"),
+        ("evaluations.reference", folder, "--image-size", 8, "--out", tmp_path / "r.npz"),
+    ):
+        done = spawn(*words)
+        assert done.returncode in (0, 2 if "reference" in words[0] else 0), (words, done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr
+    assert "caf\\udce9" in (tmp_path / "run/log.txt").read_text()
+    config = checkpoints.load(tmp_path / "latent-run/checkpoints/0000001.pt", "")["config"]
+    assert config["provenance"]["class_names"] == ["a", raw]
+
+
+def test_a_path_that_is_no_text_is_refused_by_every_command(tmp_path, capsys):
+    raw = tmp_path / os.fsdecode(b"caf\xe9")
+    raw.mkdir()
+    for words in (
+        ("train.py", *NANO_TEACHER, "--data-path", raw, "--image-size", 8),
+        ("sample.py", "--teacher", "x.pt", "--num-samples", 1, "--out", raw / "s.npz"),
+        ("stores.latents", "verify", raw),
+        ("evaluations.evaluator", raw / "a.npz", raw / "b.npz"),
+    ):
+        assert f"{raw}".encode(errors="backslashreplace").decode() in (said := refused(capsys, *words))
+        assert "is no text in UTF-8; rename it" in said
+    assert not list(raw.iterdir())
+
+
+def test_links_in_a_folder_that_lead_nowhere_are_named_or_passed_over(folder, tmp_path):
+    (folder / "loop").symlink_to("loop")
+    (folder / "gone").symlink_to("/nowhere/at/all")
+    assert ImageFolder(folder, 8).classes == ["a", "b"]
+    (folder / "a/gone.png").symlink_to("/nowhere/at/all.png")
+    (folder / "a/loop.png").symlink_to("loop.png")
+    with pytest.raises(UserError, match=r"2 of 10 images cannot be read: a/gone.png \(no regular file\), a/loop.png"):
+        ImageFolder(folder, 8)

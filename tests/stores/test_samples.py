@@ -110,3 +110,21 @@ def test_killed_sampling_is_continued_and_loses_nothing(teacher_file, tmp_path):
     killed, whole = arrays(tmp_path / "killed.npz"), arrays(tmp_path / "whole.npz")
     assert np.abs(killed["arr_0"].astype(int) - whole["arr_0"]).max() <= 1
     assert (killed["arr_1"] == whole["arr_1"]).all()
+
+
+def test_a_picture_of_somebody_else_is_not_replaced_by_the_grid(tmp_path):
+    path, mine = tmp_path / "samples.npz", tmp_path / "samples.png"
+    for content in (b"my letter", b""):
+        mine.write_bytes(content)
+        with pytest.raises(UserError, match="samples.png: exists already and is not a grid of samples; give"):
+            fill(path, 4)
+        assert mine.read_bytes() == content and not path.exists()
+    Image.new("RGB", (3, 3)).save(mine)
+    with pytest.raises(UserError, match="is not a grid of samples"):
+        fill(path, 4)
+    mine.unlink()
+    fill(path, 4)
+    path.unlink()  # its grid stays, and may be drawn anew
+    fill(path, 5)
+    with Image.open(mine) as picture:
+        assert picture.width > 3
