@@ -196,7 +196,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def state_of(*folders: Path) -> dict[Path, tuple[int, int]]:
     """Everything below some folders with its size and time, to see that nothing was written."""
     paths = [path for folder in folders for path in folder.rglob("*")]
-    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+    return {path: (path.lstat().st_size, path.lstat().st_mtime_ns) for path in paths}
 
 
 def arrays(path: Path) -> dict[str, np.ndarray]:

@@ -2,7 +2,9 @@
 
     python tests/faults/grammar.py --lines 2000 --seed 0
 
-A line is one that is right with one to three things spoiled. It is run in a fork, with limits on time and memory, in a
+A line is one that is right with one to three things spoiled, links among them that lead nowhere or in a circle. A third
+of the lines meets an environment with one to three oddities: variables of launchers and libraries, closed descriptors.
+It is run in a fork, with limits on time and memory, in a
 folder of its own. Wanted: exit code 2, one line on stderr that begins "NAME: error: ", nothing on stdout, nothing
 written. Lines that happen to be right do not count. Exit code 1 if any other comes out otherwise.
 """
@@ -31,6 +33,18 @@ NUMBERS = ("0", "-1", "nan", "inf", "1e30", str(10**30), "", "x", "0x10", "1_0",
 FORBIDDEN = "/proc/nothing/here"  # nobody may write there
 NAMES = ("new\nline", "x" * 300, "surro\udcffgate", " ", "-", "é" * 100)
 SUFFIXES = (".npz", ".pt", ".json", "")
+VARIABLES = {
+    "RANK": ("", "0", "1", "-1", "x"),
+    "WORLD_SIZE": ("", "0", "1", "2", "x"),
+    "LOCAL_RANK": ("", "0", "3", "x"),
+    "MASTER_ADDR": ("", "no.such.machine.invalid"),
+    "MASTER_PORT": ("", "0", "29500", "x"),
+    "HOME": ("", FORBIDDEN),
+    "TMPDIR": ("", FORBIDDEN),
+    "MPLBACKEND": ("", "module://matplotlib_inline.backend_inline"),
+    "LANG": ("C", "xx_YY.bogus"),
+}
+STREAMS = (0, 1, 2)  # to be closed
 
 
 class Line(NamedTuple):
@@ -39,6 +53,14 @@ class Line(NamedTuple):
     stage: str
     script: str
     words: list[str]
+    odd: tuple[dict[str, str], tuple[int, ...]]
+
+
+def oddities(draw: random.Random) -> tuple[dict[str, str], tuple[int, ...]]:
+    """Variables to set, and descriptors to close."""
+    names = draw.sample([*VARIABLES, *STREAMS], draw.choice((1, 1, 2, 3)) if draw.random() < 0.34 else 0)
+    variables = {name: draw.choice(VARIABLES[name]) for name in names if name in VARIABLES}
+    return variables, tuple(name for name in names if isinstance(name, int))
 
 
 def options_of(script: str, words: list[str]) -> list[argparse.Action]:
@@ -64,6 +86,8 @@ def bad_paths(base: Path, draw: random.Random) -> list[str]:
         for name in ("student/checkpoints/0000002.pt", "samples.npz", "store/shard-00000.safetensors"):
             content = (base / name).read_bytes()
             (bad / f"half{Path(name).suffix}").write_bytes(content[: len(content) // 2])
+        for name, target in (("gone", "/nowhere/at/all"), ("circle", "circle"), ("to_a_file", base / "samples.npz")):
+            (bad / name).symlink_to(target)
         (bad / "store").mkdir()
         (bad / "store/manifest.json").write_text('{"provenance": {}, "shards": []}')
     things = [path for path in sorted(bad.rglob("*")) if bad.name in path.parts]
@@ -72,7 +96,8 @@ def bad_paths(base: Path, draw: random.Random) -> list[str]:
                                         "teacher/config.json")]  # fmt: skip
     hostile = draw.choice(NAMES) + draw.choice(SUFFIXES)
     under_a_file = str(base / "samples.npz/under")
-    return [*map(str, things), str(base / "missing"), FORBIDDEN, "", hostile, under_a_file, "."]
+    links = [str(bad / name / "under") for name in ("gone", "circle", "to_a_file")]
+    return [*map(str, things), *links, str(base / "missing"), FORBIDDEN, "", hostile, under_a_file, "."]
 
 
 def value_for(action: argparse.Action, base: Path, draw: random.Random) -> str:
@@ -125,12 +150,20 @@ def lines(base: Path, count: int, draw: random.Random) -> list[tuple[Line, Stage
         for _ in range(draw.choice((1, 1, 2, 3))):
             words = spoiled(words, actions, base, draw) if words else words
         words += ["--dry-run"] if can_be_dry and draw.random() < 0.5 else []
-        drawn.append((Line(name, stage.script, words), stage._replace(options=lambda out, words=words: words)))
+        drawn.append(
+            (Line(name, stage.script, words, oddities(draw)), stage._replace(options=lambda out, words=words: words))
+        )
     return drawn
 
 
-def limited(folder: Path) -> None:
-    """In the forked process: the folder to work in, and how much of the machine it may take."""
+def limited(folder: Path, odd: tuple[dict[str, str], tuple[int, ...]]) -> None:
+    """In the forked process: the folder to work in, its environment, and how much of the machine it may take."""
+    variables, closed = odd
+    os.environ |= variables
+    for number in closed:
+        os.close(number)
+        if number:  # as python starts with it
+            setattr(sys, ("stdout", "stderr")[number - 1], None)
     os.chdir(folder)
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
@@ -139,25 +172,26 @@ def limited(folder: Path) -> None:
         os.environ[name] = "1"
 
 
-def outcome(stage: Stage, base: Path, folder: Path, whole: Path) -> str:
+def outcome(stage: Stage, base: Path, folder: Path, whole: Path, odd: tuple[dict[str, str], tuple[int, ...]]) -> str:
     """ "refused", "right by accident", or the error in the end of a command."""
     folder.mkdir()
     before = state_of(base)
-    job = Job(stage, folder, lambda: limited(folder))
+    job = Job(stage, folder, lambda: limited(folder, odd))
     code = job.wait(30 * SECONDS)
     if code is None:
         job.kill()
     text, written = job.output, [str(path)[-80:] for path in folder.rglob("*")]
-    right = code == 0 or (code == -signal.SIGXCPU and written)  # at work: nothing was wrong, and there is much to do
+    at_work = code == -signal.SIGXCPU or "terminated by SIGXCPU" in text
+    right = code == 0 or (at_work and written)  # nothing was wrong, and there is much to do
     if state_of(base) != before:  # where nothing is wrong, features are kept beside a reference
         shutil.rmtree(base)
-        shutil.copytree(whole, base)
+        shutil.copytree(whole, base, symlinks=True)
         if not right:
             return f"exit code {code}, CHANGED existing files: {text[-300:]}"
     if right:
         return RIGHT
     one_line = text.count("\n") == 1 and ": error: " in text.split("\n")[0]
-    if code == 2 and one_line and not written:
+    if code == 2 and (one_line or (not text and 2 in odd[1])) and not written:
         return REFUSED
     return f"exit code {code}, written {written[:3]}: {text[-700:]}"
 
@@ -166,15 +200,15 @@ def trial(base: Path, count: int, draw: random.Random, show: bool = True) -> Cou
     """The outcomes of a number of lines, by stage; errors are shown at once."""
     bad_paths(base, draw)
     counts, whole = Counter(), base.with_name("whole")
-    shutil.copytree(base, whole)
+    shutil.copytree(base, whole, symlinks=True)
     for number, (line, stage) in enumerate(lines(base, count, draw)):
         folder = base.parent / f"line-{number}"
-        found = outcome(stage, base, folder, whole)
+        found = outcome(stage, base, folder, whole, line.odd)
         shutil.rmtree(folder)
         kind = found if found in (REFUSED, RIGHT) else "wrong"
         counts[line.stage, kind] += 1
         if kind == "wrong" and show:
-            print(f"{line.script} {line.words}\n    {found}\n", flush=True)
+            print(f"{line.odd} {line.script} {line.words}\n    {found}\n", flush=True)
         if show and number % 100 == 99:
             print(f"{number + 1} lines: {tally(counts)}", flush=True)
     return counts
