@@ -22,6 +22,7 @@ from bench.timing import peak_flops
 from costs.commands import plan_command, plan_latents
 from costs.plans import Plan
 from lab.experiments import draw_samples
+from models import PROCESS_TIMES
 from models_ard import default_history
 from models_pixart import MODELS
 from runtime import cli, distributed
@@ -58,6 +59,11 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--unconditional", action="store_true", help="Use no classes; the folder may be flat then.")
     parser.add_argument("--vae", type=cli.name, help="Work on latents of ema, mse, a folder or a hub id.")
     parser.add_argument("--teacher", type=cli.file, help="Distil this teacher instead of training one.")
+    parser.add_argument(
+        "--teacher-process",
+        choices=PROCESS_TIMES,
+        help="The teacher's process: ddpm is that of DiT, sit and repa are flows; if not said, ddpm.",
+    )
     parser.add_argument("--init", type=cli.file, help="Train the teacher from these weights, a DiT of any classes.")
     parser.add_argument("--steps", type=cli.positive, default=4, help="S, the student's steps.")
     parser.add_argument("--gan", action="store_true", help="Fine-tune the student with a discriminator (R+D).")
@@ -106,9 +112,15 @@ def stages(args: argparse.Namespace, out: Path, side: int) -> list[Stage]:
         patch = next((patch for patch in (2, 4) if (side // patch) ** 2 <= MOST_TOKENS), 8)
         model = ["--init", args.init] if args.init else ["--model", f"DiT-S/{patch}"]
         command = [*run, "train.py", "--data-path", *real, *model, "--ema-warmup"]
+        command += ["--process", args.teacher_process] if args.teacher_process else []
         command += ["--iterations", args.train_iterations, "--run-dir", out / "teacher", *seed, *device]
         add("train", teacher, *command, *args.train)
-    command = [*run, "sample_trajectory.py", "--teacher", teacher, "--num-trajectories", args.num_trajectories]
+    known = [
+        "--teacher",
+        teacher,
+        *(["--teacher-process", args.teacher_process] if args.teacher and args.teacher_process else []),
+    ]
+    command = [*run, "sample_trajectory.py", *known, "--num-trajectories", args.num_trajectories]
     add("dump", store / "manifest.json", *command, "--out", store, *seed, *device, *args.dump)
     command = [*run, "train_ARD.py", "--data-path", store, "--steps", args.steps, "--ema-warmup"]
     command += ["--iterations", args.student_iterations, "--run-dir", out / "student", *seed, *device]
@@ -122,7 +134,7 @@ def stages(args: argparse.Namespace, out: Path, side: int) -> list[Stage]:
         student = tuned
     command = [*run, "sample_ARD.py", "--ckpt-path", student, "--num-samples", args.num_samples]
     add("sample", out / "student.npz", *command, "--out", out / "student.npz", *seed, *device, *args.sample)
-    command = ["python", "sample.py", "--teacher", teacher, "--num-samples", min(SHOWN, args.num_samples)]
+    command = ["python", "sample.py", *known, "--num-samples", min(SHOWN, args.num_samples)]
     add("teacher", out / "teacher.npz", *command, "--out", out / "teacher.npz", *seed, *device)
     add("pipeline", out / "pipeline/README.md", "python", "pipeline_ard.py", student, "--out", out / "pipeline")
     command = ["python", "-m", "evaluations.evaluator", args.pictures, out / "student.npz"]
@@ -168,16 +180,18 @@ def with_plans(found: list[Stage], teacher: dict, count: int, vae: Any) -> list[
 def teacher_shape(args: argparse.Namespace, found: list[Stage], source: Any, side: int, channels: int) -> dict:
     """The arguments of the teacher's model: of given weights by their config, else by the command that trains it."""
     if args.teacher:
-        return checkpoints.load_teacher(args.teacher, vae=args.vae)[1]["model"]
+        return checkpoints.load_teacher(args.teacher, vae=args.vae, process=args.teacher_process)[1]["model"]
     options = options_of(next(stage.command for stage in found if stage.name == "train"), "distill.py --train")
     if args.init:
-        initial = checkpoints.load_teacher(args.init, "--init", vae=args.vae)[1]["model"]
+        initial = checkpoints.load_teacher(args.init, "--init", vae=args.vae, process=options["process"])[1]["model"]
         return initial | {"input_size": side, "num_classes": source.num_classes}
     given = {"depth": "depth", "width": "hidden_size", "heads": "num_heads", "patch": "patch_size"}
     shape = MODELS[options["model"]].keywords | {
         argument: options[name] for name, argument in given.items() if options[name] is not None
     }
     own = {"input_size": side, "in_channels": channels, "num_classes": source.num_classes}
+    if options["process"] not in (None, "ddpm"):
+        own |= {"process": options["process"], "learn_sigma": False}
     return shape | own | {"class_dropout_prob": options["label_dropout"]}
 
 

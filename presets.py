@@ -58,6 +58,15 @@ FLOW_ODES = {
     "repa": ODE
     | {"teacher": "REPA-XL-2-256x256.pt", "cfg_scale": 1.8, "cfg_channels": 4, "guidance_interval": [0.0, 0.7]},
 }
+# Published: teacher, sampler, guidance, FID of 50k samples.
+FLOW_FIGURES = [
+    ("SiT-XL/2", "ODE, dopri5", "none", "9.5"),
+    ("SiT-XL/2", "SDE", "none", "8.3"),
+    ("SiT-XL/2", "ODE or SDE", "1.5", "about 2.1"),
+    ("REPA", "SDE, 250 steps", "1.35", "1.80"),
+    ("REPA", "SDE, 250 steps", "1.8 on [0, 0.7]", "1.42"),
+    ("REPA", "Euler, 12 steps (by LakonLab, its issue 15)", "3.2 on [0, 0.7]", "3.52"),
+]
 FLOW_ROWS = ("teacher-25", "step-s4", "ard-n6-m4-s4", "step-s4-gan", "ard-n6-m4-s4-gan")
 
 # Section 4.2. Batch and learning rate are not stated there; the guidance is PixArt-Sigma's own, the paper's private

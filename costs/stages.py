@@ -4,6 +4,7 @@
     python -m costs.stages --tflops 400 --stack 28
     python -m costs.stages --memory # of a GPU in training: by its samples and options, and how many fit
     python -m costs.stages --rows   # each row of Table 1 by itself: its published figures, what it takes to train
+    python -m costs.stages --flows  # what flow teachers cost in DiT's place, and their published figures
 
 Bytes follow from the formats and the presets, operations are counted on the meta device from our own models; both are
 exact. Hours are an estimate: operations divided by a rate that you name, with nothing lost between steps. Memory of a
@@ -18,12 +19,13 @@ from typing import Any
 
 from costs.flops import TEXT_TOKENS, count_by_blocks, count_gan_step, meta_model, sampling_gflops, training_flops
 from costs.memory import Execution, training_memory
+from diffusion import PROCESSES
 from diffusion.teacher_ode import TARGETS, grid_steps
 from discriminator import Discriminator
 from models import DiT, DiT_models
 from models_ard import ARD, MASKS
 from models_pixart import named_shape
-from presets import TABLE_1, preset
+from presets import FLOW_FIGURES, FLOW_ODES, TABLE_1, preset
 from runtime import cli
 from runtime.precision import on_meta_device
 from runtime.vae import VAE_BYTES
@@ -53,6 +55,10 @@ COLUMNS = (
     "disk",
     "memory of a GPU, at least",
     "of the host",
+)
+FLOW_COLUMNS = (
+    *("preset", "solver", "guidance", "guided steps", "GMAC of a trajectory", "the dump's operations"),
+    "GPU hours (estimate)",
 )
 ROW_COLUMNS = ("preset", "FID", "IS", "precision", "recall", "training", "operations", "GPU hours (estimate)")
 
@@ -198,6 +204,28 @@ def count_rows(tflops: float) -> list[dict[str, Any]]:
     return counted
 
 
+def count_flows(tflops: float) -> list[dict[str, Any]]:
+    """For DiT and each flow teacher: what its dump by its preset takes; students cost the same with all of them."""
+    dumps, counted = preset("sample_trajectory.py"), []
+    for name in ("", *(f"{flow}-" for flow in FLOW_ODES)):
+        dump = dumps[f"{name}ard-n6-m4-s4"]
+        teacher = shape_by_name(dump["teacher"])
+        assert teacher is not None
+        steps, interval = dump["solver_steps"], dump.get("guidance_interval")
+        solver = {"steps": steps, "cfg_scale": dump["cfg_scale"], "guidance_interval": interval}
+        gflops = count_by_blocks(teacher, partial(sampling_gflops, **solver))
+        work = 2e9 * gflops * dump["num_trajectories"] / 1e18
+        process = PROCESSES[teacher.get("process", "ddpm")]
+        on = f" on [{interval[0]:g}, {interval[1]:g}]" if interval else ""
+        values = (
+            *(f"`{name}ard-n6-m4-s4`", f"{process.solver}, {steps} steps", f"{dump['cfg_scale']:g}{on}"),
+            *(f"{sum(process.guided_steps(steps, interval))} of {steps}", f"{gflops:.0f}"),
+            *(f"{work:.3g} EFLOP", f"{1e6 * work / tflops / 3600:.3g}"),
+        )
+        counted.append(dict(zip(FLOW_COLUMNS, values, strict=True)))
+    return counted
+
+
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, prog="costs.stages", description="Count the cost of each stage of the ImageNet path.")
     parser.add_argument(
@@ -210,6 +238,9 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--stack", type=cli.not_negative, default=6, help="N, the lower blocks that see history.")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--rows", action="store_true", help="Print each row of Table 1 instead, by its presets.")
+    kind.add_argument(
+        "--flows", action="store_true", help="Print the dumps of flow teachers instead, by their presets."
+    )
     kind.add_argument("--memory", action="store_true", help="Print a GPU's memory in training instead, in bf16.")
     parser.add_argument("--card", type=cli.positive_number, default=80.0, help="Memory of the GPU in GB, for --memory.")
     return parser
@@ -218,16 +249,22 @@ def build_parser() -> cli.Parser:
 def run(args: argparse.Namespace) -> None:
     if args.memory:
         rows = count_memory(args.card)
+    elif args.flows:
+        rows = count_flows(args.tflops)
     else:
         rows = count_rows(args.tflops) if args.rows else count_stages(args.tflops, args.steps, args.mask, args.stack)
     print("| " + " | ".join(rows[0]) + " |\n" + "|" + "---|" * len(rows[0]))
     for row in rows:
         print("| " + " | ".join(row.values()) + " |")
+    if args.flows:
+        print("\n| teacher | its authors' sampler | guidance | FID, published |\n|---|---|---|---|")
+        print("\n".join(f"| {' | '.join(row)} |" for row in FLOW_FIGURES))
     if args.memory:
         print("\nTensors only, planned; bf16. The CUDA context, libraries and the allocator want some GB more.")
         return
-    if args.rows:
-        print(f"\nFigures are the paper's (Table 1). Hours are an estimate at {args.tflops:g} TFLOP/s per GPU.")
+    if args.rows or args.flows:
+        whose = "the paper's (Table 1)" if args.rows else "not ours, and not of these solvers"
+        print(f"\nFigures are {whose}. Hours are an estimate at {args.tflops:g} TFLOP/s per GPU.")
         return
     print(
         f"\nDiT-XL/2, 256 px, S={args.steps}, {args.mask}, N={args.stack}. Operations and bytes are counted; hours are "

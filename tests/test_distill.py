@@ -11,7 +11,8 @@ import time
 
 import numpy as np
 import pytest
-from helpers import arrays, call, refused, start
+import torch
+from helpers import arrays, call, random_teacher, refused, start
 from PIL import Image
 
 TINY = ("--train-iterations", 12, "--student-iterations", 12, "--num-trajectories", 24, "--num-samples", 70,
@@ -41,6 +42,19 @@ def test_a_dry_run_shows_every_command_and_makes_nothing(photos, tmp_path, capsy
     ]  # fmt: skip
     assert "--depth 2" in plan["stages"]["train"] and plan["disk_bytes"] > 0
     assert not (tmp_path / "out").exists()
+
+
+def test_a_process_reaches_the_teacher_that_is_trained_or_given(photos, tmp_path, capsys):
+    call("distill.py", photos, "--out", tmp_path / "out", *TINY, "--teacher-process", "sit", "--dry-run")
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert "--process sit" in stages["train"] and "--teacher-process" not in stages["dump"]
+    bare = tmp_path / "bare.pt"
+    torch.save(random_teacher(input_size=32, in_channels=3, num_classes=3).state_dict(), bare)
+    given = ("--out", tmp_path / "out", *TINY[2:-6], *TINY[-4:], "--teacher", bare)
+    assert "give --teacher-process: ddpm (a DiT) or sit" in refused(capsys, "distill.py", photos, *given)
+    call("distill.py", photos, *given, "--teacher-process", "sit", "--dry-run")
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert all("--teacher-process sit" in stages[name] for name in ("dump", "teacher"))
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_every_command_on_a_page_is_one_that_its_own_parser_takes(page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options, count", [([], 7), (["--rows"], 14), (["--memory"], 9)])
+@pytest.mark.parametrize("options, count", [([], 7), (["--rows"], 14), (["--flows"], 11), (["--memory"], 9)])
 def test_the_tables_of_costs_are_what_the_command_counts(options, count, capsys):
     call("costs.stages", *options)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]

@@ -1,0 +1,165 @@
+"""Noise prediction or flow matching, on digits: a teacher of each at equal steps, and what students make of them.
+
+    python -m lab.flow --out results/flow            # the same command continues where it broke off
+    python -m lab.flow --out results/flow --dry-run  # what it would run
+
+The teachers differ in --process alone. Both are sampled in few solver steps, and distilled by step distillation
+(M1) and by ARD (M4), with equal steps and each seed. At the end a table is printed, and written to OUT.
+"""
+
+import argparse
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+from lab.experiments import (
+    CORES,
+    Piece,
+    Student,
+    dump_command,
+    evaluate_command,
+    figures_of,
+    reference_command,
+    run_pieces,
+    sample_command,
+    train_command,
+    write_table,
+)
+from lab.worlds import DIGITS, World
+from runtime import cli
+from runtime.cli import UserError, chosen
+from runtime.files import write_text
+from runtime.provenance import require_same
+
+PROCESSES = ("ddpm", "sit")
+SOLVER_STEPS = (4, 8, 25)
+METHODS = {"m1": ("M1", 0), "m4": ("M4", 2)}  # name: mask, N
+SIZES = ("teacher_iterations", "iterations", "num_trajectories", "num_samples")
+COLUMNS = {"process": "process", "model": "model", "steps": "steps", "fid": "FID"}
+
+
+def world_of(out: Path, process: str, teacher_iterations: int) -> World:
+    """Digits with the teacher of that process."""
+    return replace(DIGITS, teacher=str(out / process / f"teacher/checkpoints/{teacher_iterations:07d}.pt"))
+
+
+def teacher_samples(out: Path, process: str, solver_steps: int) -> Path:
+    """The samples of a teacher in so many steps."""
+    return out / process / f"teacher-{solver_steps}.npz"
+
+
+def students(out: Path, process: str, seed: int, teacher_iterations: int, iterations: int) -> list[Student]:
+    """All students of one teacher and seed."""
+    world, folder = world_of(out, process, teacher_iterations), out / process / f"seed{seed}"
+    return [Student(world, folder, name, iterations, mask=m, stack=n) for name, (m, n) in METHODS.items()]
+
+
+def plan(
+    out: Path, seeds: int, *, teacher_iterations: int, iterations: int, num_trajectories: int, num_samples: int
+) -> list[Piece]:
+    """All pieces, in an order in which each finds what it needs."""
+    reference = out / "digits.npz"
+    teachers, measured, trained = [], [], []
+    for process in PROCESSES:
+        world = world_of(out, process, teacher_iterations)
+        weights = Path(world.teacher)
+        train: list = ["python", "train.py", "--model", "DiT-Micro/2", "--data-path", "digits", "--no-hflip"]
+        train += ["--global-batch-size", 128, "--lr", "1e-3", "--ema-decay", 0.999, "--ema-warmup", "--sample-every", 0]
+        train += ["--process", process, "--iterations", teacher_iterations, "--run-dir", out / process / "teacher"]
+        teachers.append(Piece(train, weights))
+        for n in SOLVER_STEPS:
+            samples = teacher_samples(out, process, n)
+            draw: list = [
+                "python",
+                "sample.py",
+                "--teacher",
+                weights,
+                "--solver-steps",
+                n,
+                "--num-samples",
+                num_samples,
+            ]
+            draw += ["--per-proc-batch-size", 256, "--out", samples]
+            measured.append(Piece(draw, samples, (weights,)))
+            judge = evaluate_command(world, reference, samples)
+            measured.append(Piece(judge, samples.with_suffix(".json"), (samples, reference)))
+    for seed in range(seeds):
+        for process in PROCESSES:
+            world = world_of(out, process, teacher_iterations)
+            weights = Path(world.teacher)
+            store = out / process / f"seed{seed}" / "trajectories"
+            made = store / "manifest.json"
+            trained.append(Piece(dump_command(world, store, num_trajectories, seed, 1), made, (weights,)))
+            for student in students(out, process, seed, teacher_iterations, iterations):
+                draw = sample_command(student.weights, student.samples, num_samples, seed)
+                judge = evaluate_command(world, reference, student.samples)
+                trained += [
+                    Piece(train_command(student, seed), student.weights, (made,)),
+                    Piece(draw, student.samples, (student.weights,)),
+                    Piece(judge, student.samples.with_suffix(".json"), (student.samples, reference)),
+                ]
+    return [Piece(reference_command(DIGITS, reference), reference), *teachers, *measured, *trained]
+
+
+def rows_of(out: Path, seeds: int, teacher_iterations: int, iterations: int) -> list[dict]:
+    """The table: a row for each teacher and number of steps, and for each method its mean and deviation over seeds."""
+    rows: list[dict] = []
+    for process in PROCESSES:
+        for n in SOLVER_STEPS:
+            figure = figures_of(teacher_samples(out, process, n))["fid"]
+            rows.append({"process": process, "model": "teacher", "steps": n, "fid": figure})
+        by_seed = [students(out, process, seed, teacher_iterations, iterations) for seed in range(seeds)]
+        for same in zip(*by_seed, strict=True):
+            found = [figures_of(student.samples)["fid"] for student in same]
+            spread = f" ± {statistics.stdev(found):.2f}" if seeds > 1 else ""
+            row = {"process": process, "model": same[0].method, "steps": same[0].steps, "seeds": found}
+            rows.append(row | {"fid": f"{statistics.mean(found):.2f}{spread}"})
+    return rows
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__, prog="lab.flow", description="Compare flow matching with noise prediction on digits.")
+    parser.add_argument("--out", type=Path, default=Path("results/flow"), help="Folder of all that is made.")
+    parser.add_argument("--seeds", type=cli.not_negative, default=3, help="So many students of each kind; 0 is none.")
+    parser.add_argument("--jobs", type=cli.positive, default=CORES, help="Processes side by side, one thread each.")
+    group = parser.add_argument_group("sizes")
+    group.add_argument("--teacher-iterations", type=cli.positive, default=3000, help="Training steps of a teacher.")
+    group.add_argument("--iterations", type=cli.positive, default=600, help="Training steps of a student.")
+    group.add_argument("--num-trajectories", type=cli.positive, default=5000, help="Trajectories of a seed.")
+    group.add_argument("--num-samples", type=cli.positive, default=5000, help="Samples of a row.")
+    cli.add_dry_run_option(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.num_samples < 64:
+        raise UserError(f"--num-samples {args.num_samples}: FID needs 64 samples at least")
+    sizes = chosen(args, SIZES)
+    note = args.out / "flow.json"
+    if note.exists():
+        require_same(f"--out {args.out}: holds results of other sizes", json.loads(note.read_text()), sizes)
+    pieces = plan(args.out, args.seeds, **sizes)
+    if args.dry_run:
+        left = sum(not piece.makes.exists() for piece in pieces)
+        cli.show_plan(sizes | {"pieces": len(pieces), "left": left}, args)
+        return
+    write_text(note, json.dumps(sizes) + "\n")
+    failed = run_pieces(pieces, args.jobs)
+    if failed:
+        raise cli.RunError(f"{len(failed)} pieces were not made; the same command tries them again; {failed[0]}")
+    about = (
+        f"FID of {args.num_samples} samples against 1797 real digits, in features of a digit classifier. Teachers: "
+        f"DiT-Micro/2, {args.teacher_iterations} steps of batch 128, seed 0; guidance 1.5. fp32, CPU."
+    )
+    if args.seeds:
+        about += (
+            f" Students: {args.iterations} steps of batch 64 on {args.num_trajectories} trajectories of 25 solver steps, "
+            f"target x0; mean ± standard deviation over {args.seeds} seeds."
+        )
+    rows = rows_of(args.out, args.seeds, args.teacher_iterations, args.iterations)
+    print("\n" + write_table(args.out, COLUMNS, rows, [about]))
+
+
+if __name__ == "__main__":
+    cli.main(build_parser(), run)
