@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.seeds:
         about += (
-            f" Students: {args.iterations} steps of batch 64 on {args.num_trajectories} trajectories of 25 solver steps, "
+            f" Students: {args.iterations} steps of batch 64 on {args.num_trajectories} trajectories of 25 steps, "
             f"target x0; mean ± standard deviation over {args.seeds} seeds."
         )
     rows = rows_of(args.out, args.seeds, args.teacher_iterations, args.iterations)
