@@ -15,6 +15,7 @@ import gc
 import logging
 import sys
 import weakref
+from dataclasses import replace
 from typing import Any
 
 from preload import devices, require
@@ -54,7 +55,7 @@ from losses import regression_losses  # noqa: E402
 from models_pixart import named_shape  # noqa: E402
 from runtime.distributed import DistributedContext  # noqa: E402
 from runtime.precision import autocast, cast_weights, on_meta_device, prepare_blocks  # noqa: E402
-from trainer import TrainState  # noqa: E402
+from trainer import Optimisation, TrainState  # noqa: E402
 
 CARD, GB = torch.device("cuda", 0), 1e9
 STUDENT = {"steps": 4, "mask": "M4", "history_layers": 6}
@@ -179,9 +180,10 @@ def step_of(student: Any, teacher: Any, heads: Any, batch: int, compile: bool, t
     context, text = DistributedContext(device=CARD), "caption_channels" in student.config
     y = torch.zeros(batch, TEXT_TOKENS, 4096, dtype=torch.float16, device=CARD) if text else torch.zeros(
         batch, dtype=torch.long, device=CARD)  # fmt: skip
-    state = TrainState(student, context, lr=1e-4, clip=1.0, global_batch_size=batch, ema_decay=0.9999)
+    optimisation = Optimisation(global_batch_size=batch)
+    state = TrainState(student, context, optimisation)
     if heads:
-        d_state = TrainState(heads, context, lr=1e-3, clip=None, global_batch_size=batch)
+        d_state = TrainState(heads, context, replace(optimisation, clip=None, ema_decay=None))
         for head in heads.heads:
             head.leave.get_parameter = functools.partial(getattr, head.leave)
         adversarial = AdversarialLosses(student, heads, FrozenFeatures(teacher), samples=batch)
@@ -236,7 +238,7 @@ def planned(stage: str, batch: int, compile: bool, ckpt: bool) -> int:
     text_tokens = TEXT_TOKENS if "caption_channels" in teacher else 0
     options = {"global_batch_size": batch, "accumulation": 1, "iterations": 1, "ckpt_every": 1, "keep": 0}
     options |= {"precision": "bf16", "compile": compile, "checkpoint_activations": ckpt}
-    options |= {"online": bool(text_tokens), "solver_steps": 48}
+    options |= {"online": bool(text_tokens), "solver_steps": 48, "cfg_scale": 4.5, "guidance_interval": None}
     options |= {"d_time": 0, "d_width": None, "bn_group": 6, "rollout": False}
     script, context = "train_ARD_gan.py" if stage == "R+D" else "train_ARD.py", DistributedContext()
     plan = plan_command(script, teacher | shape, options, context, teacher=teacher, text_tokens=text_tokens)
