@@ -16,18 +16,30 @@ from stores.initial_weights import LABELS
 STILL = (*SMALL[2:], "--lr", 1e-12, "--iterations", 1)  # one step that changes nothing
 
 
-@pytest.mark.parametrize("layout", ["ours", "official"])
-def test_a_teacher_of_other_classes_begins_with_the_weights(layout, image_folder, tmp_path, capsys):
+@pytest.mark.parametrize("layout, process", [("ours", "ddpm"), ("official", "ddpm"), ("official", "sit")])
+def test_a_teacher_of_other_classes_begins_with_the_weights(layout, process, image_folder, tmp_path, capsys):
     source = random_teacher(in_channels=3, input_size=16)
     path = save_teacher(tmp_path / "source.pt", source)
     if layout == "official":
         torch.save(source.state_dict(), path)
     call(
-        "train.py", "--init", path, "--data-path", image_folder, "--image-size", 8, *STILL, "--run-dir", tmp_path / "r"
+        "train.py",
+        "--init",
+        path,
+        "--data-path",
+        image_folder,
+        "--image-size",
+        8,
+        *STILL,
+        "--process",
+        process,
+        "--run-dir",
+        tmp_path / "r",
     )
     found = checkpoint(tmp_path / "r", 1)
+    known = {"process": process} if process != "ddpm" else {}  # a config without it is of DiT's
     config, weights, theirs = found["config"], found["model"], source.state_dict()
-    assert config["model"] == source.config | {"num_classes": 3, "input_size": 8}
+    assert config["model"] == source.config | {"num_classes": 3, "input_size": 8} | known
     assert config["provenance"]["init"]["new"] == ["pos_embed", LABELS]
     for name in theirs.keys() - {"pos_embed", LABELS}:
         torch.testing.assert_close(weights[name], theirs[name], rtol=0, atol=1e-9)
