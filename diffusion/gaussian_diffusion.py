@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from diffusion.process import Process
+from models import DiT
 
 
 def linear_betas(steps: int = 1000) -> np.ndarray:
@@ -46,17 +47,26 @@ def discretized_gaussian_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log
 
 
 class GaussianDiffusion(Process):
-    """DDPM's diffusion at the times 0, nearly clean, to 999, nearly noise; the data themselves have the time -1."""
+    """DDPM's diffusion at the times 0, nearly clean, to 999, nearly noise; the data themselves have the time -1.
+
+    Its training losses, and the official ``timestep_map``, ``alphas_cumprod`` and ``ddim_trajectory``, are those of the
+    times that are kept of these: index i of n means time timestep_map[i].
+    """
 
     name, solver, guided_channels = "ddpm", "ddim", 3
 
-    def __init__(self) -> None:
-        self.alphas_cumprod = np.cumprod(1 - linear_betas())
+    def __init__(self, timestep_respacing: str | int = "") -> None:
+        """``timestep_respacing`` "25" keeps 25 of the 1000 times, "" all."""
+        self.all_alphas_cumprod = np.cumprod(1 - linear_betas())
+        total = len(self.all_alphas_cumprod)
+        self.timestep_map = space_timesteps(total, int(timestep_respacing) if timestep_respacing != "" else total)
+        self.alphas_cumprod = self.all_alphas_cumprod[self.timestep_map]
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
         self.betas = 1 - self.alphas_cumprod / self.alphas_cumprod_prev
         kept, noisy, previous = self.alphas_cumprod, 1 - self.alphas_cumprod, self.alphas_cumprod_prev
         variance = self.betas * (1 - previous) / noisy  # of the posterior; 0 at the first index
         self.tables = {
+            "timestep": np.array(self.timestep_map),
             "sqrt_alpha_bar": np.sqrt(kept),
             "sqrt_one_minus_alpha_bar": np.sqrt(noisy),
             "x0_of_xt": np.sqrt(1 / kept),
@@ -71,18 +81,18 @@ class GaussianDiffusion(Process):
 
     def grid(self, steps: int) -> list[float]:
         """DiT's respacing: evenly spaced, with the first and the last time."""
-        return [*reversed(space_timesteps(len(self.alphas_cumprod), steps)), -1]
+        return [*reversed(space_timesteps(len(self.all_alphas_cumprod), steps)), -1]
 
     def level(self, t: float) -> float:
         """Thousandths are times."""
-        return t / len(self.alphas_cumprod)
+        return t / len(self.all_alphas_cumprod)
 
     def time(self, level: float) -> float:
         """The nearest there is."""
-        return round(len(self.alphas_cumprod) * level)
+        return round(len(self.all_alphas_cumprod) * level)
 
     def _alpha_bar(self, t: float) -> float:
-        return float(self.alphas_cumprod[int(t)]) if t >= 0 else 1.0
+        return float(self.all_alphas_cumprod[int(t)]) if t >= 0 else 1.0
 
     def step(self, x: torch.Tensor, out: torch.Tensor, t: float, then: float) -> tuple[torch.Tensor, torch.Tensor]:
         """DDIM with eta = 0 (Song et al. eq. 12); ``out`` is the predicted noise."""
@@ -97,7 +107,19 @@ class GaussianDiffusion(Process):
 
     def draw_time(self, draw: np.random.Generator) -> float:
         """Each is as likely."""
-        return int(draw.integers(len(self.alphas_cumprod)))
+        return int(draw.integers(len(self.all_alphas_cumprod)))
+
+    def ddim_trajectory(
+        self,
+        model: DiT,
+        noise: torch.Tensor,
+        y: torch.Tensor,
+        cfg_scale: float,
+        cfg_channels: int = 3,
+        null: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``trajectory`` over the times that are kept: x (B, n+1, C, H, W), noise first, and x0 (B, n, C, H, W)."""
+        return self.trajectory(model, noise, y, len(self.timestep_map), cfg_scale, cfg_channels, null)
 
     def _table(self, name: str, device: torch.device) -> torch.Tensor:
         """A table (n,) on the device, where it stays: no step of training waits for a copy."""
@@ -127,17 +149,18 @@ class GaussianDiffusion(Process):
     ) -> dict[str, torch.Tensor]:
         """Noise-prediction loss, plus the variational bound that trains the variances only.
 
-        x: (B, C, H, W) clean, t: (B,) times in 0..999 -> {"loss", "mse", "vb"} each (B,); vb in bits per dimension,
-        0 for a model without learned sigma. Nichol & Dhariwal eq. 16.
+        x: (B, C, H, W) clean, t: (B,) steps in 0..n-1 -> {"loss", "mse", "vb"} each (B,); vb in bits per dimension,
+        0 for a model without learned sigma. Nichol & Dhariwal eq. 16 with the bound rescaled to 1000 steps.
         """
         noise = torch.randn_like(x) if noise is None else noise
         x_t = self.q_sample(x, t, noise)
-        out = model(x_t, t, **(model_kwargs or {})).to(x.dtype)
+        times = self._table("timestep", t.device)[t]
+        out = model(x_t, times, **(model_kwargs or {})).to(x.dtype)
         eps, sigma = (out, None) if out.shape[1] == x.shape[1] else out.chunk(2, dim=1)
         mse = (noise - eps).square().flatten(1).mean(1)
         vb = torch.zeros_like(mse)
         if sigma is not None:
-            vb = self._variational_bound(x, x_t, t, eps.detach(), sigma)
+            vb = self._variational_bound(x, x_t, t, eps.detach(), sigma) * (len(self.timestep_map) / 1000)
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
     def _variational_bound(
