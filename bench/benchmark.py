@@ -283,7 +283,8 @@ def run(args: argparse.Namespace) -> None:
     if args.command == "ddp":
         ranks = max(1, torch.cuda.device_count())
         options["batch_size"] *= ranks
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command += ["-m", "bench"]
         command += ["train", *as_words(options), "--repeats", str(args.repeats), "--device", args.device]
         subprocess.run(command, check=True)
         return

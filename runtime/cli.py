@@ -28,7 +28,7 @@ from runtime.errors import RunError as RunError
 from runtime.errors import ShortageError as ShortageError
 from runtime.errors import UserError as UserError
 from runtime.paths import missing
-from runtime.stop_signals import Terminated, ended_by, exit_code, signals_as_errors
+from runtime.stop_signals import Terminated, ended_by, exit_code, handlers_as_before, signals_as_errors
 from runtime.values import METAVARS
 from runtime.values import file as file
 from runtime.values import folder as folder
@@ -180,7 +180,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[str] | None = None) -> None:
     """Parse the command line and run; ``UserError`` (exit code 2) and ``RunError`` (1) become one line on stderr."""
-    with lasting_console():
+    with lasting_console(), handlers_as_before():
         _main(parser, run, argv)
 
 

@@ -58,8 +58,24 @@ def _let_next_kill(number: int, set_handler: Callable[[int, Any], Any] = signal.
 
 
 @contextlib.contextmanager
-def _listening(handle: Callable[[int], None]) -> Iterator[None]:
-    """Call ``handle`` for each signal that asks for an end, unless it is ignored, as SIGHUP under nohup."""
+def handlers_as_before() -> Iterator[None]:
+    """Around a command: what a signal has changed for its last moments is as before when it has ended."""
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                if handler is not None:  # not of python
+                    signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _listening(handle: Callable[[int], None], of_command: bool) -> Iterator[None]:
+    """Call ``handle`` for each signal that asks for an end, unless it is ignored, as SIGHUP under nohup.
+
+    ``of_command``: after the first one the next kills until ``handlers_as_before`` ends, while words are being said.
+    """
     listened = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
 
     def came(number: int, frame: object) -> None:
@@ -73,7 +89,8 @@ def _listening(handle: Callable[[int], None]) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is came or not of_command:
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -103,7 +120,7 @@ def signals_as_errors(end: Callable[[int], None] = os._exit) -> Iterator[None]:
     before, _raises = _raises, True
     _heard.clear()
     try:
-        with _listening(stop), _thread_listens(end):
+        with _listening(stop, of_command=True), _thread_listens(end):
             yield
     except Exception:
         if told:  # torch makes an error of its own of what comes up in its conversions
@@ -127,7 +144,7 @@ def notice_signals() -> Iterator[list[int]]:
 
     before, _raises = _raises, False
     try:
-        with _listening(notice):
+        with _listening(notice, of_command=before):
             yield came
     finally:
         _raises = before

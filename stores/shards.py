@@ -122,6 +122,7 @@ class ShardWriter(SharedWriter):
         if self._finished:
             shards = json.loads((self.folder / "manifest.json").read_text())["shards"]
             _to_notes(self.folder, [shard for shard in shards if shard["file"] in self._present])
+            (self.folder / "manifest.json").unlink()
 
     def missing_shards(self) -> Iterator[range]:
         """The rows of each shard that this rank has to make; none when the store is complete."""
@@ -203,18 +204,18 @@ def repair(folder: str | Path, option: str) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{option} {manifest}: no manifest that can be read; run the command that made it") from None
     if bad:
+        _to_notes(folder, [shard for shard in shards if shard not in bad])
         for shard in bad:
             (folder / shard["file"]).unlink(missing_ok=True)
-        _to_notes(folder, [shard for shard in shards if shard not in bad])
+        manifest.unlink()
     return [shard["file"] for shard in bad]
 
 
 def _to_notes(folder: Path, shards: list[dict]) -> None:
-    """Take a manifest apart: the entries of these shards stay as their notes, and the store is unfinished."""
+    """Write the entries of these shards as their notes, which stand for the manifest when that goes."""
     for shard in shards:
         note = {name: shard[name] for name in ("rows", "bytes", "sha256")}
         write_text(note_of(folder / shard["file"]), json.dumps(note))
-    (folder / "manifest.json").unlink()
 
 
 def _check_names(shards: list[dict]) -> None:
