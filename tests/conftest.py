@@ -33,6 +33,11 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The benchmark's cases come last: they backpropagate in this process, which the forks of others then cannot."""
+    items.sort(key=lambda item: "bench" in item.path.parts)
+
+
 @pytest.fixture(scope="session")
 def teacher_file(tmp_path_factory) -> Path:
     """A Nano teacher after 200 training steps: its trajectories stay near the data."""
