@@ -11,7 +11,6 @@ A run is refused by its plan where it cannot work, and ``--dry-run`` prints it, 
 """
 
 import math
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -34,6 +33,7 @@ from costs.memory import Execution, training_memory
 from diffusion.process import Interval
 from discriminator import Discriminator
 from models import DiT
+from runtime import launcher
 from runtime.checks import in_words, require_disk, require_memory, size_of
 from runtime.cli import ShortageError, UserError
 from runtime.distributed import DistributedContext
@@ -75,7 +75,7 @@ class Plan:
         except UserError as error:
             raise ShortageError(str(error), self.describe) from None
         advice = self.advice(total) if device.type == "cuda" and (1 + ACCURACY) * needed > total else ""
-        if advice and os.environ.get("RANK", "0") == "0":
+        if advice and launcher.speaker().rank == 0:
             has = f"about {in_words(needed)} of memory, the GPU has {in_words(total)}"
             print(f"{what}: {has}{advice}", file=sys.stderr)
 

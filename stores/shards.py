@@ -26,6 +26,7 @@ from runtime.distributed import DistributedContext
 from runtime.files import LOCK, SharedWriter, atomic_write, claim, file_sha256, json_object, release, write_text
 from runtime.provenance import require_same
 
+DAMAGED = (ValueError, KeyError, TypeError, AttributeError)  # what reading a damaged manifest may raise
 ROWS_PER_SHARD = 1024  # a rank's piece of work: small, so that ranks end together
 
 
@@ -120,8 +121,11 @@ class ShardWriter(SharedWriter):
         """Claim the folder; a finished store that is to grow is an unfinished one from here on."""
         claim(self.folder, self.option)
         if self._finished:
-            shards = json.loads((self.folder / "manifest.json").read_text())["shards"]
-            _to_notes(self.folder, [shard for shard in shards if shard["file"] in self._present])
+            try:
+                listed = _listed(self.folder)
+            except DAMAGED:
+                listed = []  # ``close`` takes the checksums anew
+            _to_notes(self.folder, [shard for shard in listed if shard["file"] in self._present])
             (self.folder / "manifest.json").unlink()
 
     def missing_shards(self) -> Iterator[range]:
@@ -198,10 +202,9 @@ def repair(folder: str | Path, option: str) -> list[str]:
     folder = existing_folder(option, folder)
     manifest = folder / "manifest.json"
     try:
-        shards = json.loads(manifest.read_text())["shards"]
-        _check_names(shards)
+        shards = _listed(folder)
         bad = [shard for shard in tqdm(shards, unit="shard", disable=None) if not _is_whole(folder, shard)]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, *DAMAGED):
         raise UserError(f"{option} {manifest}: no manifest that can be read; run the command that made it") from None
     if bad:
         _to_notes(folder, [shard for shard in shards if shard not in bad])
@@ -211,6 +214,13 @@ def repair(folder: str | Path, option: str) -> list[str]:
     return [shard["file"] for shard in bad]
 
 
+def _listed(folder: Path) -> list[dict]:
+    """The entries of a store's manifest; one of the errors ``DAMAGED`` where it is none."""
+    shards = json.loads((folder / "manifest.json").read_text())["shards"]
+    _check_entries(shards)
+    return shards
+
+
 def _to_notes(folder: Path, shards: list[dict]) -> None:
     """Write the entries of these shards as their notes, which stand for the manifest when that goes."""
     for shard in shards:
@@ -218,8 +228,10 @@ def _to_notes(folder: Path, shards: list[dict]) -> None:
         write_text(note_of(folder / shard["file"]), json.dumps(note))
 
 
-def _check_names(shards: list[dict]) -> None:
-    """``ValueError`` where a manifest names a file outside its folder."""
+def _check_entries(shards: list[dict]) -> None:
+    """``ValueError`` where a manifest's entry is incomplete or names a file outside its folder."""
+    if not all({"file", "rows", "bytes", "sha256"} <= shard.keys() for shard in shards):
+        raise ValueError("an entry is incomplete")
     if any(Path(shard["file"]).name != shard["file"] for shard in shards):
         raise ValueError("a shard lies elsewhere")
 
@@ -250,10 +262,8 @@ class ShardStore:
         try:
             content = json_object(manifest.read_text())
             self.provenance, self.shards = content["provenance"] | {}, content["shards"]
-            if not all({"file", "rows", "bytes", "sha256"} <= shard.keys() for shard in self.shards):
-                raise ValueError
-            _check_names(self.shards)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            _check_entries(self.shards)
+        except DAMAGED:
             raise UserError(f"{option} {manifest}: not a manifest of a {self.kind}") from None
         self.tensors = []
         for shard in self.shards:

@@ -83,6 +83,16 @@ def test_a_store_that_grows_holds_what_one_of_that_size_holds(tmp_path_factory, 
             write(folder, count, rows_per_shard, grows=able)
 
 
+@pytest.mark.parametrize("manifest", ["", "[]", '{"shards": [{}]}', '{"shards": 3}'])
+def test_a_store_without_a_shard_and_a_manifest_that_can_be_read_is_made_whole(manifest, tmp_path):
+    write(tmp_path, 10, 3)
+    wanted = contents(tmp_path)
+    (tmp_path / "shard-00001.safetensors").unlink()
+    (tmp_path / "manifest.json").write_text(manifest)
+    write(tmp_path, 10, 3)
+    assert contents(tmp_path) == wanted
+
+
 def test_damaged_stores_are_refused(latent_store, tmp_path):
     copy = tmp_path / "store"
     shutil.copytree(latent_store, copy)
