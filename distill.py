@@ -19,12 +19,11 @@ from typing import Any
 import torch
 
 from bench.timing import peak_flops
-from costs.commands import plan_command, plan_latents
+from costs.commands import plan_command, plan_latents, student_shape
 from costs.plans import Plan
 from lab.experiments import draw_samples
 from models import PROCESS_TIMES
-from models_ard import default_history
-from models_pixart import MODELS
+from models_pixart import SIZE_OPTIONS, sized_shape
 from runtime import cli, distributed
 from runtime.checks import in_words, require_disk, size_of, writable_folder
 from runtime.cli import UserError
@@ -33,7 +32,7 @@ from runtime.files import read_json, write_text
 from runtime.provenance import require_same
 from runtime.vae import outline_vae
 from stores import checkpoints
-from stores.images import open_source, require_outside_source
+from stores.images import Source, latent_shape, open_source, require_outside_source
 
 UTILISATION = 0.3  # of the rate of a large product, for the estimate of time
 MOST_TOKENS = 256  # of an image, for the teacher that is trained where --train names none
@@ -43,12 +42,12 @@ SHOWN = 16  # samples in the picture
 
 @dataclass(frozen=True)
 class Stage:
-    """One of our commands, the file that it makes when it is whole, and what it will need, where that is counted."""
+    """One of our commands, the file that it makes when it is whole, and the command's options."""
 
     name: str
     command: list
     makes: Path
-    plan: Plan | None = None
+    options: dict[str, Any]
 
 
 def build_parser() -> cli.Parser:
@@ -93,7 +92,7 @@ def launcher(device: str) -> list:
 
 
 def stages(args: argparse.Namespace, out: Path, side: int) -> list[Stage]:
-    """The commands in order, without their plans. ``side``: that of latents or of pixels."""
+    """The commands in order, each parsed, and refused, by its own parser. ``side``: that of latents or of pixels."""
     run, device, seed = launcher(args.device), ["--device", args.device], ["--seed", args.seed]
     flat = ["--unconditional"] * args.unconditional
     teacher = Path(args.teacher) if args.teacher else out / f"teacher/checkpoints/{args.train_iterations:07d}.pt"
@@ -103,7 +102,10 @@ def stages(args: argparse.Namespace, out: Path, side: int) -> list[Stage]:
     found: list[Stage] = []
 
     def add(name: str, makes: Path, *words: Any) -> None:
-        found.append(Stage(name, list(words), makes))
+        options = options_of(list(words), f"distill.py --{name}")
+        if "iterations" in options and f"{options['iterations']:07d}.pt" != makes.name:
+            raise UserError(f"--{name}: give --{name}-iterations instead of --iterations in it")
+        found.append(Stage(name, list(words), makes, options))
 
     if args.vae:
         command = [*run, "encode_latents.py", "--data-path", args.pictures, "--image-size", args.image_size, *flat]
@@ -115,11 +117,8 @@ def stages(args: argparse.Namespace, out: Path, side: int) -> list[Stage]:
         command += ["--process", args.teacher_process] if args.teacher_process else []
         command += ["--iterations", args.train_iterations, "--run-dir", out / "teacher", *seed, *device]
         add("train", teacher, *command, *args.train)
-    known = [
-        "--teacher",
-        teacher,
-        *(["--teacher-process", args.teacher_process] if args.teacher and args.teacher_process else []),
-    ]
+    known = ["--teacher", teacher]
+    known += ["--teacher-process", args.teacher_process] if args.teacher and args.teacher_process else []
     command = [*run, "sample_trajectory.py", *known, "--num-trajectories", args.num_trajectories]
     add("dump", store / "manifest.json", *command, "--out", store, *seed, *device, *args.dump)
     command = [*run, "train_ARD.py", "--data-path", store, "--steps", args.steps, "--ema-warmup"]
@@ -145,67 +144,50 @@ def stages(args: argparse.Namespace, out: Path, side: int) -> list[Stage]:
     return found
 
 
-def with_plans(found: list[Stage], teacher: dict, count: int, vae: Any) -> list[Stage]:
-    """The stages with their needs, counted from shapes; each command line is parsed, and refused, by its own parser.
-
-    ``teacher`` has the arguments of its model; those that --train changes are taken from there. ``count`` pictures.
-    """
-    context, planned = distributed.launched(), []
-    for stage in found:
-        options = options_of(stage.command, f"distill.py --{stage.name}")
-        if "iterations" in options and f"{options['iterations']:07d}.pt" != stage.makes.name:
-            raise UserError(f"--{stage.name}: give --{stage.name}-iterations instead of --iterations in it")
-        student = {"steps": options.get("steps"), "mask": options.get("mask"), "history_layers": options.get("stack")}
-        if student["history_layers"] is None:
-            student["history_layers"] = default_history(teacher["depth"])
-        plan = None
-        if stage.name == "encode":
-            shape = teacher["in_channels"], teacher["input_size"], teacher["input_size"]
-            plan = plan_latents(options, context, count=count, shape=shape, vae=vae)
-        elif stage.name == "train":
-            plan = plan_command("train.py", teacher, options, context, rows=count)
-        elif stage.name == "dump":
-            plan = plan_command("sample_trajectory.py", teacher, options, context)
-        elif stage.name == "student":
-            known = teacher | student
-            plan = plan_command("train_ARD.py", known, options, context, rows=count, teacher=teacher)
-        elif stage.name == "adversary":
-            plan = plan_command("train_ARD_gan.py", known, options, context, rows=count, teacher=teacher)
-        elif stage.name == "sample":
-            plan = plan_command("sample_ARD.py", known, options, context, vae=vae)
-        planned.append(Stage(stage.name, stage.command, stage.makes, plan))
-    return planned
+def plan_of(stage: Stage, teacher: dict, student: dict, count: int, vae: Any) -> Plan | None:
+    """The needs of a stage by the arguments of both models, for ``count`` pictures; None for what is not counted."""
+    context, options = distributed.launched(), stage.options
+    if stage.name == "encode":
+        shape = teacher["in_channels"], teacher["input_size"], teacher["input_size"]
+        return plan_latents(options, context, count=count, shape=shape, vae=vae)
+    if stage.name == "train":
+        return plan_command("train.py", teacher, options, context, rows=count)
+    if stage.name == "dump":
+        return plan_command("sample_trajectory.py", teacher, options, context)
+    if stage.name == "sample":
+        return plan_command("sample_ARD.py", student, options, context, vae=vae)
+    script = {"student": "train_ARD.py", "adversary": "train_ARD_gan.py"}.get(stage.name)
+    return plan_command(script, student, options, context, rows=count, teacher=teacher) if script else None
 
 
-def teacher_shape(args: argparse.Namespace, found: list[Stage], source: Any, side: int, channels: int) -> dict:
-    """The arguments of the teacher's model: of given weights by their config, else by the command that trains it."""
-    if args.teacher:
-        return checkpoints.load_teacher(args.teacher, vae=args.vae, process=args.teacher_process)[1]["model"]
-    options = options_of(next(stage.command for stage in found if stage.name == "train"), "distill.py --train")
-    if args.init:
-        initial = checkpoints.load_teacher(args.init, "--init", vae=args.vae, process=options["process"])[1]["model"]
-        return initial | {"input_size": side, "num_classes": source.num_classes}
-    given = {"depth": "depth", "width": "hidden_size", "heads": "num_heads", "patch": "patch_size"}
-    shape = MODELS[options["model"]].keywords | {
-        argument: options[name] for name, argument in given.items() if options[name] is not None
-    }
-    own = {"input_size": side, "in_channels": channels, "num_classes": source.num_classes}
-    if options["process"] not in (None, "ddpm"):
-        own |= {"process": options["process"], "learn_sigma": False}
-    return shape | own | {"class_dropout_prob": options["label_dropout"]}
+def teacher_shape(args: argparse.Namespace, train: Stage | None, source: Source, latents: tuple[int, ...]) -> dict:
+    """The arguments of the teacher's model: of given weights by their config, else by the stage that trains it."""
+    options, own = train.options if train else {}, {"input_size": latents[1], "num_classes": source.num_classes}
+    if given := args.teacher or args.init:
+        option, process = ("--init", options["process"]) if train else ("--teacher", args.teacher_process)
+        config = checkpoints.load_teacher(given, option, vae=args.vae, process=process)[1]["model"]
+        if "caption_channels" in config:
+            raise UserError(
+                f"{option} {given}: reads text, give a model of classes; docs/text-to-image.md is for others"
+            )
+        return config | own if train else config
+    process = options["process"] or "ddpm"
+    own |= {"in_channels": latents[0], "class_dropout_prob": options["label_dropout"]}
+    sizes = sized_shape(options["model"], **{name: options[name] for name in SIZE_OPTIONS})
+    return {"learn_sigma": process == "ddpm", "process": process} | sizes | own
 
 
-def costs(found: list[Stage], device: torch.device) -> tuple[str, int]:
-    """A table of each stage's needs, its time on this device estimated; and the bytes of all on the disk."""
+def cost_table(found: list[Stage], plans: dict[str, Plan], device: torch.device) -> tuple[str, int]:
+    """Each stage's needs, its time on this device estimated; and the bytes of all on the disk."""
     rate = UTILISATION * peak_flops("fp32", device)["mean"]
     lines, disk, hours = ["stage      steps      disk        memory      operations   hours, about"], 0, 0.0
     for stage in found:
-        if stage.plan is None:
+        if stage.name not in plans:
             continue
-        about = stage.plan.describe()
+        about = plans[stage.name].describe()
         flops, memory = about["flops"] or 0.0, about["memory_bytes_per_rank"]["total"]
-        disk, hours = disk + stage.plan.disk_bytes, hours + flops / rate / 3600
-        sizes = f"{in_words(stage.plan.disk_bytes):<11} {in_words(memory):<11} {flops:<12.3g}"
+        disk, hours = disk + about["disk_bytes"], hours + flops / rate / 3600
+        sizes = f"{in_words(about['disk_bytes']):<11} {in_words(memory):<11} {flops:<12.3g}"
         made = "  (made)" if stage.makes.exists() else ""
         lines.append(f"{stage.name:<10} {about['steps']:<10} {sizes} {flops / rate / 3600:.3g}{made}")
     lines.append(
@@ -236,13 +218,14 @@ def run(args: argparse.Namespace) -> None:
     source = open_source(args.pictures, args.image_size, args.unconditional, "PICTURES")
     require_outside_source(source, {"--out": args.out})
     vae = outline_vae(args.vae)
-    if args.image_size % vae.factor:
-        raise UserError(f"--image-size {args.image_size}: must be a multiple of {vae.factor} for --vae {args.vae}")
-    side, channels = args.image_size // vae.factor, vae.channels or source.channels
-    found = stages(args, out, side)
-    found = with_plans(found, teacher_shape(args, found, source, side, channels), source.count, vae)
+    latents = latent_shape(source, vae)
+    found = stages(args, out, latents[1])
+    named = {stage.name: stage for stage in found}
+    teacher = teacher_shape(args, named.get("train"), source, latents)
+    student = student_shape(teacher, named["student"].options)
+    counted = {stage.name: plan_of(stage, teacher, student, source.count, vae) for stage in found}
     typed = {stage.name: as_typed(stage.command) for stage in found}
-    table, disk = costs(found, context.device)
+    table, disk = cost_table(found, {name: plan for name, plan in counted.items() if plan}, context.device)
     require_disk("PICTURES and what is made of them", out, disk - (size_of(out) if out.exists() else 0))
     if args.dry_run:
         cli.show_plan({"stages": typed, "disk_bytes": disk}, args)

@@ -151,6 +151,15 @@ def named_shape(name: str) -> dict[str, Any]:
     return MODELS[name].keywords | ({"caption_channels": 4096} if name in PixArt_models else {})
 
 
+SIZE_OPTIONS = {"depth": "depth", "width": "hidden_size", "heads": "num_heads", "patch": "patch_size"}  # -> arguments
+
+
+def sized_shape(name: str | None, **sizes: int | None) -> dict[str, Any]:
+    """The arguments of a named size, if any, with those of ``SIZE_OPTIONS`` that are given in place of its own."""
+    named = MODELS[name].keywords if name else {}
+    return named | {SIZE_OPTIONS[option]: value for option, value in sizes.items() if value is not None}
+
+
 def teacher_type(config: dict) -> type[DiT]:
     """The class of a teacher with this config."""
     return PixArt if "caption_channels" in config else DiT

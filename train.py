@@ -18,7 +18,7 @@ from costs.flops import meta_model
 from diffusion import PROCESSES, Process, process_of
 from evaluations.quality import PeriodicEvaluator, QualityOptions, add_quality_options
 from models import DiT
-from models_pixart import MODELS, PixArt_models, teacher_type
+from models_pixart import MODELS, SIZE_OPTIONS, PixArt_models, sized_shape, teacher_type
 from runtime import cli, distributed
 from runtime.cli import UserError, chosen
 from runtime.distributed import DistributedContext
@@ -34,7 +34,6 @@ from stores.initial_weights import init_shape, start_from
 from trainer import Optimisation, RunOptions, Trainer, TrainState, add_training_options
 
 NAMES = ", ".join(MODELS)
-SIZES = {"depth": "depth", "width": "hidden_size", "heads": "num_heads", "patch": "patch_size"}  # option: argument
 
 
 def build_parser() -> cli.Parser:
@@ -133,13 +132,12 @@ def model_shape(model: str | None, initial: DiT | None, **sizes: int | None) -> 
 
     With an ``initial`` model they are its own, and what is given must agree.
     """
-    named: dict[str, Any] = MODELS[model].keywords if model else {}
-    given = {name: value for name, value in sizes.items() if value is not None}
-    shape = named | {SIZES[name]: value for name, value in given.items()}
+    shape = sized_shape(model, **sizes)
     if initial is not None:
         return init_shape(initial.config, shape), "--init"
-    words = " ".join([f"--model {model}"] * bool(model) + [f"--{name} {value}" for name, value in given.items()])
-    missing = [f"--{name}" for name, argument in SIZES.items() if argument not in shape]
+    given = [f"--{name} {value}" for name, value in ({"model": model} | sizes).items() if value is not None]
+    words = " ".join(given)
+    missing = [f"--{name}" for name, argument in SIZE_OPTIONS.items() if argument not in shape]
     if missing:
         raise UserError(f"{words or '--model'}: give {', '.join(missing)} as well, or a --model, one of {NAMES}")
     return shape, words
@@ -193,7 +191,7 @@ def run(args: argparse.Namespace) -> None:
     if args.keep_labels and not args.init:
         raise UserError("--keep-labels: has no meaning without --init")
     initial, about_initial, process = open_initial(**chosen(args, ("init", "vae", "process")))
-    sizes, sizes_given = model_shape(initial=initial, **chosen(args, ("model", *SIZES)))
+    sizes, sizes_given = model_shape(initial=initial, **chosen(args, ("model", *SIZE_OPTIONS)))
     context = distributed.choose_device(args.device)
     distributed.join(context)  # the main rank looks at a folder for all
     images = chosen(args, ("data_path", "image_size", "unconditional", "channels", "skip_bad", "verify"))

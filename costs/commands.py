@@ -135,18 +135,25 @@ def check_plan(
         raise PlanShown(about | plan.describe() | more)
 
 
+def student_shape(teacher: dict, options: dict) -> dict:
+    """The config of the student that the options of train_ARD.py make of a teacher with this config."""
+    stack = default_history(teacher["depth"]) if options["stack"] is None else options["stack"]
+    return teacher | {"steps": options["steps"], "mask": options["mask"], "history_layers": stack}
+
+
 def estimate(script: str, options: dict) -> dict:
     """The plan for the model that a name or a preset stands for, whose weights or data are not here yet; {} if none."""
     text_teacher = TEXT_TEACHERS.get((options["preset"] or "").removesuffix("-step"))
     named = [shape_by_name(str(name)) for name in (options.get("teacher"), text_teacher)]
     named += [named_shape(options["model"])] if options.get("model") else []
     teacher = next((shape for shape in named if shape), None)
-    student = {"steps": options.get("steps"), "mask": options.get("mask"), "history_layers": options.get("stack")}
-    if script == "train_ARD.py" and teacher and student["history_layers"] is None:
-        student["history_layers"] = default_history(teacher["depth"])
-    if teacher is None or (script in OF_STUDENTS and None in student.values()):
+    if teacher is None:
         return {}
-    config = teacher | student if script in OF_STUDENTS else teacher
+    config = teacher
+    if script in OF_STUDENTS:
+        if script != "train_ARD.py" and None in (options["steps"], options["mask"], options["stack"]):
+            return {}  # its checkpoint would say it
+        config = student_shape(teacher, options)
     try:
         return plan_command(script, config, options, launched(), teacher=teacher).describe()
     except (UserError, ValueError) as error:  # a model that cannot be, e.g. history deeper than it

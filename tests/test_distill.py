@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import arrays, call, random_teacher, refused, start
+from helpers import ROOT, arrays, call, random_teacher, refused, start
 from PIL import Image
 
 TINY = ("--train-iterations", 12, "--student-iterations", 12, "--num-trajectories", 24, "--num-samples", 70,
@@ -64,6 +64,8 @@ def test_a_process_reaches_the_teacher_that_is_trained_or_given(photos, tmp_path
         (("--train", "--iterations 5"), "--train: give --train-iterations instead of --iterations in it"),
         (("--train", "--lr nothing"), "'nothing' must be a number"),
         (("--out", "/proc/x"), "--out /proc/x"),
+        (("--init", ROOT / "assets/t2i_teacher.pt"), "t2i_teacher.pt: reads text, give a model of classes"),
+        (("--teacher", ROOT / "assets/t2i_teacher.pt"), "t2i_teacher.pt: reads text, give a model of classes"),
     ],
 )
 def test_what_is_wrong_is_refused_before_any_work(words, expected, photos, tmp_path, capsys):
