@@ -33,19 +33,8 @@ from runtime.commands import CORES, call
 from stores import checkpoints
 
 METHODS: dict[str, dict] = {"step": {"mask": "M1", "stack": 0}, "ard": {"mask": "M4", "stack": 2}}
-COLUMNS = {
-    "model": "model",
-    "loss": "loss",
-    "target": "target",
-    "steps": "steps",
-    "nfe": "model evaluations",
-    "fid": "FID",
-    "degradation": "FID - teacher's",
-    "precision": "precision",
-    "recall": "recall",
-    "distance": "distance",
-    "ms_per_sample": "ms per sample",
-}
+COLUMNS = ["model", "loss", "target", "steps", "nfe", "fid", "degradation", "precision", "recall", "distance"]
+COLUMNS += ["ms_per_sample"]
 
 
 def build_parser() -> cli.Parser:

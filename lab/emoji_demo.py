@@ -34,17 +34,7 @@ from stores import checkpoints
 
 TEACHER_STEPS = (25, 4)
 STUDENTS = {"step distillation": "step", "ARD": "ard", "ARD, R+D": "ard_gan"}  # shipped as emoji_NAME.pt
-COLUMNS = {
-    "model": "model",
-    "steps": "steps",
-    "nfe": "model evaluations",
-    "fid": "FID",
-    "degradation": "FID - teacher's",
-    "precision": "precision",
-    "recall": "recall",
-    "distance": "distance",
-    "ms_per_sample": "ms per sample",
-}
+COLUMNS = ("model", "steps", "nfe", "fid", "degradation", "precision", "recall", "distance", "ms_per_sample")
 
 
 def build_parser() -> cli.Parser:
@@ -65,38 +55,41 @@ def run(args: argparse.Namespace) -> None:
     for path in (world.teacher, *weights.values()):
         cli.existing_file("--assets", path)
     folder = own_folder(args.out, world.folder("demo"), args.seed, "emoji.npz")
-    reference, first = folder / "emoji.npz", f"teacher, {TEACHER_STEPS[0]} steps"
-    files = {f"teacher, {steps} steps": folder / f"teacher-{steps}.npz" for steps in TEACHER_STEPS}
-    files |= {f"{name}, 4 steps": folder / f"{short}.npz" for name, short in STUDENTS.items()}
+    reference = folder / "emoji.npz"
     call([reference_command(world, reference)])
-    for steps in TEACHER_STEPS:
-        draw = teacher_command(world, folder / f"teacher-{steps}.npz", args.num_samples, args.seed)
-        call([[*draw, "--solver-steps", steps, "--per-proc-batch-size", 256]])
-    for name, short in STUDENTS.items():
-        call([sample_command(weights[name], folder / f"{short}.npz", args.num_samples, args.seed)])
-    call([evaluate_command(world, reference, files[first], "--floor")])
-    call([evaluate_command(world, reference, path) for name, path in files.items() if name != first])
-
     teacher = checkpoints.load_teacher(world.teacher)[0]
-    models: dict[str, DiT | TeacherODE] = {
-        f"teacher, {steps} steps": TeacherODE(teacher, solver_steps=steps) for steps in TEACHER_STEPS
-    }
-    models |= {f"{name}, 4 steps": checkpoints.load_student(path)[0] for name, path in weights.items()}
-    speed, best = time_per_sample(models), figures_of(files[first])
+    drawn: list[tuple[str, int, Path, DiT | TeacherODE]] = []  # name, steps, samples, model
+    for steps in TEACHER_STEPS:
+        samples = folder / f"teacher-{steps}.npz"
+        draw = teacher_command(world, samples, args.num_samples, args.seed)
+        call([[*draw, "--solver-steps", steps, "--per-proc-batch-size", 256]])
+        drawn.append(("teacher", steps, samples, TeacherODE(teacher, solver_steps=steps)))
+    for name, path in weights.items():
+        samples, student = folder / f"{STUDENTS[name]}.npz", checkpoints.load_student(path)[0]
+        call([sample_command(path, samples, args.num_samples, args.seed)])
+        drawn.append((name, student.steps, samples, student))
+    first = drawn[0][2]
+    call([evaluate_command(world, reference, first, "--floor")])
+    call([evaluate_command(world, reference, samples) for _, _, samples, _ in drawn[1:]])
+
+    titles = [f"{name}, {steps} steps" for name, steps, _, _ in drawn]
+    speed = time_per_sample({title: model for title, (*_, model) in zip(titles, drawn, strict=True)})
+    best = figures_of(first)
     rows: list[dict[str, Any]] = []
-    for name, path in files.items():
-        found, steps = figures_of(path), int(name.split()[-2])
-        row: dict[str, Any] = {"model": name.rpartition(",")[0], "steps": steps}
-        row |= {"nfe": 2 * steps if isinstance(models[name], TeacherODE) else steps}
+    for title, (name, steps, samples, model) in zip(titles, drawn, strict=True):
+        found = figures_of(samples)
+        row: dict[str, Any] = {"model": name, "steps": steps}
+        row |= {"nfe": 2 * steps if isinstance(model, TeacherODE) else steps}
         row |= {figure: found[figure] for figure in ("fid", "precision", "recall")}
-        row |= {"degradation": found["fid"] - best["fid"], "distance": distance(path, files[first])}
-        rows.append(row | {"ms_per_sample": speed[name]})
+        row |= {"degradation": found["fid"] - best["fid"], "distance": distance(samples, first)}
+        rows.append(row | {"ms_per_sample": speed[title]})
     notes = [
         f"FID of {args.num_samples} samples against all real emoji, in features of an emoji classifier (not ADM's). "
         f"Floor, real emoji against a bootstrap of themselves: {best['floor']:.3g}. Distance: mean squared difference "
         f"to the teacher's {TEACHER_STEPS[0]} steps from the same noise. Seed {args.seed}, fp32, CPU with {CORES} "
         "cores, timed at batch 64."
     ]
+    files = dict(zip(titles, (samples for _, _, samples, _ in drawn), strict=True))
     draw_samples(folder / "samples.png", files, columns=16, border=235)
     print("\n" + write_table(folder, COLUMNS, rows, notes))
     print(f"{folder}/samples.png, table.md, table.json; {time.perf_counter() - started:.0f} s")

@@ -5,7 +5,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,18 @@ def own_folder(out: str | None, default: str, seed: int, holds: str) -> Path:
     return folder
 
 
-def write_table(folder: Path, columns: dict[str, str], rows: list[dict], notes: list[str]) -> str:
-    """table.json (a list of rows) and table.md, whose ``columns`` have these titles; returns the latter's text."""
+# Titles of columns that are not called as their key.
+TITLES = {"nfe": "model evaluations", "fid": "FID", "degradation": "FID - teacher's", "ms_per_sample": "ms per sample"}
+
+
+def write_table(folder: Path, columns: Sequence[str], rows: list[dict], notes: list[str], **titles: str) -> str:
+    """table.json (a list of rows) and table.md with these ``columns``, whose titles are ``TITLES`` or given.
+
+    Returns the text of table.md.
+    """
     write_text(folder / "table.json", json.dumps(rows, indent=2) + "\n")
-    lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
+    titles = TITLES | titles
+    lines = ["| " + " | ".join(titles.get(key, key) for key in columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
         cells = [f"{row[key]:.3g}" if isinstance(row[key], float) else str(row[key]) for key in columns]
         lines.append("| " + " | ".join(cells) + " |")

@@ -23,6 +23,7 @@ from lab.experiments import (
     reference_command,
     run_pieces,
     sample_command,
+    teacher_command,
     train_command,
     write_table,
 )
@@ -36,7 +37,7 @@ PROCESSES = ("ddpm", "sit")
 SOLVER_STEPS = (4, 8, 25)
 METHODS = {"m1": ("M1", 0), "m4": ("M4", 2)}  # name: mask, N
 SIZES = ("teacher_iterations", "iterations", "num_trajectories", "num_samples")
-COLUMNS = {"process": "process", "model": "model", "steps": "steps", "fid": "FID"}
+COLUMNS = ("process", "model", "steps", "fid")
 
 
 def world_of(out: Path, process: str, teacher_iterations: int) -> World:
@@ -70,17 +71,7 @@ def plan(
         teachers.append(Piece(train, weights))
         for n in SOLVER_STEPS:
             samples = teacher_samples(out, process, n)
-            draw: list = [
-                "python",
-                "sample.py",
-                "--teacher",
-                weights,
-                "--solver-steps",
-                n,
-                "--num-samples",
-                num_samples,
-            ]
-            draw += ["--per-proc-batch-size", 256, "--out", samples]
+            draw = [*teacher_command(world, samples, num_samples, 0), "--solver-steps", n, "--per-proc-batch-size", 256]
             measured.append(Piece(draw, samples, (weights,)))
             judge = evaluate_command(world, reference, samples)
             measured.append(Piece(judge, samples.with_suffix(".json"), (samples, reference)))
