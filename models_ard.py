@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models import PROCESS_TIMES, AttentionFn, DiT
+from models import PROCESS_TIMES, AttentionFn, DiT, attend
 
 MASKS = ("M1", "M2", "M3", "M4")
 STUDENTS: dict[type[DiT], type["ARD"]] = {}  # of each class of teachers; models_pixart.py adds its own
@@ -54,7 +54,7 @@ class TeacherForcedAttention:
         queries, keys, values = (x.unflatten(0, (-1, steps)).unbind(1) for x in (q, k, v))  # S views (B, h, T, d) each
         out = []
         for step, seen in enumerate(self.visible):
-            own = F.scaled_dot_product_attention(queries[step], tokens_of(keys, seen), tokens_of(values, seen))
+            own = attend(queries[step], tokens_of(keys, seen), tokens_of(values, seen))
             out.append(own.transpose(1, 2))  # (B, T, h, d)
         # In memory (B * S, T, h, d), as the output projection reads it: it needs no copy.
         return torch.stack(out, dim=1).flatten(0, 1).transpose(1, 2)

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models import SIZES, Attention, AttentionFn, DiT, DiT_models, Mlp, modulate, sincos_positions
+from models import SIZES, Attention, AttentionFn, DiT, DiT_models, Mlp, attend, modulate, sincos_positions
 from models_ard import ARD, STUDENTS
 
 
@@ -66,7 +66,7 @@ class PixArtBlock(nn.Module):
         self,
         x: torch.Tensor,
         c: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        attention_fn: AttentionFn = F.scaled_dot_product_attention,
+        attention_fn: AttentionFn = attend,
     ) -> torch.Tensor:
         """x: (n, T, D) tokens, c: the result of ``PixArt.block_condition`` -> (n, T, D)."""
         time, text, mask = c

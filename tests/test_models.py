@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import GOLDEN
 
-from models import DiT_models
+from models import DiT_models, attend
 
 
 def close(ours, theirs):
@@ -39,3 +40,18 @@ def test_xl2_reads_latents_of_both_resolutions(side, tokens):
         x, y = torch.empty(2, 4, side, side), torch.empty(2, dtype=torch.int64)
         out = model(x, torch.empty(2), y)
     assert model.pos_embed.shape == (1, tokens, 1152) and out.shape == (2, 8, side, side)
+
+
+@pytest.mark.parametrize("keys", [16, 48, 300])
+def test_attention_in_training_equals_the_fused_kernel(keys):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, count, 8) for count in (16, keys, keys))
+    exact = F.scaled_dot_product_attention(q, k, v)
+    assert torch.equal(attend(q, k, v), exact)
+    half = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+    plain, fused = (
+        torch.autograd.grad((out := f(*half)).sum(), half) + (out,) for f in (attend, F.scaled_dot_product_attention)
+    )
+    for ours, theirs in zip(plain, fused, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=0.03, rtol=0.02)
+    torch.testing.assert_close(plain[-1].float(), exact, atol=0.02, rtol=0.02)
