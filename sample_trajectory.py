@@ -23,7 +23,7 @@ from runtime.precision import (
     add_precision_option,
     autocast,
     cast_weights,
-    compile_blocks,
+    compile_each,
 )
 from runtime.randomness import LABEL_POLICIES, labels, noise
 from runtime.vae import resolve_name
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
     check_plan(plan, provenance, vars(args), context)
     cast_weights(teacher.to(context.device), args.precision)
     if args.compile:
-        compile_blocks(teacher)
+        compile_each(teacher.blocks)
     kept = kept_targets(args.store)
 
     with writer:

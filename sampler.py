@@ -18,7 +18,7 @@ from runtime.checks import writable_folder
 from runtime.cli import Parser, UserError, add_dry_run_option, file, folder, name, not_negative, positive, shortened
 from runtime.distributed import DistributedContext, add_device_option
 from runtime.options import add_options, option, read_options
-from runtime.precision import COMPILE_HELP, COMPUTED, autocast, cast_weights, compile_blocks, inference_copy
+from runtime.precision import COMPILE_HELP, COMPUTED, autocast, cast_weights, compile_each, inference_copy
 from runtime.provenance import require_same
 from runtime.randomness import LABEL_POLICIES, Classes, Conditions, labels, noise
 from runtime.vae import VAE, Pixels, decoder_precision, load_same_vae, resolve_name
@@ -141,7 +141,7 @@ def prepare_model(model: DiT, drawing: DrawingOptions, context: DistributedConte
     """Put the model on its device, in the number format that it is to compute in, compiled if it is to be."""
     cast_weights(model.to(context.device), drawing.precision)
     if drawing.compile:
-        compile_blocks(model)
+        compile_each(model.blocks)
 
 
 class Samples(NamedTuple):

@@ -30,7 +30,6 @@ from runtime.precision import (
     CUDAGraph,
     autocast,
     cast_weights,
-    compile_blocks,
     compile_each,
     on_meta_device,
     prepare_blocks,
@@ -128,7 +127,7 @@ def drawing_case(model: DiT, draw: Callable, flops: float, options: dict, device
     """A case of ``draw(noise, y)`` without gradients; ``flops`` of one sample."""
     cast_weights(model, options["precision"])
     if options["compile"]:
-        compile_blocks(model)
+        compile_each(model.blocks)
     size = options["batch_size"]
     noise, y = torch.randn(size, *model.latent_shape, device=device), torch.arange(size, device=device) % 1000
 

@@ -22,11 +22,7 @@ from typing import Any, NoReturn
 
 from runtime import launcher
 from runtime.console import lasting_console
-from runtime.errors import AbsentError as AbsentError
-from runtime.errors import PlanShown as PlanShown
-from runtime.errors import RunError as RunError
-from runtime.errors import ShortageError as ShortageError
-from runtime.errors import UserError as UserError
+from runtime.errors import AbsentError, PlanShown, RunError, ShortageError, UserError
 from runtime.paths import missing
 from runtime.stop_signals import Terminated, ended_by, exit_code, handlers_as_before, signals_as_errors
 from runtime.values import METAVARS
@@ -48,15 +44,8 @@ RANK_LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed? ?out|broken 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 DISK_ERRORS = (*FULL_DISK, errno.EROFS, errno.EIO)
 # A path that was there, or was never open to this user: of links, permissions, disks that are elsewhere.
-PLACE_ERRORS = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.ESTALE,
-    errno.ENOTCONN,
-    errno.ETIMEDOUT,
-)
+PLACE_ERRORS = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
+PLACE_ERRORS += (errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT)
 NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)  # torch's words
 OTHER_NAMES = {"--epochs": "--iterations", "--learning-rate": "--lr", "--output": "--out"}  # other projects' -> ours
 RANKS_PAUSE = 30.0  # seconds in which the main rank alone may print an error that all ranks have found

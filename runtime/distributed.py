@@ -150,7 +150,8 @@ def launched(device: torch.device = DistributedContext.device) -> DistributedCon
 def join(context: DistributedContext) -> None:
     """Meet the other ranks in a process group, if torchrun (or Slurm through env://) started us; not in a dry run."""
     if context.world_size > 1 and not dist.is_initialized() and FETCHING.get():
-        die_with_launcher()
+        if launcher.under_torchrun():
+            die_with_parent()  # none is left behind when torchrun dies
         find_launcher()
         # torch's own timeout does not always fire
         watchdog = threading.Timer(TRAINING_TIMEOUT.total_seconds(), _give_up)
@@ -188,16 +189,9 @@ def require_own_gpus(context: DistributedContext) -> None:
 
 def _give_up() -> None:
     minutes = TRAINING_TIMEOUT.total_seconds() / 60
-    print(
-        f"the other ranks have not come in {minutes:g} minutes; run the same command again", file=sys.stderr, flush=True
-    )
+    text = f"the other ranks have not come in {minutes:g} minutes; run the same command again"
+    print(text, file=sys.stderr, flush=True)
     os._exit(1)  # the main thread is inside torch and hears nothing
-
-
-def die_with_launcher() -> None:
-    """Have the system end this rank when torchrun dies, so that none is left behind. Linux only."""
-    if launcher.under_torchrun():
-        die_with_parent()
 
 
 def find_launcher() -> None:

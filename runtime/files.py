@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -202,9 +201,8 @@ def cached_download(url: str, option: str, hash_prefix: str | None = None, name:
         raise AbsentError(f"{option}: would be fetched from {url} to {path}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(
-            f"{path}.lock", timeout=FILE_TIMEOUT.total_seconds()
-        ):  # the first rank downloads, the others wait here
+        # The first rank downloads, the others wait here.
+        with FileLock(f"{path}.lock", timeout=FILE_TIMEOUT.total_seconds()):
             if not path.is_file():
                 torch.hub.download_url_to_file(url, str(path), hash_prefix=hash_prefix)  # renamed when it is whole
     except (OSError, RuntimeError) as error:  # no network (urllib's errors are OSErrors), or another hash
@@ -274,9 +272,7 @@ class WriteBehind:
     def __enter__(self) -> "WriteBehind":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
             if error is None:
                 self.wait()
@@ -287,8 +283,8 @@ class WriteBehind:
 class SharedWriter(WriteBehind):
     """A place that many ranks fill together: every rank writes its part in a thread, the main rank closes the whole.
 
-    A subclass sets ``complete`` where nothing is missing from the start. Leaving without an
-    error waits for all ranks and has the main rank call ``close``.
+    A subclass sets ``complete`` where nothing is missing from the start. Leaving without an error waits for all ranks
+    and has the main rank call ``close``.
     """
 
     complete = False
@@ -316,9 +312,7 @@ class SharedWriter(WriteBehind):
         """Close the whole when all ranks have written."""
         raise NotImplementedError
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
             super().__exit__(kind, error, trace)
         finally:

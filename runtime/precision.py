@@ -51,14 +51,9 @@ def own_products(precision: str, device: torch.device) -> Iterator[None]:
         _allow_tf32(*before)
 
 
-def add_precision_option(
-    group: OptionGroup,
-    option: str = "--precision",
-    of: str = "matrix products",
-    choices: tuple[str, ...] = COMPUTED,
-) -> None:
+def add_precision_option(group: OptionGroup, option: str = "--precision", of: str = "matrix products") -> None:
     """The ``--precision`` option of a script, or one like it."""
-    group.add_argument(option, choices=choices, default="fp32", help=f"Use this number format for {of}.")
+    group.add_argument(option, choices=COMPUTED, default="fp32", help=f"Use this number format for {of}.")
 
 
 COMPILE_HELP = "Compile the model's blocks: minutes at the start, faster from then on."
@@ -66,25 +61,16 @@ COMPILE_HELP = "Compile the model's blocks: minutes at the start, faster from th
 
 def add_compile_option(group: OptionGroup) -> None:
     """The ``--compile`` option, the same in every script."""
-    group.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help=COMPILE_HELP,
-    )
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help=COMPILE_HELP)
 
 
-def compile_blocks(model: DiT) -> None:
-    """Compile a model's blocks in place; names in its state dict stay, and copies of it are not compiled.
+def compile_each(modules: Iterable[nn.Module]) -> None:
+    """Compile modules of one kind, such as a model's blocks, in place; names in its state dict stay, and copies of it
+    are not compiled.
 
     Block by block: all blocks share the code that is compiled once for each shape and each kind of attention, gradients
     leave each block as soon as they are known (DDP sends them meanwhile), and a block is where all of the time goes.
     """
-    compile_each(model.blocks)
-
-
-def compile_each(modules: Iterable[nn.Module]) -> None:
-    """Compile modules of one kind in place, each by itself; they share the compiled code."""
     torch._dynamo.config.recompile_limit = 64  # for students of many steps: sampling compiles each of them
     torch._dynamo.config.optimize_ddp = False  # it cuts a block into three graphs; blocks are small enough for DDP
     for module in modules:
@@ -159,7 +145,7 @@ def prepare_blocks(model: DiT, *, compile: bool, checkpoint_activations: bool) -
     """Apply ``--compile`` and ``--checkpoint-activations``, in place."""
     model.checkpoint_activations = checkpoint_activations
     if compile:
-        compile_blocks(model)
+        compile_each(model.blocks)
 
 
 class SkipInit(TorchFunctionMode):

@@ -12,18 +12,9 @@ import numpy as np
 import torch
 
 STREAMS = {
-    "sample": 0,
-    "trajectory": 1,
-    "training": 2,
-    "label": 3,
-    "order": 4,
-    "augmentation": 5,
-    "preview": 6,
-    "posterior": 7,
-    "real": 8,
-    "discriminator": 9,
-    "scene": 10,
-}
+    "sample": 0, "trajectory": 1, "training": 2, "label": 3, "order": 4, "augmentation": 5, "preview": 6,
+    "posterior": 7, "real": 8, "discriminator": 9, "scene": 10,
+}  # fmt: skip
 LABEL_POLICIES = ("balanced", "random")
 
 

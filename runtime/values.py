@@ -3,10 +3,12 @@
 import argparse
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 LARGEST = 2**63 - 1  # of whole numbers
+Number = TypeVar("Number", int, float)
 
 
 def _whole(text: str) -> int:
@@ -22,30 +24,6 @@ def _whole(text: str) -> int:
     return value
 
 
-def positive(text: str) -> int:
-    """argparse type: a whole number of at least 1; 1e5 is one."""
-    value = _whole(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
-
-
-def not_negative(text: str) -> int:
-    """argparse type: a whole number of at least 0; 1e5 is one."""
-    value = _whole(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} must not be negative")
-    return value
-
-
-def workers(text: str) -> int:
-    """argparse type: a number of processes that this machine may bear."""
-    value, most = not_negative(text), 64 * (os.cpu_count() or 1)
-    if value > most:
-        raise argparse.ArgumentTypeError(f"{text} must be at most {most}, 64 for each core of this machine")
-    return value
-
-
 def _number(text: str) -> float:
     try:
         value = float(text)
@@ -56,35 +34,32 @@ def _number(text: str) -> float:
     return value
 
 
-def positive_number(text: str) -> float:
-    """argparse type: a finite number above 0."""
-    value = _number(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0")
-    return value
+def _limited(read: Callable[[str], Number], fits: Callable[[Number], bool], limits: str) -> Callable[[str], Number]:
+    """The argparse type of what ``read`` makes of a word, if it ``fits``; else the sentence says its ``limits``."""
+
+    def value_of(text: str) -> Number:
+        value = read(text)
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text} must {limits}")
+        return value
+
+    return value_of
 
 
-def not_negative_number(text: str) -> float:
-    """argparse type: a finite number of at least 0."""
-    value = _number(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} must not be negative")
-    return value
+# Whole numbers, of which 1e5 is one, and finite ones.
+positive = _limited(_whole, lambda value: value >= 1, "be at least 1")
+not_negative = _limited(_whole, lambda value: value >= 0, "not be negative")
+positive_number = _limited(_number, lambda value: value > 0, "be above 0")
+not_negative_number = _limited(_number, lambda value: value >= 0, "not be negative")
+fraction = _limited(_number, lambda value: 0 <= value < 1, "be at least 0 and below 1")
+noise_level = _limited(_number, lambda value: 0 <= value <= 1, "be between 0 and 1")
 
 
-def fraction(text: str) -> float:
-    """argparse type: a number of at least 0 and below 1."""
-    value = _number(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 0 and below 1")
-    return value
-
-
-def noise_level(text: str) -> float:
-    """argparse type: a number from 0 to 1."""
-    value = _number(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} must be between 0 and 1")
+def workers(text: str) -> int:
+    """argparse type: a number of processes that this machine may bear."""
+    value, most = not_negative(text), 64 * (os.cpu_count() or 1)
+    if value > most:
+        raise argparse.ArgumentTypeError(f"{text} must be at most {most}, 64 for each core of this machine")
     return value
 
 

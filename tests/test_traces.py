@@ -20,7 +20,7 @@ from discriminator import Discriminator, FrozenFeatures
 from models import DiT, DiTBlock
 from models_ard import ARD, MASKS, KVCache, TeacherForcedAttention
 from runtime.distributed import DistributedContext, wrapped
-from runtime.precision import CUDAGraph, autocast, cast_weights, compile_blocks, compile_each, inference_copy
+from runtime.precision import CUDAGraph, autocast, cast_weights, compile_each, inference_copy
 
 CPU = torch.device("cpu")
 NOISE, Y = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 4])
@@ -45,7 +45,7 @@ def test_tokens_lie_one_after_another_before_and_after_every_block(compiled, qui
     teacher, ard = random_teacher(), student(level_embedding=True)
     for model in (teacher, ard):
         if compiled:
-            compile_blocks(model)
+            compile_each(model.blocks)
         for block in model.blocks:
             block.register_forward_hook(look)
     teacher(NOISE, torch.tensor([5, 6]), Y)
@@ -80,7 +80,7 @@ def test_a_block_in_ddp_is_one_graph_at_the_papers_width(cut_by_ddp, alone, monk
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
     teacher = DiT(input_size=4, depth=3, num_classes=10)  # DiT-XL/2's width and heads
     model = ARD.from_teacher(teacher, history_layers=2)
-    compile_blocks(model)
+    compile_each(model.blocks)
     in_ddp = wrapped(model, DistributedContext(world_size=2))
     with torch._dynamo.config.patch(optimize_ddp=cut_by_ddp or torch._dynamo.config.optimize_ddp):
         in_ddp(torch.randn(1, 4, 4, 4, 4), torch.tensor([3])).sum().backward()
@@ -97,7 +97,7 @@ def test_no_stage_compiles_again_once_it_has_run(quick_compiler):
     teacher, ard = random_teacher(), student()
     heads = Discriminator(3, 32, group=2)
     for model in (teacher, ard):
-        compile_blocks(model)
+        compile_each(model.blocks)
     compile_each(heads.heads)
     ode, features = TeacherODE(teacher, solver_steps=3), FrozenFeatures(teacher)
 

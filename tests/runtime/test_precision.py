@@ -8,7 +8,7 @@ import torch
 from helpers import random_teacher
 
 from models_ard import ARD
-from runtime.precision import CUDAGraph, autocast, compile_blocks, prepare_blocks
+from runtime.precision import CUDAGraph, autocast, compile_each, prepare_blocks
 
 
 def student(mask: str = "M4") -> ARD:
@@ -39,7 +39,7 @@ def test_recomputed_activations_give_the_same_gradients():
 def test_compiled_blocks_give_the_same_gradients_without_recompiling(quick_compiler):
     plain = student()
     compiled = copy.deepcopy(plain)
-    compile_blocks(compiled)
+    compile_each(compiled.blocks)
     assert list(compiled.state_dict()) == list(plain.state_dict())
     assert copy.deepcopy(compiled).blocks[0]._compiled_call_impl is None  # as the EMA is made
     wanted = gradients(plain)
@@ -55,7 +55,7 @@ def test_compiled_blocks_give_the_same_gradients_without_recompiling(quick_compi
 def test_compiled_sampling_is_the_same(mask, quick_compiler):
     plain = student(mask)
     compiled = copy.deepcopy(plain)
-    compile_blocks(compiled)
+    compile_each(compiled.blocks)
     noise, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 4])
     compiled.sample(noise, y)
     assert quick_compiler() >= 2
