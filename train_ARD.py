@@ -151,15 +151,13 @@ def run(args: argparse.Namespace) -> None:
     if args.sample_every or args.eval_every or args.vae:
         vae = load_same_vae(teacher_config["vae"], provenance.get("vae_hash"), context.device, args.vae)
 
-    config = checkpoints.student_config(
-        student,
-        vae=teacher_config["vae"],
-        provenance=provenance,
-        grid=args.grid,
-        solver_indices=solver_indices,
-        target=args.target,
-        training=optimisation.config() | {"loss": "R"},
-    )
+    config = {
+        "kind": "student",
+        "model": student.config,
+        "vae": teacher_config["vae"],
+        "provenance": provenance | {"grid": args.grid, "solver_indices": solver_indices, "target": args.target},
+        "training": optimisation.config() | {"loss": "R"},
+    }
     previews = student_previews(student, lambda: state.ema, vae, context.device, args.precision, conditions)
     size = student.input_size * vae.factor
     evaluate = PeriodicEvaluator(previews, context, size, quality) if quality.eval_every else None

@@ -206,8 +206,7 @@ def run(args: argparse.Namespace) -> None:
         context,
         given=args.vae,
         needs_decoder=bool(args.sample_every or args.eval_every),
-        skip_bad=args.skip_bad,
-        verify=args.verify,
+        **cli.chosen(args, ("skip_bad", "verify")),
     )
     require_outside_source(source, running.place)
     hflip = teacher_config["training"].get("hflip", True) if args.hflip is None else args.hflip
@@ -216,13 +215,14 @@ def run(args: argparse.Namespace) -> None:
     batches = GanBatches(trajectories, source, teacher.latent_shape, hflip=hflip, seed=args.seed, d_time=gan.d_time)
     start_state = {"start_hash": origin["weights_hash"], "start_step": origin["step"], "real": source.fingerprint}
     more = {"loss": "R+D", "hflip": hflip, "accumulation": args.accumulation, "init_weights": args.init_weights}
-    config = checkpoints.student_config(
-        student,
-        vae=teacher_config["vae"],
-        provenance=store.provenance | start_state,
-        training=optimisation.config() | more | vars(gan),
-        **{name: origin[name] for name in ("grid", "solver_indices", "target")},
-    )
+    points = {name: origin[name] for name in ("grid", "solver_indices", "target")}
+    config = {
+        "kind": "student",
+        "model": student.config,
+        "vae": teacher_config["vae"],
+        "provenance": store.provenance | start_state | points,
+        "training": optimisation.config() | more | vars(gan),
+    }
     previews = student_previews(student, lambda: state.ema, vae, context.device, args.precision)
     size = teacher.input_size * vae.factor
     evaluate = PeriodicEvaluator(previews, context, size, quality) if quality.eval_every else None

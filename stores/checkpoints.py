@@ -72,12 +72,12 @@ def load(path: str | Path, option: str) -> dict:
 
 def weights_bytes(model: nn.Module) -> int:
     """Bytes of a model's weights in a checkpoint, and in memory."""
-    return sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    return sum(value.nbytes for value in model.state_dict().values())
 
 
 def moments_bytes(model: nn.Module) -> int:
     """Bytes of AdamW's state in training, two moments of each trained weight."""
-    return 2 * sum(value.numel() * value.element_size() for value in model.parameters() if value.requires_grad)
+    return 2 * sum(value.nbytes for value in model.parameters() if value.requires_grad)
 
 
 def load_weights(model: nn.Module, state: dict[str, torch.Tensor], what: str, take: bool = False) -> None:
@@ -116,10 +116,10 @@ def _own(content: dict, kind: str, weights: str, what: str) -> tuple[dict, dict]
     absent += [] if "step" in content else ["step"]
     if absent:
         raise UserError(f"{what}: no whole checkpoint of this project's trainers, it lacks {shortened(absent, 5)}")
-    key = {"ema": "ema", "raw": "model"}[weights]
-    if key not in content:
+    if foreign_weights.KEYS[weights] not in content:
         raise UserError(f"{what}: has no {weights} weights")
-    return config | {"provenance": config["provenance"] | {"step": content["step"]}}, content[key]
+    origin = config["provenance"] | {"step": content["step"]}
+    return config | {"provenance": origin}, content[foreign_weights.KEYS[weights]]
 
 
 def _foreign_config(kind: str, shape: dict) -> dict:
@@ -139,9 +139,7 @@ def _build(kind: type[Model], shape: dict, what: str) -> Model:
 
 def add_file_options(group: OptionGroup) -> None:
     """``--teacher-heads`` and ``--teacher-process``, beside every ``--teacher``."""
-    group.add_argument(
-        HEADS, type=positive, help="Its attention heads, where its file has no config and an unknown size."
-    )
+    group.add_argument(HEADS, type=positive, help="Attention heads, where its file has no config and an unknown size.")
     group.add_argument(
         PROCESS,
         choices=PROCESS_TIMES,
@@ -173,13 +171,13 @@ def load_teacher(
     if path.is_dir():
         config_path, weights_path = foreign_weights.diffusers_files(path, option)
         theirs = load(weights_path, option)
-        if foreign_pixart.is_pixart(theirs):
-            shape = foreign_pixart.pixart_config(config_path, option)
-            config = _foreign_config("teacher", shape) | foreign_pixart.autoencoder(source, path, vae, what)
+        kind = "PixArt" if foreign_pixart.MARK in theirs else "DiT"
+        shape = foreign_weights.diffusers_config(config_path, option, kind)
+        config = _foreign_config("teacher", shape)
+        if kind == "PixArt":
+            config |= foreign_pixart.autoencoder(source, path, vae, what)
             state = foreign_pixart.from_diffusers(theirs, shape)
         else:
-            shape = foreign_weights.diffusers_config(config_path, option)
-            config = _foreign_config("teacher", shape)
             state = foreign_weights.from_diffusers(theirs, shape, what)
         state = foreign_weights.official_state(state, weights, what)
     else:
@@ -278,30 +276,6 @@ def load_pipeline(folder: Path, option: str) -> dict | None:
     return {"config": config, "step": provenance.get("step"), "ema": state}
 
 
-def student_config(
-    student: ARD,
-    *,
-    vae: str | None,
-    provenance: dict,
-    grid: str,
-    solver_indices: list[int],
-    target: str,
-    training: dict,
-) -> dict:
-    """The config of a run that trains a student: it rebuilds the student, and records its data and training.
-
-    ``provenance`` is that of the trajectories, the next three say which points of them the student learns.
-    """
-    points = {"grid": grid, "solver_indices": solver_indices, "target": target}
-    return {
-        "kind": "student",
-        "model": student.config,
-        "vae": vae,
-        "provenance": provenance | points,
-        "training": training,
-    }
-
-
 CHECKED = "only checked against the checkpoint"
 
 
@@ -310,12 +284,9 @@ class StudentOptions:
     """A student's checkpoint, and the options by which the authors' commands describe its student."""
 
     ckpt_path: str = option(
-        None,
-        "Checkpoint of train_ARD.py or train_ARD_gan.py, or a pipeline's folder.",
-        cli.file,
-        also=("--ckpt_path",),
-        required=True,
-    )
+        None, "Checkpoint of train_ARD.py or train_ARD_gan.py, or a pipeline's folder.", cli.file,
+        also=("--ckpt_path",), required=True,
+    )  # fmt: skip
     model: str | None = option(None, f"Its size, {CHECKED}.", choices=MODELS, metavar="NAME")
     steps: int | None = option(None, f"Its number of steps S, {CHECKED}.", positive)
     mask: str | None = option(None, f"Its mask, {CHECKED}; the authors' files need it (M4 if absent).", choices=MASKS)

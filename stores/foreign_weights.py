@@ -10,10 +10,10 @@ its autoencoder: models of 4 channels are taken to work on Stable Diffusion's la
 """
 
 import argparse
-import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +21,7 @@ from models import DiT_models, sincos_positions
 from models_pixart import named_shape
 from runtime.cli import FETCHING, AbsentError, UserError, shortened
 from runtime.files import DIFFUSERS_STEM as STEM
-from runtime.files import cached_download, cached_snapshot
+from runtime.files import cached_download, cached_snapshot, json_object
 from runtime.paths import is_hub_id, missing
 from runtime.vae import NAMES
 
@@ -110,15 +110,14 @@ def official_state(content: dict, weights: str, what: str) -> State:
 
     ``UserError`` when the file holds no DiT at all, or not these weights.
     """
-    sets = {
-        name: content[key] for name, key in (("ema", "ema"), ("raw", "model")) if isinstance(content.get(key), dict)
-    }
+    sets = {name: content[key] for name, key in KEYS.items() if isinstance(content.get(key), dict)}
     state = (sets or {"ema": content}).get(weights)
     if state is None:
         raise UserError(f"{what}: has no {weights} weights, only {', '.join(sets)}")
     return unwrapped_state(state, what)
 
 
+KEYS = {"ema": "ema", "raw": "model"}  # under which a training's checkpoint holds these of its weights
 FIRST = "x_embedder.proj.weight"  # every DiT has it
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "module")  # under which other trainers save all weights
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # torch's own
@@ -257,14 +256,16 @@ def latent_space(config: dict) -> str | None:
 #                                  diffusers                                    #
 #################################################################################
 
-RENAMED_CONFIG = dict(
-    input_size="sample_size",
-    patch_size="patch_size",
-    in_channels="in_channels",
-    depth="num_layers",
-    num_heads="num_attention_heads",
-    num_classes="num_embeds_ada_norm",
-)
+RENAMED_CONFIG = {
+    "input_size": "sample_size", "patch_size": "patch_size", "in_channels": "in_channels", "depth": "num_layers",
+    "num_heads": "num_attention_heads",
+}  # fmt: skip
+OWN = {"DiT": {"num_classes": "num_embeds_ada_norm"}, "PixArt": {"caption_channels": "caption_channels"}}
+ALWAYS = dict(activation_fn="gelu-approximate", attention_bias=True)
+FIXED = {
+    "DiT": ALWAYS | dict(norm_type="ada_norm_zero"),
+    "PixArt": ALWAYS | dict(norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6),
+}
 # Ours on the right. Each block of theirs holds a copy of the time's and the label's embedder.
 RENAMED = {
     "pos_embed.proj": "x_embedder.proj",
@@ -282,6 +283,7 @@ RENAMED_BLOCK = {
     "ff.net.0.proj": "mlp.fc1",
     "ff.net.2": "mlp.fc2",
 }
+JOINED = {"attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v")}  # parts of one map of ours, in this order
 
 
 def example(folder: Path) -> str:
@@ -305,24 +307,51 @@ def diffusers_files(folder: Path, option: str) -> tuple[Path, Path]:
     return inner / "config.json", weights[0]
 
 
-def diffusers_config(path: Path, option: str) -> dict:
-    """The arguments of ``DiT`` from the config.json of a DiTTransformer2DModel. ``UserError`` for any other model."""
+def diffusers_config(path: Path, option: str, kind: str) -> dict:
+    """The arguments of ``DiT``, or of ``PixArt``, from the config.json of diffusers' model of that ``kind``.
+
+    ``UserError`` for any other model.
+    """
     try:
-        config = json.loads(path.read_text())
-        shape = {ours: int(config[theirs]) for ours, theirs in RENAMED_CONFIG.items()}
-        width = shape["num_heads"] * int(config["attention_head_dim"])
+        config = json_object(path.read_text())
+        shape: dict[str, Any] = {ours: int(config[theirs]) for ours, theirs in (RENAMED_CONFIG | OWN[kind]).items()}
+        shape["hidden_size"] = shape["num_heads"] * int(config["attention_head_dim"])
+        if kind == "PixArt":
+            scale = config.get("interpolation_scale")
+            shape["position_scale"] = float(max(shape["input_size"] // 64, 1) if scale is None else scale)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{option} {path}: not the config of a DiTTransformer2DModel ({error!r})") from None
-    fixed = dict(norm_type="ada_norm_zero", activation_fn="gelu-approximate", attention_bias=True)
-    for name, value in fixed.items():
+        raise UserError(f"{option} {path}: not the config of a {kind}Transformer2DModel ({error!r})") from None
+    for name, value in FIXED[kind].items():
         if config.get(name, value) != value:
-            raise UserError(f"{option} {path}: {name} is {config[name]!r}, a DiT has {value!r}")
+            raise UserError(f"{option} {path}: {name} is {config[name]!r}, a {kind} has {value!r}")
     learn_sigma = config.get("out_channels") == 2 * shape["in_channels"]
-    return shape | dict(hidden_size=width, mlp_ratio=4.0, class_dropout_prob=0.1, learn_sigma=learn_sigma)
+    return shape | dict(mlp_ratio=4.0, class_dropout_prob=0.1, learn_sigma=learn_sigma)
+
+
+def renamed(theirs: State, layers: dict[str, str], blocks: dict[str, str], joined: dict[str, tuple[str, ...]]) -> State:
+    """diffusers' names -> ours, of layers outside and inside blocks; several of theirs are ``joined`` to one of ours.
+
+    A tensor without counterpart keeps its name, for the strict load to complain about.
+    """
+    whole_of = {part: whole for whole, parts in joined.items() for part in parts}
+    ours: State = {}
+    found: dict[tuple[str, str, str], State] = {}
+    for name, value in theirs.items():
+        layer, _, kind = name.rpartition(".")
+        block = re.fullmatch(r"transformer_blocks\.(\d+)\.?(.*)", layer)
+        if block and block[2] in whole_of:
+            found.setdefault((block[1], whole_of[block[2]], kind), {})[block[2]] = value
+            continue
+        place = (f"blocks.{block[1]}", blocks.get(block[2], block[2])) if block else (layers.get(layer, layer),)
+        ours[".".join(filter(None, (*place, kind)))] = value
+    for (block_number, whole, kind), parts in found.items():
+        if len(parts) == len(joined[whole]):
+            ours[f"blocks.{block_number}.{whole}.{kind}"] = torch.cat([parts[part] for part in joined[whole]])
+    return ours
 
 
 def from_diffusers(theirs: State, config: dict, what: str) -> State:
-    """diffusers' names -> ours; a tensor without counterpart keeps its name, for the strict load to complain about.
+    """A DiT of diffusers by our names; see ``renamed``.
 
     Positions are computed where the file lacks them, as current versions of diffusers do. Their DiTTransformer2DModel
     itself deviates from the official model with the same weights: its sinusoids of the time have 127 instead of 128
@@ -330,26 +359,19 @@ def from_diffusers(theirs: State, config: dict, what: str) -> State:
     ones, and those are what our model has. ``UserError`` when the blocks' copies of an embedder differ.
     """
     side = config["input_size"] // config["patch_size"]
-    ours = {"pos_embed": sincos_positions(config["hidden_size"], side)[None]}
-    qkv: dict[str, State] = {}
+    ours, others = {"pos_embed": sincos_positions(config["hidden_size"], side)[None]}, {}
     for name, value in theirs.items():
-        layer, kind = name.rsplit(".", 1)
-        match = re.fullmatch(r"transformer_blocks\.(\d+)\.(norm1\.emb\.)?(.+)", layer)
+        copied = re.fullmatch(r"transformer_blocks\.\d+\.norm1\.emb\.(.+)\.(\w+)", name)
         if name == "pos_embed.pos_embed":
             ours["pos_embed"] = value
-        elif not match:
-            ours[f"{RENAMED.get(layer, layer)}.{kind}"] = value
-        elif match[2]:
-            key = f"{RENAMED_EMBEDDER.get(match[3], name)}.{kind}"
+        elif copied and copied[1] in RENAMED_EMBEDDER:
+            key = f"{RENAMED_EMBEDDER[copied[1]]}.{copied[2]}"
             if key in ours and not torch.equal(ours[key], value):
                 raise UserError(f"{what}: {name} is not that of the other blocks; a DiT has one embedder for them all")
             ours[key] = value
-        elif match[3] in ("attn1.to_q", "attn1.to_k", "attn1.to_v"):
-            qkv.setdefault(f"blocks.{match[1]}.attn.qkv.{kind}", {})[match[3][-1]] = value
         else:
-            ours[f"blocks.{match[1]}.{RENAMED_BLOCK.get(match[3], match[3])}.{kind}"] = value
-    whole = {name: torch.cat([parts[k] for k in "qkv"]) for name, parts in qkv.items() if len(parts) == 3}
-    return ours | whole
+            others[name] = value
+    return ours | renamed(others, RENAMED, RENAMED_BLOCK, JOINED)
 
 
 #################################################################################

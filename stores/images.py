@@ -141,13 +141,12 @@ def open_suitable(
     *,
     given: str | None,
     needs_decoder: bool,
-    skip_bad: int,
-    verify: bool,
+    **how: Any,
 ) -> tuple[Source, Any]:
     """The source of real images and the autoencoder; ``UserError`` where they do not suit the teacher.
 
     ``provenance``, the teacher's, names its autoencoder, and ``given`` is where to load that from instead. A teacher of
-    grey images sees folders in grey.
+    grey images sees folders in grey. ``how`` is for ``open_source``: "skip_bad" and "verify".
     """
     encoded = is_store(path)  # then the autoencoder is needed for pictures only, and to see that it is the one given
     name, vae_hash = provenance["vae"], provenance.get("vae_hash")
@@ -155,8 +154,8 @@ def open_suitable(
     vae = load_same_vae(name, vae_hash, context.device, given) if loads else Pixels()
     image_size = None if encoded or path in BUNDLED else teacher.input_size * vae.factor
     channels = 1 if image_size and (vae.image_channels or teacher.in_channels) == 1 else None
-    images: dict[str, Any] = {"channels": channels, "skip_bad": skip_bad, "verify": verify, "context": context}
-    source = open_source(path, image_size, teacher.num_classes == 0, "--real-data-path", **images)
+    how |= {"channels": channels, "context": context}
+    source = open_source(path, image_size, teacher.num_classes == 0, "--real-data-path", **how)
     found = {"classes": source.num_classes, "latent shape": latent_shape(source, vae)}
     wanted = {"classes": teacher.num_classes, "latent shape": teacher.latent_shape}
     if encoded:
@@ -174,9 +173,8 @@ def latent_shape(source: Source, vae: VAE | Outline | Pixels) -> tuple[int, ...]
     if source.size % vae.factor:
         raise UserError(f"--image-size {source.size}: must be a multiple of {vae.factor} for --vae {vae.name}")
     if vae.image_channels not in (None, source.channels):
-        raise UserError(
-            f"--vae {vae.name}: takes images of {vae.image_channels} channels, these have {source.channels}"
-        )
+        channels = f"{vae.image_channels} channels, these have {source.channels}"
+        raise UserError(f"--vae {vae.name}: takes images of {channels}")
     side = source.size // vae.factor
     return vae.channels or source.channels, side, side
 

@@ -146,9 +146,18 @@ def save_teacher(path: Path, teacher: DiT, vae: Path | None = None, about: dict 
 def save_student(path: Path, student: ARD, vae: Path | None = None) -> Path:
     """Write a student as train_ARD.py would, without what only its training needs."""
     points = {"grid": "even", "solver_indices": grid_steps(student.steps), "target": "x0"}
-    config = checkpoints.student_config(student, vae=str(vae) if vae else None, provenance={}, training={}, **points)
+    config = {"kind": "student", "model": student.config, "vae": str(vae) if vae else None}
+    config |= {"provenance": points, "training": {}}
     checkpoints.save(path, {"config": config, "step": 0, "ema": student.state_dict()})
     return path
+
+
+def flip(path: Path, at: int, bits: int = 1) -> None:
+    """Change bits of a byte of a file; who has mapped the file sees it as it was."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= bits
+    path.unlink()
+    path.write_bytes(content)
 
 
 def save_autoencoder(folder: Path, seed: int = 0) -> Path:
