@@ -324,21 +324,20 @@ class Trainer:
             self._log_scalars()
         if self.preview is not None and self.run.sample_every and (self.step % self.run.sample_every == 0 or last):
             if self.context.is_main:
-                self.preview(self.folder.preview(self.step))
-                self.folder.log_preview(self.step)
+                self.folder.add_preview(self.step, self.preview)
             self.context.barrier()
         kept = self.step % self.run.ckpt_every == 0 or last
         if self.context.is_main:
             if kept:
-                self._save(self.folder.save_checkpoint, last)
+                self._save(kept=True, last=last)
             elif self._snapshot_is_due() and not self._skipping():
-                self._save(self.folder.save_snapshot)
+                self._save(kept=False)
         if kept or self._snapshot_is_due_by_steps():
             self.context.barrier()  # the main rank may wait for an earlier write, and a slow disk may take its time
         self._evaluate_if_due()
         if self._signals and not last and self.context.is_main:
             # Alone: every rank has the same state, and the others may be gone already.
-            self._save(self.folder.save_snapshot, last=True)
+            self._save(kept=False, last=True)
             self.folder.background.wait()
             ended, code = ended_by(self._signals[0]), exit_code(self._signals[0])
             text = f"{self.folder.path}: {ended} at step {self.step}; the same command continues from there"
@@ -355,10 +354,10 @@ class Trainer:
         due = self.step % self.evaluate.every == 0 or self.step == self.iterations
         return due and not self.context.on_main(lambda: self.folder.has_logged("eval", self.step))
 
-    def _save(self, write: Callable[..., None], last: bool = False) -> None:
+    def _save(self, kept: bool, last: bool = False) -> None:
         """Have the state of all models written in the background; ``last`` when no step will follow."""
         states = [state.state(suffix) for suffix, state in self.states.items()]
-        write(self.step, {name: value for state in states for name, value in state.items()}, last)
+        self.folder.save(self.step, {k: v for state in states for k, v in state.items()}, kept=kept, last=last)
         self._saved = time.monotonic()
 
     def _snapshot_is_due(self) -> bool:

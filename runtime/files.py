@@ -130,6 +130,14 @@ def json_object(text: str) -> dict:
     return found
 
 
+def noted(path: Path) -> dict | None:
+    """The object in a small file of JSON, None where there is none, or none that can be read."""
+    try:
+        return json_object(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
 _claims: dict[Path, FileLock] = {}  # the locks that this process holds
 
 

@@ -8,7 +8,7 @@ samples/  log.txt      previews, log lines; beside them the files of tracking.py
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +21,7 @@ from runtime.checks import writable_folder
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
 from runtime.errors import BusyError
-from runtime.files import LOCK, WriteBehind, claim, json_object, release, write_text
+from runtime.files import LOCK, WriteBehind, claim, noted, release, write_text
 from runtime.provenance import differences
 from stores import checkpoints
 from stores.tracking import Tensorboard, Wandb, trackers
@@ -100,30 +100,26 @@ class RunFolder:
             raise UserError(f"--run-dir {self.path}: none of its checkpoints can be read; remove them to start anew")
         return None
 
-    def save_checkpoint(self, step: int, state: dict, last: bool = False) -> None:
-        """Write ``checkpoints/0050000.pt``, which makes an older snapshot superfluous.
+    def save(self, step: int, state: dict, *, kept: bool, last: bool = False) -> None:
+        """Write ``checkpoints/0050000.pt``, to be ``kept``, which makes a snapshot superfluous, or else the snapshot.
 
         Waits for a copy of the state to the host only, and for an earlier write; the file is written in a thread.
         ``last``: nothing will change the state any more, so tensors on the host are not copied.
         """
-        self.background.submit(self._write_checkpoint, f"{step:07d}.pt", step, on_host(state, copy=not last))
+        self.background.submit(self._write, step, on_host(state, copy=not last), kept)
 
-    def save_snapshot(self, step: int, state: dict, last: bool = False) -> None:
-        """Write ``checkpoints/latest.pt``, to resume from, in the same way."""
-        self.background.submit(self._write, "latest.pt", step, on_host(state, copy=not last))
-
-    def _write_checkpoint(self, name: str, step: int, state: dict) -> None:
-        self._write(name, step, state)
-        (self.path / "checkpoints/latest.pt").unlink(missing_ok=True)
-        self._drop_old_checkpoints()
+    def _write(self, step: int, state: dict, kept: bool) -> None:
+        snapshot = self.path / "checkpoints/latest.pt"
+        path = snapshot.with_name(f"{step:07d}.pt") if kept else snapshot
+        checkpoints.save(path, {"config": self.config, "step": step} | state)
+        if kept:
+            snapshot.unlink(missing_ok=True)
+            self._drop_old_checkpoints()
 
     def _drop_old_checkpoints(self) -> None:
         if self.keep:
             for path in sorted((self.path / "checkpoints").glob("[0-9]*.pt"))[: -self.keep]:
                 path.unlink()
-
-    def _write(self, name: str, step: int, state: dict) -> None:
-        checkpoints.save(self.path / "checkpoints" / name, {"config": self.config, "step": step} | state)
 
     def log(self, text: str) -> None:
         """One line to the console and log.txt, from the main rank."""
@@ -168,14 +164,12 @@ class RunFolder:
             self._drop_old_checkpoints()
             release(self.path)
 
-    def preview(self, step: int) -> Path:
-        """Where the preview of a step goes."""
-        return self.path / "samples" / f"{step:07d}.png"
-
-    def log_preview(self, step: int) -> None:
-        """The preview of a step, an existing file, beside the curves."""
+    def add_preview(self, step: int, draw: Callable[[Path], None]) -> None:
+        """Have ``draw`` write the preview of a step, and show it beside the curves."""
+        path = self.path / "samples" / f"{step:07d}.png"
+        draw(path)
         for tracker in self._trackers:
-            tracker.picture(step, self.preview(step))
+            tracker.picture(step, path)
 
 
 def begin(config: dict, results_dir: str, run_dir: str | None) -> str:
@@ -241,10 +235,7 @@ def is_fresh(folder: Path) -> bool:
 
 def read_config(folder: Path) -> dict | None:
     """A run's config, None where there is none, or none that can be read."""
-    try:
-        return json_object((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
+    return noted(folder / "config.json")
 
 
 def on_host(state: Any, copy: bool = True) -> Any:

@@ -22,11 +22,19 @@ from PIL.PngImagePlugin import PngInfo
 from runtime.checks import writable_file
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
-from runtime.files import SharedWriter, atomic_write, claim, json_object, release, require_replaceable, write_text
+from runtime.files import (
+    SharedWriter,
+    atomic_write,
+    claim,
+    json_object,
+    noted,
+    release,
+    require_replaceable,
+    write_text,
+)
 from runtime.provenance import require_same
-from stores.image_arrays import Images
+from stores.image_arrays import DAMAGED_NPZ, Images, npy_header, npz_member
 from stores.images import to_uint8
-from stores.npz import DAMAGED_NPZ, npy_header, npz_member
 
 INDEX_BYTES = 40  # that a rank needs for each sample, to know which are missing
 
@@ -67,12 +75,7 @@ class SampleWriter(SharedWriter):
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        count: int,
-        provenance: dict,
-        context: DistributedContext,
-        keep_latents: bool = False,
+        self, path: str | Path, count: int, provenance: dict, context: DistributedContext, keep_latents: bool = False
     ):
         """``UserError`` where ``path`` or the unfinished samples beside it are those of another run."""
         super().__init__(context)
@@ -86,21 +89,13 @@ class SampleWriter(SharedWriter):
         if self.complete:
             require_same(f"--out {path}: it holds other samples", read_provenance(path), self.provenance)
         else:
-            found = self._noted()
-            if found is not None:
+            if (found := noted(self._note)) is not None:
                 unfinished = f"--out {path}: {self.folder} holds the unfinished samples of another run"
                 require_same(unfinished, found, self.provenance)
             elif self._parts():
                 raise UserError(f"--out {path}: {self.folder} does not say whose samples it holds; remove it")
             require_replaceable("--out", self.path.with_suffix(".png"), "a grid of samples", is_grid)
         self._missing: list[int] = []
-
-    def _noted(self) -> dict | None:
-        """The provenance of the unfinished samples; None where there are none, or none that can be read."""
-        try:
-            return json_object(self._note.read_text())
-        except (OSError, ValueError):
-            return None
 
     def __enter__(self) -> "SampleWriter":
         if self.complete:
@@ -118,7 +113,7 @@ class SampleWriter(SharedWriter):
     def _begin(self) -> set[int]:
         """Claim the folder; the indices of the samples that it holds."""
         claim(self.folder, "--out")
-        if self._noted() is None:
+        if noted(self._note) is None:
             write_text(self._note, json.dumps(self.provenance))
         return {i for part in self._parts() for i in range_of(part)}
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from runtime.cli import UserError
 from stores import checkpoints
-from stores.npz import npz_member
+from stores.image_arrays import npz_member
 
 
 class Touch:

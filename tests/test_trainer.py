@@ -59,10 +59,13 @@ def test_snapshots_previews_and_kept_checkpoints_come_when_they_are_due(tmp_path
 
 @pytest.mark.parametrize("minutes, every, steps", [(0, 0, set()), (1e-9, 0, {1, 2, 3}), (60, 2, {2})])
 def test_snapshots_come_by_minutes_and_by_steps(tmp_path, store, monkeypatch, minutes, every, steps):
-    saved, save = [], RunFolder.save_snapshot
-    monkeypatch.setattr(
-        RunFolder, "save_snapshot", lambda run, step, *rest: saved.append(step) or save(run, step, *rest)
-    )
+    saved, save = [], RunFolder.save
+
+    def noted(run, step, state, *, kept, last=False) -> None:
+        saved.extend([] if kept else [step])
+        save(run, step, state, kept=kept, last=last)
+
+    monkeypatch.setattr(RunFolder, "save", noted)
     monkeypatch.setattr("runtime.files.WriteBehind.busy", False)  # the last one is on disk already
     call("train_ARD.py", "--data-path", store, *SMALL, "--iterations", 4, "--snapshot-minutes", minutes,
          "--snapshot-every", every, "--run-dir", tmp_path)  # fmt: skip

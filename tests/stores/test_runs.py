@@ -11,16 +11,7 @@ from threading import Event
 
 import pytest
 import torch
-from helpers import (
-    ROOT,
-    SMALL,
-    assert_equal,
-    call,
-    call_on_ranks,
-    checkpoint,
-    spawn,
-    start,
-)
+from helpers import ROOT, SMALL, assert_equal, call, call_on_ranks, checkpoint, spawn, start
 
 from runtime import distributed
 from runtime.cli import UserError
@@ -63,21 +54,23 @@ def test_a_folder_of_another_run_or_of_other_files_is_refused(tmp_path):
 
 def test_the_snapshot_is_the_newest_until_a_checkpoint_replaces_it(tmp_path):
     run = folder(CONFIG, tmp_path)
-    run.save_checkpoint(5, {"model": {}})
-    run.save_snapshot(7, {"model": {}})
+    run.save(5, {"model": {}}, kept=True)
+    run.save(7, {"model": {}}, kept=False)
     run.background.wait()
     file, content = run.newest_checkpoint()
     assert file.name == "latest.pt" and content == {"config": CONFIG, "step": 7, "model": {}}
-    run.save_checkpoint(10, {"model": {}})
+    run.save(10, {"model": {}}, kept=True)
     run.background.wait()
     assert run.newest_checkpoint()[0].name == "0000010.pt" and not (run.path / "checkpoints/latest.pt").exists()
-    assert run.preview(10) == run.path / "samples/0000010.png"
+    drawn = []
+    run.add_preview(10, drawn.append)
+    assert drawn == [run.path / "samples/0000010.png"]
 
 
 def test_a_checkpoint_is_what_was_there_when_it_was_saved(tmp_path, monkeypatch):
     run, weights, trained, save = folder(CONFIG, tmp_path), torch.zeros(3), Event(), checkpoints.save
     monkeypatch.setattr(checkpoints, "save", lambda *args: trained.wait(60) and save(*args))
-    run.save_checkpoint(1, {"model": {"w": weights}, "opt": {"groups": [{"lr": 0.5, "moments": [weights]}]}})
+    run.save(1, {"model": {"w": weights}, "opt": {"groups": [{"lr": 0.5, "moments": [weights]}]}}, kept=True)
     weights += 1  # training goes on, and only then is the file written
     trained.set()
     run.background.wait()
@@ -89,8 +82,8 @@ def test_a_checkpoint_is_what_was_there_when_it_was_saved(tmp_path, monkeypatch)
 def test_the_last_state_is_written_without_a_copy(tmp_path, monkeypatch):
     run, weights, written, save = folder(CONFIG, tmp_path), torch.ones(3), [], checkpoints.save
     monkeypatch.setattr(checkpoints, "save", lambda path, content: written.append(content) or save(path, content))
-    run.save_snapshot(1, {"model": {"w": weights}})
-    run.save_checkpoint(2, {"model": {"w": weights}}, last=True)
+    run.save(1, {"model": {"w": weights}}, kept=False)
+    run.save(2, {"model": {"w": weights}}, kept=True, last=True)
     run.background.wait()
     assert [content["model"]["w"].data_ptr() == weights.data_ptr() for content in written] == [False, True]
     assert checkpoint(run.path, 2)["model"]["w"].tolist() == [1, 1, 1]
@@ -114,11 +107,8 @@ def three_steps(store, tmp_path_factory):
 
 
 @pytest.mark.parametrize("damage", ["flipped", "half", "empty"])
-def test_a_damaged_snapshot_is_passed_over_and_the_run_ends_as_an_undisturbed_one(
-    damage, store, three_steps, tmp_path, capsys
-):
-    run = tmp_path / "run"
-    shutil.copytree(three_steps, run)
+def test_a_damaged_snapshot_is_passed_over_and_the_run_ends_as_it_would(damage, store, three_steps, tmp_path, capsys):
+    run = shutil.copytree(three_steps, tmp_path / "run")
     newest = run / "checkpoints/0000003.pt"
     content = newest.read_bytes()
     middle = len(content) // 2
@@ -135,8 +125,7 @@ def test_a_damaged_snapshot_is_passed_over_and_the_run_ends_as_an_undisturbed_on
 
 
 def test_a_run_none_of_whose_checkpoints_can_be_read_is_not_begun_anew(store, three_steps, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(three_steps, run)
+    run = shutil.copytree(three_steps, tmp_path / "run")
     for path in (run / "checkpoints").iterdir():
         path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(SystemExit) as stop:
@@ -178,8 +167,7 @@ def test_a_folder_of_a_run_that_was_killed_before_its_config_was_there_is_taken_
 
 
 def test_a_finished_run_that_is_asked_for_again_is_not_held(store, three_steps, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(three_steps, run)
+    run = shutil.copytree(three_steps, tmp_path / "run")
     before = sorted(path.name for path in run.iterdir())
     call("train_ARD.py", "--data-path", store, *SMALL, "--iterations", 3, "--ckpt-every", 1, "--run-dir", run)
     assert sorted(path.name for path in run.iterdir()) == before
@@ -246,7 +234,7 @@ def test_ranks_that_do_not_find_the_main_ranks_checkpoint_end_with_a_sentence(st
 
 def test_a_checkpoint_to_resume_from_is_read_and_compared_with_its_checksums_once(tmp_path, monkeypatch):
     run, compared = folder(CONFIG, tmp_path), []
-    run.save_snapshot(7, {"model": {"w": torch.ones(3)}})
+    run.save(7, {"model": {"w": torch.ones(3)}}, kept=False)
     run.background.wait()
     whole = checkpoints.damaged_member
     monkeypatch.setattr(checkpoints, "damaged_member", lambda path: compared.append(path) or whole(path))

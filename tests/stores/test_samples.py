@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import arrays, call, refused, start
+from helpers import arrays, call, flip, refused, start
 from PIL import Image
 
 from runtime.cli import UserError
@@ -56,9 +56,7 @@ def test_a_damaged_part_is_drawn_again_and_one_of_unknown_origin_refused(tmp_pat
     with pytest.raises(RuntimeError, match="power cut"):
         fill(path, 10, stop_after=8)
     part = path.with_suffix(".partial") / "00000000-00000004.npz"
-    content = bytearray(part.read_bytes())
-    content[300] ^= 1
-    part.write_bytes(content)
+    flip(part, 300)
     with pytest.raises(UserError, match="was damaged and is removed"):
         fill(path, 10)
     assert fill(path, 10) == [0, 1, 2, 3] and (arrays(path)["arr_0"][:, 0, 0, 0] == np.arange(10)).all()
