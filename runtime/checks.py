@@ -85,9 +85,7 @@ def machine_memory() -> int:
         return total
 
 
-def require_memory(
-    what: str, needed: int, device: torch.device, advice: Callable[[int], str] = lambda total: ""
-) -> int:
+def require_memory(what: str, needed: int, device: torch.device, advice: Callable[[int], str] = lambda _: "") -> int:
     """``UserError`` where a rank needs more memory than the device, or its share of the machine, has at all.
 
     Returns what it has. ``advice`` says what would do with so much, and ends the sentence.

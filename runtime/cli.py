@@ -199,10 +199,8 @@ def _main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[
             fail(parser, f"out of memory; {less} ({(str(error) or 'no more to be had').splitlines()[0][:200]})", 1)
         if not (launcher.speaker().world_size > 1 and RANK_LOST.search(str(error))):
             raise
-        reason = str(error).splitlines()[0][:200]
-        fail(
-            parser, f"another rank has died, or has not answered for too long; run the same command again ({reason})", 1
-        )
+        dead = "another rank has died, or has not answered for too long; run the same command again"
+        fail(parser, f"{dead} ({str(error).splitlines()[0][:200]})", 1)
     except (UserError, RunError) as error:
         if getattr(args, "dry_run", False) and (getattr(args, "preset", None) or isinstance(error, AbsentError)):
             show_plan({"not_checked": parser.mark_defaults(str(error), args)} | parser.estimate(vars(args)), args)
@@ -301,9 +299,8 @@ def existing_folder(option: str, path: str | Path) -> Path:
     """The path, or a ``UserError`` that names the option when the folder is missing or empty."""
     path = Path(path)
     if not path.is_dir():
-        raise UserError(
-            f"{option} {path}: " + ("is a file, give a folder" if path.exists() else missing(path, "folder"))
-        )
+        said = "is a file, give a folder" if path.exists() else missing(path, "folder")
+        raise UserError(f"{option} {path}: {said}")
     if not os.access(path, os.R_OK | os.X_OK):
         raise UserError(f"{option} {path}: this user may not read the folder")
     if not any(path.iterdir()):

@@ -62,9 +62,7 @@ def lasting_console() -> Iterator[None]:
         except OSError:
             _nowhere(number)
     before = sys.stdout, sys.stderr
-    streams: list[Any] = [
-        stream or os.fdopen(number, "w", closefd=False) for number, stream in enumerate(before, start=1)
-    ]
+    streams: list[Any] = [stream or os.fdopen(i, "w", closefd=False) for i, stream in enumerate(before, start=1)]
     sys.stdout, sys.stderr = map(Console, streams)
     try:
         yield

@@ -182,9 +182,8 @@ def require_own_gpus(context: DistributedContext) -> None:
         dist.all_gather_object(gpus, str(own), group=_patient_group())
         other = gpus.index(str(own))
         if other != context.rank:
-            raise UserError(
-                f"--device {context.device}: ranks {other} and {context.rank} have the same GPU; start one each"
-            )
+            both = f"ranks {other} and {context.rank}"
+            raise UserError(f"--device {context.device}: {both} have the same GPU; start one each")
 
 
 def _give_up() -> None:
@@ -256,9 +255,7 @@ def unwrapped(module: nn.Module) -> Any:
     return module.module if isinstance(module, DistributedDataParallel) else module
 
 
-def read_with_workers(
-    data: Dataset, indices: Sequence[Any], num_workers: int, pin_memory: bool = False
-) -> Iterator[Any]:
+def read_with_workers(data: Dataset, indices: Sequence, num_workers: int, pin_memory: bool = False) -> Iterator[Any]:
     """The items of these indices, read ahead by processes that end with this one, also when that ends by an error.
 
     They never get SIGTERM or its like, with which python would end them, to wait for ever then.
@@ -285,6 +282,4 @@ def finish(context: DistributedContext) -> None:
 
 def add_device_option(group: OptionGroup) -> None:
     """The ``--device`` option, the same in every script."""
-    group.add_argument(
-        "--device", type=name, default="auto", help="Run on auto (a GPU if there is one), cpu, cuda or cuda:INDEX."
-    )
+    group.add_argument("--device", type=name, default="auto", help="Run on auto (GPU if any), cpu, cuda or cuda:INDEX.")

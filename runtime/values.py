@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,15 +73,7 @@ def name(text: str) -> str:
     return text
 
 
-def file(text: str) -> str:
-    """argparse type: the path of a file, as text."""
-    return name(text)
-
-
-def folder(text: str) -> str:
-    """argparse type: the path of a folder, as text."""
-    return name(text)
-
+file, folder = partial(name), partial(name)  # paths, as text, which the help tells apart
 
 # The help's name for the value of an option of each type.
 METAVARS: dict[Any, str] = dict.fromkeys((positive, not_negative, workers), "N")

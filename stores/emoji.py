@@ -150,9 +150,7 @@ def as_svg(data: dict[str, Any], icon: str) -> str:
     return f'<svg {links} viewBox="{view}" width="{side}" height="{side}">{icon_data["body"]}</svg>'
 
 
-def without_repetitions(
-    pictures: Iterator[tuple[str, str, np.ndarray]],
-) -> dict[str, dict[str, np.ndarray]]:
+def without_repetitions(pictures: Iterator[tuple[str, str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
     """Pictures by class and name; of those that are the same to the last pixel, the first."""
     seen: set[bytes] = set()
     kept: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in CLASSES}

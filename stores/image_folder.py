@@ -12,7 +12,6 @@ import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,9 +63,8 @@ class ImageFolder:
         """
         self.option, self.size, self.channels, self.skip_bad = option, size or 0, channels, skip_bad
         self.root = root = existing_folder(option, folder)
-        survey = (context or DistributedContext()).on_main(
-            lambda: _survey(root, size, unconditional, option, channels, skip_bad)
-        )
+        where, context = f"{option} {root}", context or DistributedContext()
+        survey = context.on_main(lambda: _survey(root, size, unconditional, where, channels == 1, skip_bad))
         self.paths = [f"{root}/{name}" for name in survey.names]
         self.labels, self.classes = torch.tensor(survey.labels), survey.classes
         self.shapes, self.notes = survey.shapes, survey.notes
@@ -111,56 +109,42 @@ def add_skip_bad_option(group: OptionGroup) -> None:
     )
 
 
-def _survey(
-    root: Path, size: int | None, unconditional: bool, option: str, channels: int, skip_bad: int | None
-) -> Survey:
-    """The content of the folder; ``UserError`` where it cannot be used."""
-    where = f"{option} {root}"
+def _survey(root: Path, size: int | None, unconditional: bool, where: str, grey: bool, skip_bad: int | None) -> Survey:
+    """The content of the folder, called ``where``; ``UserError`` where it cannot be used."""
     classes = [] if unconditional else _classes(root, where)
-    if unconditional:
-        found = sorted(_files(root, root))
-        labels = [0] * len(found)
-    else:
-        of_each = [_in_order(root / name, root) for name in classes]
-        found = list(chain.from_iterable(of_each))
-        labels = [label for label, files in enumerate(of_each) for _ in files]
-    labelled = [(name, label) for name, label in zip(found, labels, strict=True) if _is_image(name)]
-    others = [name for name in found if not _is_image(name)]
+    of_each = [sorted(_files(root, root))] if unconditional else [_in_order(root / name, root) for name in classes]
+    labelled = [(name, label) for label, files in enumerate(of_each) for name in files if _is_image(name)]
+    others = [name for files in of_each for name in files if not _is_image(name)]
     if not unconditional:
         others += sorted(path.name for path in root.iterdir() if not _hidden(path.name) and not path.is_dir())
     if not labelled:
         raise UserError(f"{where}: holds no images ({', '.join(SUFFIXES)})")
 
-    bad, good, headers = [], [], []
-    for pair, (bytes_, header) in zip(labelled, _look_at(root, [name for name, _ in labelled], bool(skip_bad))):
+    bad, good = [], []
+    looks = _look_at(root, [name for name, _ in labelled], bool(skip_bad))
+    for (name, label), (bytes_, header) in zip(labelled, looks):
         if isinstance(header, Header) and size is not None and not croppable(header, size):
             header = f"{header.width}x{header.height} pixels, too long to crop {size} of; {LIMIT}"
         if isinstance(header, str):
-            bad.append(f"{pair[0]} ({header})")
+            bad.append(f"{name} ({header})")
         else:
-            good.append((*pair, bytes_))
-            headers.append(header)
+            good.append((name, label, bytes_, header))
     if len(bad) > (skip_bad or 0):
         hint = "" if skip_bad is None else f", or give --skip-bad {len(bad)} to go on without them"
-        raise UserError(
-            f"{where}: {len(bad)} of {len(labelled)} images cannot be read: {shortened(bad, 3)}; mend or remove "
-            f"them{hint}"
-        )
+        count = f"{len(bad)} of {len(labelled)} images"
+        raise UserError(f"{where}: {count} cannot be read: {shortened(bad, 3)}; mend or remove them{hint}")
     if not good:
         raise UserError(f"{where}: none of its {len(bad)} images can be read")
-    filled = {label for _, label, _ in good}
-    empty = [name for label, name in enumerate(classes) if label not in filled]
+    names, labels, sizes, headers = zip(*good)
+    empty = [classes[label] for label in sorted(set(range(len(classes))) - set(labels))]
     if empty:
-        raise UserError(
-            f"{where}: {len(empty)} of {len(classes)} class folders hold no images: {shortened(empty, 3)}; remove them"
-        )
-    coloured = [name for (name, _, _), header in zip(good, headers, strict=True) if not header.grey]
-    if channels == 1 and coloured:
-        raise UserError(
-            f"{where}: {len(coloured)} of {len(good)} images have colours, which one channel does not hold: "
-            f"{shortened(coloured, 3)}"
-        )
-    digest = hashlib.sha256(b"\0".join(os.fsencode(f"{name}\0{bytes_}") for name, _, bytes_ in good))
+        count = f"{len(empty)} of {len(classes)} class folders"
+        raise UserError(f"{where}: {count} hold no images: {shortened(empty, 3)}; remove them")
+    coloured = [name for name, header in zip(names, headers) if not header.grey]
+    if grey and coloured:
+        count = f"{len(coloured)} of {len(good)} images"
+        raise UserError(f"{where}: {count} have colours, which one channel does not hold: {shortened(coloured, 3)}")
+    digest = hashlib.sha256(b"\0".join(os.fsencode(f"{name}\0{bytes_}") for name, bytes_ in zip(names, sizes)))
     notes = []
     if bad:
         notes.append(f"{len(bad)} bad images are left out: {shortened(bad, 3)}")
@@ -168,14 +152,8 @@ def _survey(
         notes.append(f"{len(others)} files are no images of a class: {shortened(others, 3)}")
     if animated := sum(header.animated for header in headers):
         notes.append(f"{animated} images are animated or have pages: the first one counts")
-    return Survey(
-        [name for name, _, _ in good],
-        [label for _, label, _ in good],
-        classes,
-        digest.hexdigest()[:16],
-        {header[:2] for header in headers},
-        notes,
-    )
+    shapes = {header[:2] for header in headers}
+    return Survey(list(names), list(labels), classes, digest.hexdigest()[:16], shapes, notes)
 
 
 def _classes(root: Path, where: str) -> list[str]:

@@ -12,14 +12,7 @@ from models import DiT
 from runtime.cli import UserError, shortened
 
 LABELS = "y_embedder.embedding_table.weight"
-SHAPE = (
-    "hidden_size",
-    "num_heads",
-    "depth",
-    "patch_size",
-    "in_channels",
-    "learn_sigma",
-)  # the entries that weights must fit
+SHAPE = ("hidden_size", "num_heads", "depth", "patch_size", "in_channels", "learn_sigma")  # what weights must fit
 
 
 def init_shape(source: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -66,25 +66,19 @@ class ShardWriter(SharedWriter):
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        provenance: dict,
-        context: DistributedContext,
-        unit: str,
-        option: str = "--out",
-        grows: bool = False,
+        self, folder: str | Path, provenance: dict, context: DistributedContext, unit: str, grows: bool = False
     ):
-        """``provenance`` holds "count" and "rows_per_shard". ``UserError`` naming ``option`` when the folder holds
+        """``provenance`` holds "count" and "rows_per_shard". ``UserError`` naming ``--out`` when the folder holds
         anything else. What ``grows`` may hold fewer rows: shards are added, and a last one that was short is made anew.
         """
         super().__init__(context)
-        self.folder, self.provenance, self.unit, self.option = Path(folder), provenance, unit, option
+        self.folder, self.provenance, self.unit = Path(folder), provenance, unit
         self.rows_per_shard = provenance["rows_per_shard"]
         self._starts = range(0, provenance["count"], self.rows_per_shard)  # as many as shards
         names = {path.name for path in self.folder.iterdir()} - {LOCK} if self.folder.is_dir() else set()
         names = context.broadcast_object(names)  # one list for all: no rank must see a faster one's new files
         if names and not any(name.startswith("shard-") for name in names):
-            raise UserError(f"{option} {folder}: the folder holds other files, give a new one")
+            raise UserError(f"--out {folder}: the folder holds other files, give a new one")
         self._present = {name for name in names if name.endswith(".safetensors")}
         for name in sorted(self._present):
             found = shard_provenance(self.folder / name)
@@ -93,13 +87,11 @@ class ShardWriter(SharedWriter):
                 found["count"] = provenance["count"]
                 if rows % self.rows_per_shard and shard_number(name) == rows // self.rows_per_shard:
                     self._present.remove(name)  # the short one
-            require_same(f"{option} {folder}: holds data of another run", found, provenance)
+            require_same(f"--out {folder}: holds data of another run", found, provenance)
             self.provenance = found  # all shards say the same, also where an autoencoder has moved meanwhile
         unknown = {name for name in self._present if shard_number(name) not in range(len(self._starts))}
         if unknown:
-            raise UserError(
-                f"{option} {folder}: holds shards that are not of this run, {min(unknown)} first; remove them"
-            )
+            raise UserError(f"--out {folder}: holds shards that are not of this run, {min(unknown)} first; remove them")
         self._finished = "manifest.json" in names
         self.complete = len(self._present) == len(self._starts) and self._finished
         self._mine: list[range] = []
@@ -119,10 +111,10 @@ class ShardWriter(SharedWriter):
 
     def _begin(self) -> None:
         """Claim the folder; a finished store that is to grow is an unfinished one from here on."""
-        claim(self.folder, self.option)
+        claim(self.folder, "--out")
         if self._finished:
             try:
-                listed = _listed(self.folder)
+                listed = _manifest(self.folder)["shards"]
             except DAMAGED:
                 listed = []  # ``close`` takes the checksums anew
             _to_notes(self.folder, [shard for shard in listed if shard["file"] in self._present])
@@ -153,15 +145,13 @@ class ShardWriter(SharedWriter):
         with atomic_write(path) as partial:
             partial.write_bytes(content)
 
-    @property
     def _paths(self) -> list[Path]:
-        """All shards, in the order of their rows."""
         return [self.folder / shard_name(number) for number in range(len(self._starts))]
 
     def close(self) -> None:
         """Write the manifest, from the notes that each rank left of its shards."""
         shards = []
-        for path in self._paths:
+        for path in self._paths():
             if note_of(path).is_file():
                 note = self._read_note(path)
             else:  # its note went when there was a manifest
@@ -183,42 +173,24 @@ class ShardWriter(SharedWriter):
             pass
         path.unlink()
         note_of(path).unlink()
-        raise UserError(f"{self.option} {note_of(path)}: damaged; removed with its shard, run the same command again")
+        raise UserError(f"--out {note_of(path)}: damaged; removed with its shard, run the same command again")
 
     def _clean_up(self) -> None:
         """Remove the files that the manifest replaces, and give up the folder."""
-        for path in self._paths:
+        for path in self._paths():
             note_of(path).unlink(missing_ok=True)
         if (self.folder / LOCK).exists():
-            claim(self.folder, self.option)
+            claim(self.folder, "--out")
             release(self.folder)
 
 
-def repair(folder: str | Path, option: str) -> list[str]:
-    """Remove the shards that differ from the manifest, and the manifest with them; the names, missing ones too.
-
-    The command that made the store then makes exactly these anew. ``UserError`` where there is no manifest.
-    """
-    folder = existing_folder(option, folder)
-    manifest = folder / "manifest.json"
-    try:
-        shards = _listed(folder)
-        bad = [shard for shard in tqdm(shards, unit="shard", disable=None) if not _is_whole(folder, shard)]
-    except (OSError, *DAMAGED):
-        raise UserError(f"{option} {manifest}: no manifest that can be read; run the command that made it") from None
-    if bad:
-        _to_notes(folder, [shard for shard in shards if shard not in bad])
-        for shard in bad:
-            (folder / shard["file"]).unlink(missing_ok=True)
-        manifest.unlink()
-    return [shard["file"] for shard in bad]
-
-
-def _listed(folder: Path) -> list[dict]:
-    """The entries of a store's manifest; one of the errors ``DAMAGED`` where it is none."""
-    shards = json.loads((folder / "manifest.json").read_text())["shards"]
-    _check_entries(shards)
-    return shards
+def _manifest(folder: Path) -> dict:
+    """A store's manifest. One of the errors ``DAMAGED`` where an entry is incomplete, or of a file elsewhere."""
+    content = json_object((folder / "manifest.json").read_text())
+    for shard in content["shards"]:
+        if not {"file", "rows", "bytes", "sha256"} <= shard.keys() or Path(shard["file"]).name != shard["file"]:
+            raise ValueError(f"{shard} is no shard of the folder")
+    return content
 
 
 def _to_notes(folder: Path, shards: list[dict]) -> None:
@@ -226,14 +198,6 @@ def _to_notes(folder: Path, shards: list[dict]) -> None:
     for shard in shards:
         note = {name: shard[name] for name in ("rows", "bytes", "sha256")}
         write_text(note_of(folder / shard["file"]), json.dumps(note))
-
-
-def _check_entries(shards: list[dict]) -> None:
-    """``ValueError`` where a manifest's entry is incomplete or names a file outside its folder."""
-    if not all({"file", "rows", "bytes", "sha256"} <= shard.keys() for shard in shards):
-        raise ValueError("an entry is incomplete")
-    if any(Path(shard["file"]).name != shard["file"] for shard in shards):
-        raise ValueError("a shard lies elsewhere")
 
 
 def _is_whole(folder: Path, shard: dict) -> bool:
@@ -260,9 +224,8 @@ class ShardStore:
             hint = f"the {self.kind} is unfinished ({shards} shards); run the command that made it again to continue it"
             raise UserError(f"{option} {folder}: " + (hint if shards else f"no {self.kind} (no manifest.json)"))
         try:
-            content = json_object(manifest.read_text())
+            content = _manifest(self.folder)
             self.provenance, self.shards = content["provenance"] | {}, content["shards"]
-            _check_entries(self.shards)
         except DAMAGED:
             raise UserError(f"{option} {manifest}: not a manifest of a {self.kind}") from None
         self.tensors = []
@@ -312,9 +275,8 @@ class ShardStore:
         owners = np.searchsorted(self._first_row, rows, side="right") - 1
         for number in self._unverified.intersection(owners.tolist()):
             if not _is_whole(self.folder, self.shards[number]):
-                raise RunError(
-                    f"{self._damaged([number])}: checksum differs from the manifest's; {self._how_to_repair}"
-                )
+                differs = "checksum differs from the manifest's"
+                raise RunError(f"{self._damaged([number])}: {differs}; {self._how_to_repair}")
             self._unverified.remove(number)
         return list(zip(owners.tolist(), (rows - self._first_row[owners]).tolist(), strict=True))
 
@@ -377,8 +339,22 @@ def store_parser(doc: str | None, name: str, verify: Callable[..., None]) -> tup
 
 
 def run_repair(args: argparse.Namespace) -> None:
-    bad = repair(args.folder, "DIR")
+    """Remove the shards that differ from the manifest, and the manifest with them, for the command that made the store
+    to make exactly these anew.
+    """
+    folder = existing_folder("DIR", args.folder)
+    manifest = folder / "manifest.json"
+    try:
+        shards = _manifest(folder)["shards"]
+        bad = [shard for shard in tqdm(shards, unit="shard", disable=None) if not _is_whole(folder, shard)]
+    except (OSError, *DAMAGED):
+        raise UserError(f"DIR {manifest}: no manifest that can be read; run the command that made it") from None
     if not bad:
         print(f"{args.folder}: ok, nothing to repair")
-    else:
-        print(f"{args.folder}: {', '.join(bad)} removed; run the command that made the store to make them anew")
+        return
+    _to_notes(folder, [shard for shard in shards if shard not in bad])
+    for shard in bad:
+        (folder / shard["file"]).unlink(missing_ok=True)
+    manifest.unlink()
+    names = ", ".join(shard["file"] for shard in bad)
+    print(f"{args.folder}: {names} removed; run the command that made the store to make them anew")

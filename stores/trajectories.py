@@ -191,12 +191,8 @@ def build_parser() -> cli.Parser:
     command.add_argument("--out", type=cli.file, required=True, help="Write this .npz.")
     vae = "Load the teacher's autoencoder from this folder or hub id instead of by name."
     command.add_argument("--vae", type=cli.name, help=vae)
-    command.add_argument(
-        "--num-samples", type=cli.positive, help="Number of samples to write, the first ones; without it, all."
-    )
-    command.add_argument(
-        "--per-proc-batch-size", type=cli.positive, default=64, help="Samples that are decoded in a batch."
-    )
+    command.add_argument("--num-samples", type=cli.positive, help="Samples to write, the first ones; without it, all.")
+    command.add_argument("--per-proc-batch-size", type=cli.positive, default=64, help="Samples to decode in a batch.")
     distributed.add_device_option(command)
     command.set_defaults(run=export)
     return parser

@@ -32,41 +32,40 @@ def parser() -> cli.Parser:
     return made
 
 
-@pytest.mark.parametrize("error, code", [(cli.UserError("--data x: no"), 2), (cli.RunError("it went wrong"), 1)])
-def test_an_error_is_one_sentence_and_its_kind_is_the_exit_code(error, code, capsys):
+def end_of(work, capsys, *words) -> tuple[int, str]:
+    """Exit code and last words of the tool with these arguments; its ``work`` is an error, or a function of them."""
+
     def run(args):
-        raise error
+        if isinstance(work, BaseException):
+            raise work
+        work(args)
 
     with pytest.raises(SystemExit) as stop:
-        cli.main(parser(), run, ["--data", "x"])
-    assert stop.value.code == code and capsys.readouterr() == ("", f"tool: error: {error}\n")
+        cli.main(parser(), run, list(words or ("--data", "x")))
+    out, said = capsys.readouterr()
+    assert out == "" and said.count("\n") == 1
+    return stop.value.code, said
+
+
+@pytest.mark.parametrize("error, code", [(cli.UserError("--data x: no"), 2), (cli.RunError("it went wrong"), 1)])
+def test_an_error_is_one_sentence_and_its_kind_is_the_exit_code(error, code, capsys):
+    assert end_of(error, capsys) == (code, f"tool: error: {error}\n")
 
 
 def test_the_sentence_of_a_data_worker_comes_without_its_traceback(capsys):
-    def run(args):
-        raise cli.UserError("Caught UserError in worker 0.\n  File x, line 3\nruntime.errors.UserError: --data x: no")
-
-    with pytest.raises(SystemExit):
-        cli.main(parser(), run, ["--data", "x"])
-    assert capsys.readouterr().err == "tool: error: --data x: no\n"
+    text = "Caught UserError in worker 0.\n  File x, line 3\nruntime.errors.UserError: --data x: no"
+    assert end_of(cli.UserError(text), capsys) == (2, "tool: error: --data x: no\n")
 
 
-@pytest.mark.parametrize(
-    "rank, said", [("0", "tool: error: --data x: no\n"), ("1", "tool: error of rank 1: --data x: no\n")]
-)
+@pytest.mark.parametrize("rank, said", [("0", "error: --data x: no\n"), ("1", "error of rank 1: --data x: no\n")])
 def test_of_several_ranks_the_main_one_speaks_first_and_tells_torchrun(rank, said, monkeypatch, capsys, tmp_path):
-    def run(args):
-        raise cli.UserError("--data x: no")
-
     told = {"WORLD_SIZE": "2", "RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     for name, value in (told | {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(cli, "RANKS_PAUSE", 0.01)
-    with pytest.raises(SystemExit) as stop:
-        cli.main(parser(), run, ["--data", "x"])
-    assert stop.value.code == 2 and capsys.readouterr().err == said
+    assert end_of(cli.UserError("--data x: no"), capsys) == (2, f"tool: {said}")
     report = json.loads((tmp_path / "error.json").read_text())
-    assert report["message"]["extraInfo"]["py_callstack"] + "\n" == said
+    assert report["message"]["extraInfo"]["py_callstack"] + "\n" == f"tool: {said}"
 
 
 @pytest.mark.slow
@@ -79,12 +78,8 @@ def test_under_torchrun_a_mistake_is_said_once_and_is_the_root_cause_of_the_repo
 
 
 def test_a_name_of_several_lines_is_told_in_one(capsys):
-    def run(args):
-        raise cli.UserError(f"--data {args.data}: no such file")
-
-    with pytest.raises(SystemExit):
-        cli.main(parser(), run, ["--data", "a\nb"])
-    assert capsys.readouterr().err == "tool: error: --data a\\nb: no such file\n"
+    error = cli.UserError("--data a\nb: no such file")
+    assert end_of(error, capsys) == (2, "tool: error: --data a\\nb: no such file\n")
 
 
 def test_other_errors_are_bugs_and_keep_their_traceback():
@@ -102,14 +97,8 @@ def test_other_errors_are_bugs_and_keep_their_traceback():
     ids=["keyboard", "disk", "quota"],
 )
 def test_an_interrupt_or_a_full_disk_is_one_sentence(error, code, text, capsys):
-    def run(args):
-        raise error
-
-    with pytest.raises(SystemExit) as stop:
-        cli.main(parser(), run, ["--data", "x"])
-    out, said = capsys.readouterr()
-    assert stop.value.code == code and out == ""
-    assert said.count("\n") == 1 and said.startswith(f"tool: error: {text}")
+    found, said = end_of(error, capsys)
+    assert found == code and said.startswith(f"tool: error: {text}")
 
 
 def test_other_errors_of_files_are_bugs_and_keep_their_traceback():
@@ -120,22 +109,20 @@ def test_other_errors_of_files_are_bugs_and_keep_their_traceback():
 def test_sigterm_is_one_sentence_and_what_stood_for_it_comes_back(capsys):
     before = signal.getsignal(signal.SIGTERM)
 
-    def run(args):
+    def work(args):
         with contextlib.suppress(Exception):  # who reads a file takes any error for damage
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(10)
 
-    with pytest.raises(SystemExit) as stop:
-        cli.main(parser(), run, ["--data", "x"])
-    said = capsys.readouterr().err
-    assert stop.value.code == 1 and said == "tool: error: terminated; the same command continues what it can\n"
+    sentence = "tool: error: terminated; the same command continues what it can\n"
+    assert end_of(work, capsys) == (1, sentence)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "the following arguments are required: --data"),
+        (["--speed", "1"], "the following arguments are required: --data"),
         (["--data", "x", "--speed", "0"], "argument --speed: 0 must be at least 1"),
         (["--data", "x", "--speed", "fast"], "argument --speed: 'fast' must be a number"),
         (["--data", "x", "--speed", "1.5"], "argument --speed: 1.5 must be a whole number"),
@@ -152,10 +139,8 @@ def test_sigterm_is_one_sentence_and_what_stood_for_it_comes_back(capsys):
     ],
 )
 def test_argparses_own_errors_are_one_line_too(words, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(parser(), lambda args: None, words)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+    code, said = end_of(lambda args: None, capsys, *words)
+    assert code == 2 and message in said
 
 
 @pytest.mark.parametrize(
@@ -174,7 +159,7 @@ def test_a_preset_replaces_defaults_and_the_command_line_replaces_both(words, sp
 
 
 @pytest.mark.parametrize(
-    "text, value", [("100", 100), ("1e5", 100_000), ("2.56e6", 2_560_000), ("1_000", 1000), ("30.0", 30)]
+    "text, value", [("9", 9), ("1e5", 100_000), ("2.56e6", 2_560_000), ("1_000", 1000), ("3.0", 3)]
 )
 def test_a_whole_number_may_be_written_as_it_is_said(text, value):
     found = cli.positive(text)
@@ -191,44 +176,32 @@ def test_a_whole_number_may_be_written_as_it_is_said(text, value):
     ],
 )
 def test_a_message_says_what_nobody_typed(words, said, capsys):
-    def run(args):
+    def work(args):
         raise cli.UserError(f"--speed {args.speed}: too fast for --data {args.data}")
 
-    with pytest.raises(SystemExit):
-        cli.main(parser(), run, ["--data", "x", *words])
-    assert capsys.readouterr().err == f"tool: error: {said}\n"
+    assert end_of(work, capsys, "--data", "x", *words) == (2, f"tool: error: {said}\n")
 
 
 def test_what_is_not_fetched_is_planned_without_by_a_dry_run_only(capsys):
-    def run(args):
+    def work(args):
         raise cli.AbsentError("--data x: not here")
 
-    cli.main(parser(), run, ["--data", "x", "--dry-run"])
+    cli.main(parser(), work, ["--data", "x", "--dry-run"])
     assert json.loads(capsys.readouterr().out)["not_checked"] == "--data x: not here"
-    with pytest.raises(SystemExit) as stop:
-        cli.main(parser(), run, ["--data", "x"])
-    assert stop.value.code == 2
+    assert end_of(work, capsys)[0] == 2
 
 
 @pytest.mark.parametrize(
     "error", [MemoryError(), MemoryError("Unable to allocate 1 TiB"), RuntimeError("CUDA out of memory. Tried")]
 )
 def test_a_lack_of_memory_is_one_sentence(error, capsys):
-    def run(args):
-        raise error
-
-    with pytest.raises(SystemExit) as stop:
-        cli.main(parser(), run, ["--data", "x"])
-    said = capsys.readouterr().err
-    assert (
-        stop.value.code == 1 and said.startswith("tool: error: out of memory; give smaller") and said.count("\n") == 1
-    )
+    code, said = end_of(error, capsys)
+    assert code == 1 and said.startswith("tool: error: out of memory; give smaller")
 
 
 def test_the_help_says_what_an_option_takes_what_is_required_and_how_it_is_used(capsys):
-    made = cli.Parser(
-        "A tool.\n\n    python tool.py --data x\n    torchrun tool.py \\\n        --data y\n", prog="tool"
-    )
+    usage = "A tool.\n\n    python tool.py --data x\n    torchrun tool.py \\\n        --data y\n"
+    made = cli.Parser(usage, prog="tool")
     made.add_argument("--data", type=cli.folder, required=True, help="Read this.")
     made.add_argument("--out", type=cli.file, help="Write this.")
     made.add_argument("--speed", type=cli.positive, default=5, help="Read so fast.")

@@ -10,9 +10,8 @@ from runtime.provenance import differences, require_same, weights_hash
 
 leaves = st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.lists(st.integers(), max_size=3)
 names = st.sampled_from(["solver_indices", "steps", "teacher", "model"])
-configs = st.recursive(
-    st.dictionaries(names, leaves), lambda inner: st.dictionaries(names, leaves | inner), max_leaves=9
-)
+flat = st.dictionaries(names, leaves)
+configs = st.recursive(flat, lambda inner: st.dictionaries(names, leaves | inner), max_leaves=9)
 
 
 def without_none(config: dict) -> dict:
@@ -44,9 +43,8 @@ def test_the_hash_names_names_shapes_and_values_but_not_the_format():
     )
     assert len({weights_hash(content) for content in (state, *others)}) == 5
     assert weights_hash({name: state[name].half() for name in "ba"}) == weights_hash(state)
-    assert len(weights_hash(state)) == 16 and weights_hash({"a": state["a"].T.contiguous().T, "b": state["b"]}) == (
-        weights_hash(state)
-    )
+    other_strides = {"a": state["a"].T.contiguous().T, "b": state["b"]}
+    assert len(weights_hash(state)) == 16 and weights_hash(other_strides) == weights_hash(state)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ A tiny AutoencoderKL in diffusers' layout: scale, hash, the cache, names of weig
 then pixels in place of latents, and samples that are decoded by the model's own autoencoder.
 """
 
+import json
 import shutil
 
 import pytest
@@ -51,9 +52,7 @@ def test_the_hash_names_what_makes_the_latents(autoencoder, tmp_path):
 
 
 @pytest.mark.parametrize("offline", [True, False], ids=["told to be offline", "unreachable"])
-def test_without_a_network_the_cache_is_used_and_what_it_lacks_ends_in_a_sentence_at_once(
-    offline, autoencoder, tmp_path, monkeypatch
-):
+def test_without_a_network_what_the_cache_lacks_is_told_at_once(offline, autoencoder, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
@@ -149,9 +148,8 @@ def test_pixels_are_their_own_latents():
 
 
 def test_samples_of_latents_are_decoded_by_the_models_own_autoencoder(autoencoder, tmp_path, capsys):
-    path = save_teacher(
-        tmp_path / "teacher.pt", random_teacher(input_size=6, in_channels=4, num_classes=3), autoencoder
-    )
+    teacher = random_teacher(input_size=6, in_channels=4, num_classes=3)
+    path = save_teacher(tmp_path / "teacher.pt", teacher, autoencoder)
     sample = ("--teacher", path, "--num-samples", 2, "--solver-steps", 2, "--out")
     for precision in ("fp32", "bf16"):
         call("sample.py", *sample, tmp_path / f"{precision}.npz", "--vae-precision", precision, "--save-latents")
@@ -162,9 +160,6 @@ def test_samples_of_latents_are_decoded_by_the_models_own_autoencoder(autoencode
 
 
 def test_sdxls_autoencoder_is_refused_in_fp16(autoencoder, tmp_path):
-    import json
-    import shutil
-
     shutil.copytree(autoencoder, tmp_path / "vae")
     path = tmp_path / "vae/config.json"
     config = json.loads(path.read_text()) | {"scaling_factor": 0.13025, "force_upcast": True}

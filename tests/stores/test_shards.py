@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, assert_equal, call, contents, refused, spawn
+from helpers import SMALL, assert_equal, call, contents, flip, refused, spawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -98,7 +98,7 @@ def test_damaged_stores_are_refused(latent_store, tmp_path):
     shutil.copytree(latent_store, copy)
     shard = copy / "shard-00002.safetensors"
     whole = shard.read_bytes()
-    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    flip(shard, -1)
     with pytest.raises(UserError, match="checksum differs"):
         LatentStore(copy).verify("DIR")
     shard.write_bytes(whole[:-10])
@@ -109,17 +109,10 @@ def test_damaged_stores_are_refused(latent_store, tmp_path):
         LatentStore(copy)
 
 
-def test_a_damaged_name_of_a_tensor_or_key_of_the_manifest_is_refused_when_the_store_is_opened(
-    latent_store, store, tmp_path
-):
-    for kind, name in (
-        (LatentStore, "std"),
-        (LatentStore, "label"),
-        (TrajectoryStore, "noise"),
-        (TrajectoryStore, "xt"),
-    ):
-        copy = tmp_path / name
-        shutil.copytree({LatentStore: latent_store, TrajectoryStore: store}[kind], copy)
+def test_a_damaged_name_of_a_tensor_or_key_of_the_manifest_is_refused_at_once(latent_store, store, tmp_path):
+    latents, trajectories = (LatentStore, latent_store), (TrajectoryStore, store)
+    for (kind, whole), name in ((latents, "std"), (latents, "label"), (trajectories, "noise"), (trajectories, "xt")):
+        copy = shutil.copytree(whole, tmp_path / name)
         shard = copy / "shard-00001.safetensors"
         shard.write_bytes(shard.read_bytes().replace(f'"{name}"'.encode(), f'"{name[:-1]}_"'.encode(), 1))
         with pytest.raises(UserError, match=rf"shard-00001.safetensors: has no {name}; make it again$"):
@@ -135,10 +128,7 @@ def test_a_damaged_name_of_a_tensor_or_key_of_the_manifest_is_refused_when_the_s
 
 def test_a_reader_that_verifies_finds_damage_when_it_meets_it_and_not_before(store, tmp_path, capsys):
     copy = shutil.copytree(store, tmp_path / "store")
-    shard = copy / "shard-00001.safetensors"  # of rows 20 to 39
-    content = bytearray(shard.read_bytes())
-    content[-40] ^= 1  # the least bit of a number
-    shard.unlink(), shard.write_bytes(content)
+    flip(copy / "shard-00001.safetensors", -40)  # the least bit of a number, in rows 20 to 39
     opened = TrajectoryStore(copy, verify=True)
     opened.read(np.array([0, 19, 40]), "x0", [0])
     for _ in range(2):
@@ -154,10 +144,7 @@ def test_a_reader_that_verifies_finds_damage_when_it_meets_it_and_not_before(sto
 @pytest.mark.slow
 def test_an_error_in_a_data_worker_is_a_sentence_and_ends_the_run(store, tmp_path):
     copy = shutil.copytree(store, tmp_path / "store")
-    shard = copy / "shard-00001.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[-40] ^= 1
-    shard.unlink(), shard.write_bytes(content)
+    flip(copy / "shard-00001.safetensors", -40)
     done = spawn("train_ARD.py", "--data-path", copy, *SMALL, "--iterations", 50, "--run-dir", tmp_path / "run",
                  "--verify", "--num-workers", 2)  # fmt: skip
     assert done.returncode == 1 and "shard-00001.safetensors: checksum differs" in done.stderr
@@ -182,9 +169,7 @@ def test_repair_removes_what_is_damaged_and_the_same_command_makes_exactly_that_
     wanted = {path.name: path.read_bytes() for path in folder.iterdir()}
     call("stores.trajectories", "repair", folder)
     assert "nothing to repair" in capsys.readouterr().out
-    flipped = bytearray(wanted["shard-00001.safetensors"])
-    flipped[len(flipped) // 2] ^= 4
-    (folder / "shard-00001.safetensors").write_bytes(flipped)
+    flip(folder / "shard-00001.safetensors", len(wanted["shard-00001.safetensors"]) // 2, 4)
     (folder / "shard-00002.safetensors").unlink()
     untouched = (folder / "shard-00000.safetensors").stat().st_mtime_ns
     call("stores.trajectories", "repair", folder)
@@ -217,7 +202,7 @@ def test_an_interrupted_dump_leaves_notes_that_the_next_run_uses_and_removes(tmp
     assert note == {"rows": 3, "bytes": first.stat().st_size, "sha256": file_sha256(first)}
     # The disk changed a shard: the hash is of the bytes that were meant.
     content = first.read_bytes()
-    first.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    flip(first, -1)
     write(folder, 10, 3)
     assert contents(folder).keys() == {f"shard-{i:05d}.safetensors" for i in range(4)} | {"manifest.json"}
     with pytest.raises(UserError, match="shard-00000.safetensors: checksum differs"):

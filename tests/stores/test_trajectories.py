@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import torch
-from helpers import SMALL, arrays, call, contents, random_teacher, refused, save_teacher
+from helpers import SMALL, arrays, call, flip, random_teacher, refused, save_teacher
 
 from diffusion import PROCESSES
 from diffusion.teacher_ode import grid_steps, pick_points
@@ -79,14 +79,8 @@ def test_verify_accepts_a_whole_store_and_finds_a_flipped_bit(store, tmp_path, c
     call("stores.trajectories", "verify", store)
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "ok, 50 trajectories" in out
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    for name, content in contents(store).items():
-        (damaged / name).write_bytes(content)
-    shard = damaged / "shard-00001.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
+    damaged = shutil.copytree(store, tmp_path / "damaged")
+    flip(damaged / "shard-00001.safetensors", -1)
     assert "checksum" in refused(capsys, "stores.trajectories", "verify", damaged)
 
 
