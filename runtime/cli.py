@@ -44,7 +44,7 @@ RANK_LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed? ?out|broken 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 DISK_ERRORS = (*FULL_DISK, errno.EROFS, errno.EIO)
 # A path that was there, or was never open to this user: of links, permissions, disks that are elsewhere.
-PLACE_ERRORS = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
+PLACE_ERRORS: tuple[int, ...] = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 PLACE_ERRORS += (errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT)
 NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)  # torch's words
 OTHER_NAMES = {"--epochs": "--iterations", "--learning-rate": "--lr", "--output": "--out"}  # other projects' -> ours

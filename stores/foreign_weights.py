@@ -283,7 +283,8 @@ RENAMED_BLOCK = {
     "ff.net.0.proj": "mlp.fc1",
     "ff.net.2": "mlp.fc2",
 }
-JOINED = {"attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v")}  # parts of one map of ours, in this order
+# Several of theirs, in this order, that are one of ours.
+JOINED: dict[str, tuple[str, ...]] = {"attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v")}
 
 
 def example(folder: Path) -> str:
