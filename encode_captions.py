@@ -20,7 +20,7 @@ from runtime.cli import RunError, UserError
 from runtime.files import file_sha256, read_lines
 from runtime.text import T5, T5Outline, WordEncoder, load_encoder
 from stores.captions import KIND, CaptionStore, shard_tensors
-from stores.shards import ROWS_PER_SHARD, ShardWriter
+from stores.shards import ShardWriter, add_store_options
 
 
 def build_parser() -> cli.Parser:
@@ -42,13 +42,7 @@ def build_parser() -> cli.Parser:
         help="Cut captions to this number of tokens; without it 300, and 16 for words.",
     )
     group = parser.add_argument_group("store")
-    group.add_argument("--out", type=cli.folder, required=True, help="Write the store into this folder.")
-    group.add_argument(
-        "--rows-per-shard",
-        type=cli.positive,
-        default=ROWS_PER_SHARD,
-        help="Captions of a file; a rank makes one at a time.",
-    )
+    add_store_options(group, "Captions")
     group = parser.add_argument_group("run")
     group.add_argument("--per-proc-batch-size", type=cli.positive, default=32, help="Captions of a rank at once.")
     cli.add_dry_run_option(group)

@@ -22,7 +22,7 @@ from runtime.vae import load_vae, outline_vae, resolve_name
 from stores.image_folder import ImageFolder, add_skip_bad_option
 from stores.images import from_uint8, latent_shape, require_outside_source, summary
 from stores.latents import KIND
-from stores.shards import ROWS_PER_SHARD, ShardWriter
+from stores.shards import ShardWriter, add_store_options
 
 
 def build_parser() -> cli.Parser:
@@ -35,14 +35,8 @@ def build_parser() -> cli.Parser:
     group.add_argument("--vae", type=cli.name, default="ema", help="Autoencoder: ema, mse, a folder or hub id.")
     add_precision_option(group, "--vae-precision", "the autoencoder")
     group = parser.add_argument_group("store")
-    group.add_argument("--out", type=cli.folder, required=True, help="Write the store into this folder.")
+    add_store_options(group, "Images")
     group.add_argument("--dtype", choices=STORED, default="fp16", help="Number format of the stored latents.")
-    group.add_argument(
-        "--rows-per-shard",
-        type=cli.positive,
-        default=ROWS_PER_SHARD,
-        help="Images per file; a rank makes one file at a time.",
-    )
     group = parser.add_argument_group("run")
     group.add_argument("--per-proc-batch-size", type=cli.positive, default=64, help="Batch size per rank, in images.")
     group.add_argument("--num-workers", type=cli.workers, default=4, help="Processes of a rank that read images.")
@@ -52,13 +46,13 @@ def build_parser() -> cli.Parser:
 
 
 class ImageBatches(Dataset):
-    """Item (start, stop) is the batch of these rows, none mirrored."""
+    """The item of a range of rows is their batch, none mirrored."""
 
     def __init__(self, source: ImageFolder):
         self.source = source
 
-    def __getitem__(self, rows: tuple[int, int]) -> dict[str, torch.Tensor]:
-        return self.source.read(np.arange(*rows), np.zeros(rows[1] - rows[0], dtype=bool))
+    def __getitem__(self, rows: range) -> dict[str, torch.Tensor]:
+        return self.source.read(np.array(rows), np.zeros(len(rows), dtype=bool))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -97,11 +91,11 @@ def run(args: argparse.Namespace) -> None:
         if context.is_main:
             print(f"{args.data_path}: {summary(source)}")
         for rows in writer.missing_shards():
-            starts = range(rows.start, rows.stop, args.per_proc_batch_size)
-            borders = [(start, min(start + args.per_proc_batch_size, rows.stop)) for start in starts]
-            workers = min(args.num_workers, len(borders))
+            size = args.per_proc_batch_size
+            batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+            workers = min(args.num_workers, len(batches))
             parts = []
-            for batch in distributed.read_with_workers(ImageBatches(source), borders, workers):
+            for batch in distributed.read_with_workers(ImageBatches(source), batches, workers):
                 images = from_uint8(batch["images"].to(context.device))
                 mean, std = vae.encode(images)
                 mirrored_mean, mirrored_std = vae.encode(images.flip(-1))

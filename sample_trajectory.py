@@ -29,7 +29,7 @@ from runtime.randomness import LABEL_POLICIES, labels, noise
 from runtime.vae import resolve_name
 from stores import checkpoints
 from stores.captions import add_captions_option, open_conditions
-from stores.shards import ROWS_PER_SHARD, ShardWriter
+from stores.shards import ShardWriter, add_store_options
 from stores.trajectories import kept_targets
 
 
@@ -46,7 +46,7 @@ def build_parser() -> cli.Parser:
     group.add_argument("--teacher-weights", choices=("ema", "raw"), default="ema", help="Use these of its weights.")
     add_options(group, OdeOptions)
     group = parser.add_argument_group("store")
-    group.add_argument("--out", type=cli.folder, required=True, help="Write the store into this folder.")
+    add_store_options(group, "Trajectories")
     group.add_argument(
         "--num-trajectories",
         type=cli.positive,
@@ -59,12 +59,6 @@ def build_parser() -> cli.Parser:
         "--store", choices=("both", *TARGETS), default="both", help="Keep predicted x_0, states, or both."
     )
     group.add_argument("--dtype", choices=STORED, default="fp16", help="Number format of the stored points.")
-    group.add_argument(
-        "--rows-per-shard",
-        type=cli.positive,
-        default=ROWS_PER_SHARD,
-        help="Trajectories of a file; a rank makes one at a time.",
-    )
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=cli.not_negative, default=0, help="Trajectory i depends on (seed, i) alone.")
     group.add_argument("--label-policy", choices=LABEL_POLICIES, default="balanced", help="Choose labels in this way.")

@@ -56,12 +56,8 @@ fraction = _limited(_number, lambda value: 0 <= value < 1, "be at least 0 and be
 noise_level = _limited(_number, lambda value: 0 <= value <= 1, "be between 0 and 1")
 
 
-def workers(text: str) -> int:
-    """argparse type: a number of processes that this machine may bear."""
-    value, most = not_negative(text), 64 * (os.cpu_count() or 1)
-    if value > most:
-        raise argparse.ArgumentTypeError(f"{text} must be at most {most}, 64 for each core of this machine")
-    return value
+MOST = 64 * (os.cpu_count() or 1)  # processes
+workers = _limited(not_negative, lambda value: value <= MOST, f"be at most {MOST}, 64 for each core of this machine")
 
 
 def name(text: str) -> str:

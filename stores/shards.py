@@ -318,8 +318,15 @@ class ShardStore:
 
 
 #################################################################################
-#                    The commands that every store of shards has                #
+#              The options and commands that every store of shards has          #
 #################################################################################
+
+
+def add_store_options(group: cli.OptionGroup, rows: str) -> None:
+    """``--out`` and ``--rows-per-shard``, the same in every script that makes a store; what its ``rows`` are."""
+    group.add_argument("--out", type=cli.folder, required=True, help="Write the store into this folder.")
+    help = f"{rows} of a file; a rank makes one file at a time."
+    group.add_argument("--rows-per-shard", type=cli.positive, default=ROWS_PER_SHARD, help=help)
 
 
 def store_parser(doc: str | None, name: str, verify: Callable[..., None]) -> tuple[cli.Parser, Any]:
