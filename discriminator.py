@@ -7,8 +7,7 @@ adaptive weight is VQGAN's (Esser et al. 2021, Eq. 7). Every loss has one value 
 """
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -22,6 +21,7 @@ from losses import regression_losses
 from models import DiT
 from models_ard import ARD
 from runtime.distributed import unwrapped
+from runtime.precision import own_products
 
 Kernels = tuple[Any, Any, Any]  # of a head's three convolutions
 Features = tuple[list[torch.Tensor], torch.Tensor]  # the tokens after L blocks, (B, T, D) each; class embedding (B, D)
@@ -53,6 +53,55 @@ class FrozenFeatures:
         label = self.teacher.y_embedder(y)
         features = self.teacher.features(x, torch.full(y.shape, self.time, device=y.device), y)
         return features, F.layer_norm(label, label.shape[1:])
+
+
+#################################################################################
+#                                 Spectral norms                                #
+#################################################################################
+
+
+def products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Matrices (L, m, n), or vectors (L, n), times vectors (L, n), each with its own -> (L, m), or (L,).
+
+    On a GPU at once. On a processor, where it saves nothing, one after another, since sums that a batched product takes
+    in another order differ in the last bits.
+    """
+    return torch.einsum("l...n,ln->l...", a, b) if a.is_cuda else torch.stack([x @ y for x, y in zip(a, b)])
+
+
+class SpectralNorm(torch.autograd.Function):
+    """Kernels of one shape (out, in, K), divided by their largest singular values, together: (L, out, in, K).
+
+    The numbers of ``torch.nn.utils.parametrizations.spectral_norm`` of each, on a processor to the bit; but a GPU is
+    given a few large pieces of work, not dozens for each kernel. The largest singular value is u W v, where power
+    iteration moves u and v. To the gradient they are constants.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, norms: list[Any], *kernels: torch.Tensor) -> torch.Tensor:
+        """``norms`` are torch's modules of the kernels, which hold u (out,) and v (in * K,); those in training mode
+        advance the iteration once.
+        """
+        out = torch.stack(kernels)
+        matrices = out.flatten(2)
+        u, v = torch.stack([norm._u for norm in norms]), torch.stack([norm._v for norm in norms])
+        if norms[0].training:
+            u = F.normalize(products(matrices, v), dim=1, eps=norms[0].eps)
+            v = F.normalize(products(matrices.mT, u), dim=1, eps=norms[0].eps)
+            torch._foreach_copy_([norm._u for norm in norms] + [norm._v for norm in norms], [*u, *v])
+        sigma = products(u, products(matrices, v))[:, None, None, None]
+        out /= sigma
+        ctx.save_for_backward(out, sigma, u, v)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        """That of the division, and through the singular value, whose own gradient is the outer product of u and v."""
+        out, sigma, u, v = ctx.saved_tensors
+        parts = (out / sigma).mul_(grad).flatten(1)
+        by_sigma = -(parts.sum(1) if parts.is_cuda else torch.stack([part.sum() for part in parts]))  # as ``products``
+        torch.mul((by_sigma[:, None] * u)[:, :, None], v[:, None, :], out=parts.view(*u.shape, -1))
+        return None, *(grad / sigma).add_(parts.view_as(grad))
 
 
 #################################################################################
@@ -118,26 +167,17 @@ class DiscriminatorHead(nn.Module):
         self.leave = spectral_norm(nn.Conv1d(width, class_width, 1))
         self.classes = nn.Linear(in_width, class_width)
 
-    def weights(self) -> Kernels:
-        """The kernels of the three convolutions, divided by their largest singular values, which power iteration finds.
-
-        In training mode a call advances that iteration once. It is float32 always; autocast would make it bf16.
-        """
-        device = self.classes.weight.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-            return self.enter.conv.weight, self.residual.conv.weight, self.leave.weight
-
     def forward(
         self,
         tokens: torch.Tensor,
         label: torch.Tensor,
-        weights: Kernels | None = None,
+        kernels: Kernels | None = None,
     ) -> torch.Tensor:
         """tokens: (B, T, D), label: (B, D) class embedding -> (B, T) logits, the projection on the class.
 
-        ``weights`` are those of ``weights()``, given where several batches share one power iteration.
+        ``kernels`` are those of ``kernels_of``, given where several batches share one power iteration.
         """
-        enter, residual, leave = weights or self.weights()
+        enter, residual, leave = kernels or kernels_of([self])[0]
         x = self.enter(tokens.transpose(1, 2), enter)
         x = (x + self.residual(x, residual)) / math.sqrt(2)
         x = F.conv1d(x, leave, self.leave.get_parameter("bias"))  # (B, class_width, T)
@@ -147,6 +187,20 @@ class DiscriminatorHead(nn.Module):
     def class_width(self) -> int:
         """Width of the space in which tokens and class meet."""
         return self.classes.out_features
+
+
+def kernels_of(heads: Sequence[DiscriminatorHead]) -> list[Kernels]:
+    """The kernels of each head's three convolutions, divided by their largest singular values.
+
+    In training mode a call advances power iteration once. It is float32 always, whatever the precision around it.
+    """
+    normalised = []
+    with own_products("fp32", heads[0].classes.weight.device):
+        for convolutions in zip(*((head.enter.conv, head.residual.conv, head.leave) for head in heads), strict=True):
+            norms: Any = [convolution.get_submodule("parametrizations.weight") for convolution in convolutions]
+            together = SpectralNorm.apply([norm[0] for norm in norms], *(norm.original for norm in norms))
+            normalised.append(together.unbind())
+    return list(zip(*normalised, strict=True))
 
 
 class Discriminator(nn.Module):
@@ -167,10 +221,10 @@ class Discriminator(nn.Module):
 
     def forward(self, *batches: Features) -> list[torch.Tensor]:
         """The features of each batch by ``FrozenFeatures`` -> its logits, (B, L, T), without mixing batches."""
-        weights = [head.weights() for head in self.heads]
+        kernels = kernels_of(self.heads)
         logits = []
         for features, label in batches:
-            judged = zip(self.heads, features, weights, strict=True)
+            judged = zip(self.heads, features, kernels, strict=True)
             logits.append(torch.stack([head(tokens, label, own) for head, tokens, own in judged], dim=1))
         return logits
 

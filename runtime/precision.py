@@ -40,12 +40,15 @@ def _allow_tf32(*allowed: bool) -> None:
 def own_products(precision: str, device: torch.device) -> Iterator[None]:
     """A context in which products are as ``precision`` says, whatever is said outside; afterwards it holds again.
 
-    For weights that are in that format already: nothing is cast.
+    For weights that are in that format already: nothing is cast. (The meta device has no autocast that could be off.)
     """
+    uncast = (
+        torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+    )
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         _allow_tf32(precision != "fp32")
-        with torch.autocast(device.type, enabled=False):
+        with uncast:
             yield
     finally:
         _allow_tf32(*before)

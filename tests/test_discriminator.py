@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import random_teacher
+from helpers import assert_equal, random_teacher
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion import PROCESSES
-from discriminator import Discriminator, DiscriminatorHead, FrozenFeatures, GhostBatchNorm
+from discriminator import Discriminator, DiscriminatorHead, FrozenFeatures, GhostBatchNorm, kernels_of
 from models import DiT
 
 
@@ -69,6 +69,25 @@ def test_a_head_is_the_network_that_is_described():
     h = (h + norm(conv(head.residual.conv, h))) / math.sqrt(2)
     wanted = torch.einsum("bwt,bw->bt", conv(head.leave, h), head.classes(label)) / math.sqrt(64)
     torch.testing.assert_close(head.eval()(x, label), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_all_heads_spectral_norms_together_are_torchs_of_each_to_the_bit(training):
+    """Kernels, the vectors of the power iteration, and gradients; torch's hang on the convolutions themselves."""
+    heads = Discriminator(depth=3, in_width=20, width=64, group=2).heads.train(mode=training)
+    alone, draw = copy.deepcopy(heads), torch.Generator().manual_seed(0)
+    each = [(head.enter.conv.weight, head.residual.conv.weight, head.leave.weight) for head in alone]
+    for mine, theirs in zip(kernels_of(heads), each, strict=True):
+        for one, other in zip(mine, theirs, strict=True):
+            assert torch.equal(one, other)
+            grad = torch.randn(one.shape, generator=draw)
+            one.backward(grad, retain_graph=True), other.backward(grad)
+    assert_equal(dict(heads.state_dict()), dict(alone.state_dict()))
+    gradients = [
+        {name: p.grad for name, p in own.named_parameters() if "weight.original" in name} for own in (heads, alone)
+    ]
+    assert len(gradients[0]) == 9 and gradients[0]["2.leave.parametrizations.weight.original"] is not None
+    assert_equal(*gradients)
 
 
 @torch.no_grad()

@@ -38,13 +38,13 @@ def test_the_pipeline_mixes_no_devices_waits_in_no_step_and_gives_the_cpus_weigh
     others = [f"{run}: 0 waits in steps" for run in ("teacher", "online", "R+D")]
     assert found == [others[0], "R: 2 waits in steps _local_scalar_dense synchronize", *others[1:]]
     compared, of, apart = re.fullmatch(r"(\d+) of (\d+) tensors, at most (\S+) apart", lines[-1]).groups()
-    assert compared == of and int(of) > 400 and float(apart) < 1e-6
+    assert compared == of and int(of) > 400 and float(apart) < 1e-5  # the heads' batched products sum in another order
 
 
 @pytest.mark.slow
 def test_a_plan_is_within_15_percent_of_a_steps_memory(tmp_path):
-    lines = output(tmp_path, "memory.py", "R:64", "R:8:compiled", "t2i-1024:8:ckpt").splitlines()
-    assert len(lines) == 3
+    lines = output(tmp_path, "memory.py", "R:64", "R:8:compiled", "R+D:6", "t2i-1024:8:ckpt").splitlines()
+    assert len(lines) == 4
     for line in lines:
-        planned, tracked = map(float, line.split()[1:])
+        planned, tracked = map(float, line.partition(",")[0].split()[1:])
         assert tracked > 10 and planned == pytest.approx(tracked, rel=0.15), line

@@ -1,5 +1,7 @@
 """The peak of a training step's memory, tracked on tensors without numbers that say cuda:0, beside what is planned.
 
+Of single cases also the number of the step's operations, each of which python starts: views are none, a graph is one.
+
     python tests/pretended_cuda/memory.py                         # the table of docs/gpu.md; minutes
     python tests/pretended_cuda/memory.py R:64 R+D:48:ckpt        # these cases only
 
@@ -70,13 +72,13 @@ TABLE = {"R": (8, 32, 64), "R+D": (6, 18, 48), "t2i-512": (8, 64), "t2i-1024": (
 
 
 class Track(TorchDispatchMode):
-    """Bytes of the card's tensors that are alive, and their peak."""
+    """Bytes of the card's tensors that are alive, and their peak; how many operations were started."""
 
     NOT_GENERATED = ("mm", "addmm", "bmm", "convolution", "_scaled_dot_product", "cat")
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.operations = 0
         self.fused = False  # inside a graph
         self.sizes: dict[int, int] = {}
 
@@ -94,6 +96,7 @@ class Track(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        self.operations += func.namespace == "aten" and not self.fused and not func.is_view
         if not self.fused or func.__name__.startswith(self.NOT_GENERATED):
             for tensor in tree_leaves((out, args if self.fused else ())):
                 self.add(tensor)
@@ -103,7 +106,7 @@ class Track(TorchDispatchMode):
         """A "compiler" of what torch has cut out: it runs as it is."""
 
         def run(*inputs: Any) -> Any:
-            self.fused = True
+            self.fused, self.operations = True, self.operations + 1
             try:
                 out = graph.forward(*inputs)
             finally:
@@ -175,8 +178,8 @@ def outlines(stage: str, checkpoint_activations: bool) -> list[Any]:
     return models
 
 
-def step_of(student: Any, teacher: Any, heads: Any, batch: int, compile: bool, track: Track) -> int:
-    """The peak of the second of two steps, in bytes."""
+def step_of(student: Any, teacher: Any, heads: Any, batch: int, compile: bool, track: Track) -> tuple[int, int]:
+    """The peak of the second of two steps, in bytes, and its operations."""
     context, text = DistributedContext(device=CARD), "caption_channels" in student.config
     y = torch.zeros(batch, TEXT_TOKENS, 4096, dtype=torch.float16, device=CARD) if text else torch.zeros(
         batch, dtype=torch.long, device=CARD)  # fmt: skip
@@ -192,7 +195,7 @@ def step_of(student: Any, teacher: Any, heads: Any, batch: int, compile: bool, t
             compile_as_cut(modules or (), track)
     for _ in range(2):
         gc.collect()
-        track.peak = track.live
+        track.peak, track.operations = track.live, 0
         trajectory = torch.zeros(batch, student.steps + 1, *student.latent_shape, device=CARD)
         data = {"trajectory": trajectory, "y": y}
         if heads:
@@ -223,7 +226,7 @@ def step_of(student: Any, teacher: Any, heads: Any, batch: int, compile: bool, t
             state.step()
             del predictions
         del losses, data, trajectory
-    return track.peak
+    return track.peak, track.operations
 
 
 def config_of(name: str, side: int) -> dict:
@@ -245,8 +248,8 @@ def planned(stage: str, batch: int, compile: bool, ckpt: bool) -> int:
     return sum(plan.memory.values())
 
 
-def measure(case: str) -> tuple[float, float]:
-    """Plan and peak of a case in GB."""
+def measure(case: str) -> tuple[float, float, int]:
+    """Plan and peak of a case in GB, and the operations of a step."""
     stage, batch, *how = case.split(":")
     batch_size, compile, ckpt = int(batch), "compiled" in how, "ckpt" in how
     models = outlines(stage, ckpt)
@@ -254,8 +257,8 @@ def measure(case: str) -> tuple[float, float]:
         models = [on_card(model) for model in models]
         student, teacher, heads = [*models, None, None][:3]
         del models
-        peak = step_of(student, teacher, heads, batch_size, compile, track)
-    return planned(stage, batch_size, compile, ckpt) / GB, peak / GB
+        peak, operations = step_of(student, teacher, heads, batch_size, compile, track)
+    return planned(stage, batch_size, compile, ckpt) / GB, peak / GB, operations
 
 
 def prepare() -> None:
@@ -279,7 +282,7 @@ def table() -> None:
         for batch in batches:
             pairs = (measure(f"{stage}:{batch}{way}") for way in ways)
             print(
-                f"| {stage} | {batch} | " + " | ".join("{:.1f} / {:.1f}".format(*pair) for pair in pairs) + " |",
+                f"| {stage} | {batch} | " + " | ".join("{:.1f} / {:.1f}".format(*pair[:2]) for pair in pairs) + " |",
                 flush=True,
             )
     print("\nGB, planned / tracked. bf16, one GPU.")
@@ -288,6 +291,6 @@ def table() -> None:
 if __name__ == "__main__":
     prepare()
     for case in sys.argv[1:]:
-        print(case, *(f"{size:.1f}" for size in measure(case)), flush=True)
+        print("{} {:.1f} {:.1f}, {} operations".format(case, *measure(case)), flush=True)
     if not sys.argv[1:]:
         table()
