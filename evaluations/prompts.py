@@ -23,7 +23,7 @@ from tqdm import tqdm
 from runtime import cli, distributed
 from runtime.checks import writable_folder
 from runtime.cli import UserError
-from runtime.files import atomic_write, read_json, read_lines, require_replaceable, write_text
+from runtime.files import atomic_write, quiet_hub, read_json, read_lines, require_replaceable, write_text
 from runtime.provenance import require_same
 from stores.captions import CaptionStore, add_captions_option
 from stores.image_arrays import Images
@@ -116,6 +116,7 @@ def clip_score(
         import open_clip
     except ImportError as error:
         raise UserError(f"clip: needs open_clip, pip install -r requirements-extra.txt ({error})") from None
+    quiet_hub()
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(model_name, pretrained=weights, device=device)
         tokenizer = open_clip.get_tokenizer(model_name)

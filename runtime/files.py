@@ -221,22 +221,36 @@ def cached_download(url: str, option: str, hash_prefix: str | None = None, name:
 DIFFUSERS_STEM = "diffusion_pytorch_model"  # the name of diffusers' weights, before .safetensors or .bin
 
 
-def cached_snapshot(repository: str, inner: str) -> Path:
-    """The folder of a Hugging Face repository in its cache (HF_HOME), with a model at its top or in the folder inner.
+def quiet_hub() -> None:
+    """Keep the hub's client from telling of each attempt: our one sentence says what could not be fetched."""
+    from huggingface_hub.utils import logging
 
-    Fetches config and weights, safetensors where it has them. Raises an error of the hub's many kinds where they are
-    neither in the cache nor to be had, and does so at once: diffusers itself would try again for half a minute.
+    logging.set_verbosity_error()
+
+
+def cached_snapshot(repository: str, wanted: list[str], *kinds: list[str]) -> Path:
+    """The folder of a Hugging Face repository in its cache (HF_HOME), with the files of these patterns.
+
+    ``kinds`` are patterns of the weights: the first of them that is there is fetched. Raises an error of the hub's many
+    kinds where files are neither in the cache nor to be had, and does so at once: diffusers and transformers
+    themselves would try again for half a minute and more.
     """
     from huggingface_hub import snapshot_download
 
-    for kind in ("safetensors", "bin"):
-        names = ("config.json", f"{DIFFUSERS_STEM}.{kind}")
-        wanted = [f"{place}{name}" for place in ("", f"{inner}/") for name in names]
+    quiet_hub()
+    for kind in kinds:
         local = not FETCHING.get()
-        folder = Path(snapshot_download(repository, allow_patterns=wanted, local_files_only=local))
-        if any(folder.rglob(f"{DIFFUSERS_STEM}.{kind}")):
+        folder = Path(snapshot_download(repository, allow_patterns=[*wanted, *kind], local_files_only=local))
+        if any(True for pattern in kind for _ in folder.glob(pattern)):
             break
     return folder
+
+
+def cached_model(repository: str, inner: str) -> Path:
+    """The ``cached_snapshot`` with a model of diffusers' at its top or in the folder ``inner``."""
+    places = ("", f"{inner}/")
+    weights = ([f"{at}{DIFFUSERS_STEM}.{kind}" for at in places] for kind in ("safetensors", "bin"))
+    return cached_snapshot(repository, [f"{at}config.json" for at in places], *weights)
 
 
 def read_ahead(items: Iterable[Item]) -> Iterator[Item]:

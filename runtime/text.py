@@ -15,12 +15,18 @@ import numpy as np
 import torch
 
 from runtime.cli import FETCHING, AbsentError, UserError
+from runtime.files import cached_snapshot
 from runtime.paths import is_hub_id, missing
 from runtime.precision import DTYPES
 from runtime.provenance import weights_hash
 
 WORDS = "words"  # the name of the demo's encoder
 T5 = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"  # PixArt-Sigma's: T5-XXL v1.1 with its tokenizer
+T5_FILES = (  # in a pipeline's repository, or at the top of T5's own: what is small, and the weights in two formats
+    ["text_encoder/config.json", "tokenizer*", "config.json", "special_tokens_map.json", "spiece.model"],
+    ["text_encoder/*.safetensors*", "model*.safetensors*"],
+    ["text_encoder/*.bin*", "pytorch_model*.bin*"],
+)
 EXPECTED = "give a folder in transformers' layout, or a pipeline's with text_encoder and tokenizer"
 VOCABULARY = (
     *("</s>", "a", "above", "beside", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
@@ -81,8 +87,8 @@ class T5Encoder:
 
     def __init__(self, name: str, device: torch.device, precision: str = "bf16", max_tokens: int = 300):
         """``name``: a folder or hub id, of T5 itself or of a pipeline with sub-folders text_encoder and tokenizer."""
-        fetch = ""
-        if not _is_folder(name):
+        here, fetch = _is_folder(name), ""
+        if not here:
             fetch = f", or fetch it where there is a network: hf download {name} --local-dir FOLDER"
         try:
             from transformers import AutoTokenizer, T5EncoderModel  # seconds to import; needed for this only
@@ -94,8 +100,10 @@ class T5Encoder:
             ) from None
         logging.set_verbosity_error()
         try:
-            self.tokenizer: Any = self._load(AutoTokenizer, name, "tokenizer")
-            model: Any = self._load(T5EncoderModel, name, "text_encoder", dtype=DTYPES[precision])
+            folder = Path(name) if here else cached_snapshot(name, *T5_FILES)
+            own = [part if (part := folder / inner).is_dir() else folder for inner in ("tokenizer", "text_encoder")]
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(own[0])
+            model: Any = T5EncoderModel.from_pretrained(own[1], dtype=DTYPES[precision])
         except Exception as error:  # transformers raises many kinds for a missing file, a bad config, no network
             raise UserError(
                 f"--encoder {name}: cannot load T5 and its tokenizer; {EXPECTED}{fetch} ({str(error).splitlines()[0]})"
@@ -104,17 +112,6 @@ class T5Encoder:
         self.weights_bytes = sum(p.nbytes for p in model.parameters())
         self.model = model.to(device).eval().requires_grad_(False)
         self.name, self.channels, self.max_tokens = name, model.config.d_model, max_tokens
-
-    @staticmethod
-    def _load(kind: Any, name: str, part: str, **options: Any) -> Any:
-        """A pipeline's sub-folder where there is one, or else the folder itself."""
-        local = Path(name)
-        if local.is_dir():
-            return kind.from_pretrained(local / part if (local / part).is_dir() else local, **options)
-        try:
-            return kind.from_pretrained(name, subfolder=part, **options)
-        except (OSError, ValueError):
-            return kind.from_pretrained(name, **options)
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> tuple[list[torch.Tensor], list[int]]:

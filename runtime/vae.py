@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from runtime.cli import FETCHING, AbsentError, UserError, shortened
-from runtime.files import DIFFUSERS_STEM, cached_snapshot
+from runtime.files import DIFFUSERS_STEM, cached_model
 from runtime.paths import is_hub_id, missing
 from runtime.precision import DTYPES, own_products
 from runtime.provenance import weights_hash
@@ -155,7 +155,7 @@ def load_autoencoder(name: str) -> Any:
 
     logging.set_verbosity(logging.CRITICAL)  # our sentence below names the failure
     try:
-        folder = cached_snapshot(path, "vae") if fetch else Path(path)
+        folder = cached_model(path, "vae") if fetch else Path(path)
         within = "vae" if (folder / "vae" / "config.json").is_file() else None  # a whole pipeline's folder
         model, found = AutoencoderKL.from_pretrained(
             folder,

@@ -21,7 +21,7 @@ from models import DiT_models, sincos_positions
 from models_pixart import named_shape
 from runtime.cli import FETCHING, AbsentError, UserError, shortened
 from runtime.files import DIFFUSERS_STEM as STEM
-from runtime.files import cached_download, cached_snapshot, json_object
+from runtime.files import cached_download, cached_model, json_object
 from runtime.paths import is_hub_id, missing
 from runtime.vae import NAMES
 
@@ -87,7 +87,7 @@ def shape_by_name(source: str) -> dict | None:
 def _snapshot(repository: str, option: str) -> Path:
     """The transformer of a Hugging Face repository."""
     try:
-        return cached_snapshot(repository, "transformer")
+        return cached_model(repository, "transformer")
     except Exception as error:  # huggingface_hub raises many kinds for no network, no repository, no permission
         if not FETCHING.get():
             raise AbsentError(

@@ -5,10 +5,11 @@ Then T5, in place of words, and the plan.
 """
 
 import json
+import os
 
 import pytest
 import torch
-from helpers import call, call_on_ranks, contents, refused
+from helpers import call, call_on_ranks, contents, refused, spawn
 from safetensors.torch import load_file
 from text_helpers import save_t5
 
@@ -125,6 +126,23 @@ def test_bad_captions_are_one_sentence_and_nothing_is_written(tmp_path, capsys):
         8,
     )
     assert "holds data of another run: count is 41 there and 2 here" in refused(capsys, *other)
+
+
+def test_without_a_network_the_cache_is_used_and_what_it_lacks_is_one_sentence_at_once(tmp_path):
+    """In a process of its own that is not told to be offline: the hub's client would tell of each attempt."""
+    (tmp_path / "text.txt").write_text("a three\n")
+    unreachable = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
+    command = ("encode_captions.py", "--text", tmp_path / "text.txt", "--encoder", "me/t5", "--out", tmp_path / "store")
+    done = spawn(*command, env=os.environ | unreachable)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+    assert "--encoder me/t5: cannot load T5 and its tokenizer; " in done.stderr and "hf download me/t5 " in done.stderr
+    assert not (tmp_path / "store").exists()
+    repository, revision = tmp_path / "cache/hub/models--me--t5", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    save_t5(repository / "snapshots" / revision)
+    done = spawn(*command, env=os.environ | unreachable)
+    assert done.returncode == 0 and "1 captions, 0 of them cut" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("scale", [1e30, 0.0], ids=["not finite", "zero"])  # in fp16; in a store, zero is padding
