@@ -157,12 +157,14 @@ def join(context: DistributedContext) -> None:
         watchdog = threading.Timer(TRAINING_TIMEOUT.total_seconds(), _give_up)
         watchdog.daemon = True
         watchdog.start()
-        backend = "nccl" if context.device.type == "cuda" else "gloo"
         try:
             with waiting_for_others():
-                dist.init_process_group(backend, init_method="env://", timeout=TRAINING_TIMEOUT)
+                store, *_ = next(dist.rendezvous("env://", timeout=TRAINING_TIMEOUT))
+                if context.device.type == "cuda":
+                    gpu = getattr(torch.cuda.get_device_properties(context.device), "uuid", context.rank)
+                    require_own_gpu(context, str(gpu), store)
+                dist.init_process_group(store=dist.PrefixStore("ranks", store), **group_options(context))
                 _patient_group()
-                require_own_gpus(context)
                 context.all_reduce(torch.zeros(1, device=context.device))  # a fault of the fabric shows now, not later
         except (RuntimeError, ValueError, OSError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -174,16 +176,20 @@ def join(context: DistributedContext) -> None:
         watchdog.cancel()
 
 
-def require_own_gpus(context: DistributedContext) -> None:
-    """``UserError`` where two ranks have taken the same GPU, of which NCCL would say less."""
-    if context.device.type == "cuda":
-        gpus: list[Any] = [None] * context.world_size
-        own = getattr(torch.cuda.get_device_properties(context.device), "uuid", context.rank)
-        dist.all_gather_object(gpus, str(own), group=_patient_group())
-        other = gpus.index(str(own))
-        if other != context.rank:
-            both = f"ranks {other} and {context.rank}"
-            raise UserError(f"--device {context.device}: {both} have the same GPU; start one each")
+def group_options(context: DistributedContext) -> dict[str, Any]:
+    """What a rank tells ``init_process_group`` of itself. NCCL, told the GPU, connects there at once, faults or not."""
+    nccl = {"backend": "nccl", "device_id": context.device}
+    own = nccl if context.device.type == "cuda" else {"backend": "gloo"}
+    return own | {"rank": context.rank, "world_size": context.world_size, "timeout": TRAINING_TIMEOUT}
+
+
+def require_own_gpu(context: DistributedContext, gpu: str, store: dist.Store) -> None:
+    """``UserError`` where another rank has taken the same ``gpu``, of which NCCL would say less."""
+    store.set(f"gpu {context.rank}", gpu)
+    other = next(rank for rank in range(context.world_size) if store.get(f"gpu {rank}").decode() == gpu)
+    if other != context.rank:
+        both = f"ranks {other} and {context.rank}"
+        raise UserError(f"--device {context.device}: {both} have the same GPU; start one each")
 
 
 def _give_up() -> None:

@@ -1,5 +1,6 @@
 """Processes and devices: shares of the work, memory that stays with a process, devices that are not there."""
 
+import inspect
 import os
 import platform
 import socket
@@ -9,9 +10,10 @@ import torch
 from helpers import ROOT, spawn
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import distributed as dist
 
 from runtime.cli import RunError, UserError
-from runtime.distributed import DistributedContext, find_launcher, setup
+from runtime.distributed import DistributedContext, find_launcher, group_options, require_own_gpu, setup
 
 
 def ranks(world_size: int) -> list[DistributedContext]:
@@ -89,6 +91,27 @@ def test_a_rank_that_starts_after_torchrun_has_died_does_not_wait_for_it(monkeyp
         find_launcher()
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")  # without torchrun, the main rank will listen there
     find_launcher()
+
+
+def test_nccl_is_told_the_gpu_so_that_it_connects_at_the_start():
+    """No group is made here, for want of a GPU; the arguments' names are torch's."""
+    gpu = torch.device("cuda", 1)
+    told = [group_options(DistributedContext(1, 2, device)) for device in (gpu, torch.device("cpu"))]
+    assert [(own["backend"], own.get("device_id")) for own in told] == [("nccl", gpu), ("gloo", None)]
+    known = inspect.signature(dist.init_process_group).parameters
+    assert all(own.keys() <= known.keys() and (own["rank"], own["world_size"]) == (1, 2) for own in told)
+
+
+def test_two_ranks_with_one_gpu_are_told_so_by_the_later():
+    store, gpu = dist.HashStore(), torch.device("cuda", 0)
+    for rank, uuid in enumerate(("a", "b", "a")):
+        store.set(f"gpu {rank}", uuid)
+    (
+        require_own_gpu(DistributedContext(0, 3, gpu), "a", store),
+        require_own_gpu(DistributedContext(1, 3, gpu), "b", store),
+    )
+    with pytest.raises(UserError, match="^--device cuda:0: ranks 0 and 2 have the same GPU; start one each$"):
+        require_own_gpu(DistributedContext(2, 3, gpu), "a", store)
 
 
 MEETING = """
