@@ -33,9 +33,7 @@ def build_parser() -> cli.Parser:
         default=T5,
         help='T5, a folder or hub id, or the word "words": the vectors of the text demo.',
     )
-    group.add_argument(
-        "--encoder-precision", choices=("bf16", "fp32"), default="bf16", help="Number format of T5; not fp16."
-    )
+    group.add_argument("--encoder-precision", choices=("bf16", "fp32"), default="bf16", help="T5's number format.")
     group.add_argument(
         "--max-tokens",
         type=cli.positive,

@@ -281,13 +281,7 @@ class DiT(nn.Module):
         x, _, given = self.embed(x, t, y)
         return [x := self.run_block(block, x, given) for block in self.blocks]
 
-    def run_block(
-        self,
-        block: nn.Module,
-        x: torch.Tensor,
-        c: Any,
-        attention_fn: AttentionFn = attend,
-    ) -> torch.Tensor:
+    def run_block(self, block: nn.Module, x: torch.Tensor, c: Any, attention_fn: AttentionFn = attend) -> torch.Tensor:
         """A block on tokens (B, T, D) with its conditioning, recomputed in the backward pass if that is wanted."""
         if self.checkpoint_activations:  # nothing in a block is random
             return checkpoint(block, x, c, attention_fn, use_reentrant=False, preserve_rng_state=False)

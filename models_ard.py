@@ -183,11 +183,7 @@ class ARD(DiT):
         return self.condition(self.t_embedder(self.times)[None], e[:, None])
 
     def run_blocks(
-        self,
-        x: torch.Tensor,
-        c: Any,
-        level: torch.Tensor | None,
-        attention_fns: Sequence[AttentionFn],
+        self, x: torch.Tensor, c: Any, level: torch.Tensor | None, attention_fns: Sequence[AttentionFn]
     ) -> torch.Tensor:
         """Points x (n, C, H, W) with their ``block_condition`` -> tokens (n, T, D).
 

@@ -63,10 +63,7 @@ class PixArtBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, hidden_size) / hidden_size**0.5)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        c: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        attention_fn: AttentionFn = attend,
+        self, x: torch.Tensor, c: tuple[torch.Tensor, torch.Tensor, torch.Tensor], attention_fn: AttentionFn = attend
     ) -> torch.Tensor:
         """x: (n, T, D) tokens, c: the result of ``PixArt.block_condition`` -> (n, T, D)."""
         time, text, mask = c

@@ -62,9 +62,7 @@ def build_parser() -> cli.Parser:
         type=cli.name,
         help="Start sample i from image i of this folder or .npz, modulo their number.",
     )
-    group.add_argument(
-        "--source-step", type=cli.positive, default=1, help="Replace the prediction of this step, 1 .. S-1."
-    )
+    group.add_argument("--source-step", type=cli.positive, default=1, help="Replace this step's prediction, 1 .. S-1.")
     group.add_argument(
         "--teacher-steps", type=cli.not_negative, default=0, help="Take N first points of S from the teacher's ODE."
     )

@@ -74,11 +74,7 @@ def run(args: argparse.Namespace) -> None:
     writable_folder("--out", args.out)
     context = distributed.choose_device(args.device)
     teacher, config = checkpoints.load_teacher(
-        args.teacher,
-        weights=args.teacher_weights,
-        heads=args.teacher_heads,
-        vae=args.vae,
-        process=args.teacher_process,
+        args.teacher, weights=args.teacher_weights, heads=args.teacher_heads, vae=args.vae, process=args.teacher_process
     )
     if args.vae and resolve_name(args.vae) != config["vae"]:
         raise UserError(f"--vae {args.vae}: this teacher works on {config['vae'] or 'pixels'}, leave the option out")

@@ -53,9 +53,7 @@ class SampleOptions:
     )
     png: str | None = option(None, "Write every sample as a PNG into this folder as well.", folder)
     weights: str = option("ema", "Use these weights of the checkpoint.", choices=("ema", "raw"))
-    vae: str | None = option(
-        None, "Decode by ema, mse, a folder or hub id instead of the model's own autoencoder.", name
-    )
+    vae: str | None = option(None, "Decode by ema, mse, a folder or hub id instead of its own autoencoder.", name)
     vae_precision: str = option(
         "auto",
         "Use this number format for the decoder; auto is bf16 on GPUs and fp32 on CPUs.",

@@ -11,14 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from costs.commands import add_presets, check_plan, plan_command
-from diffusion.teacher_ode import (
-    GRIDS,
-    TARGETS,
-    OdeOptions,
-    OnlineBatches,
-    TeacherODE,
-    grid_steps,
-)
+from diffusion.teacher_ode import GRIDS, TARGETS, OdeOptions, OnlineBatches, TeacherODE, grid_steps
 from evaluations.quality import PeriodicEvaluator, QualityOptions, add_quality_options
 from losses import regression_losses
 from models import DiT
@@ -42,9 +35,7 @@ from trainer import Optimisation, RunOptions, Trainer, TrainState, add_training_
 class DistilOptions:
     """The student, and what it learns of the teacher's trajectories."""
 
-    model: str | None = option(
-        None, "The teacher's size, such as DiT-XL/2; only checked.", choices=MODELS, metavar="NAME"
-    )
+    model: str | None = option(None, "The teacher's size, as DiT-XL/2; only checked.", choices=MODELS, metavar="NAME")
     steps: int = option(4, "S, the student's steps.", cli.positive)
     mask: str = option("M4", "Points that a step sees: M1 its own .. M4 all before it.", choices=MASKS)
     stack: int | None = option(
@@ -61,12 +52,8 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, description="Distil a teacher into a few-step student by regression.")
     add_presets(parser, "train_ARD.py")
     group = parser.add_argument_group("teacher")
-    group.add_argument(
-        "--data-path", type=cli.folder, help="Train on this store of sample_trajectory.py; or give --online."
-    )
-    group.add_argument(
-        "--teacher", type=cli.file, help="Checkpoint of the teacher; without it, the one that the store names."
-    )
+    group.add_argument("--data-path", type=cli.folder, help="Store of sample_trajectory.py; or give --online.")
+    group.add_argument("--teacher", type=cli.file, help="Teacher's checkpoint; without it, the one the store names.")
     checkpoints.add_file_options(group)
     group.add_argument("--online", action="store_true", help="Make trajectories in each step instead of reading them.")
     group.add_argument(

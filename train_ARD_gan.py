@@ -61,14 +61,10 @@ def build_parser() -> cli.Parser:
     group = parser.add_argument_group("student and teacher")
     add_options(group, StudentOptions)
     group.add_argument("--init-weights", choices=("ema", "raw"), default="ema", help="Start at these of its weights.")
-    group.add_argument(
-        "--teacher", type=cli.file, help="Checkpoint of the teacher; without it, the one that the store names."
-    )
+    group.add_argument("--teacher", type=cli.file, help="Teacher's checkpoint; without it, the one the store names.")
     checkpoints.add_file_options(group)
     group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data-path", type=cli.folder, required=True, help="Train on this store of sample_trajectory.py."
-    )
+    group.add_argument("--data-path", type=cli.folder, required=True, help="Train on a store of sample_trajectory.py.")
     group.add_argument(
         "--real-data-path",
         type=cli.folder,

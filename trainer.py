@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from runtime import cli
-from runtime.cli import RunError, UserError, fraction, not_negative, positive, positive_number
+from runtime.cli import RunError, UserError, fraction, not_negative, not_negative_number, positive, positive_number
 from runtime.distributed import DistributedContext, add_device_option, read_with_workers, wrapped
 from runtime.options import add_options, option
 from runtime.precision import COMPILE_HELP, TRAINED
@@ -85,9 +85,7 @@ class RunOptions:
     )
     sample_every: int = option(10_000, "Steps between previews, 0 for none.", not_negative)
     ckpt_every: int = option(50_000, "Steps between checkpoints that are kept.", positive)
-    snapshot_minutes: float = option(
-        10.0, "Minutes between snapshots to resume from, 0 for none.", cli.not_negative_number
-    )
+    snapshot_minutes: float = option(10.0, "Minutes between snapshots to resume from, 0 for none.", not_negative_number)
     snapshot_every: int = option(0, "Steps between more of them, 0 for none.", not_negative)
     keep: int = option(0, "Checkpoints that are kept, 0 for all.", not_negative)
     num_workers: int | None = option(
@@ -260,15 +258,8 @@ class Trainer:
         workers_of_device = GPU_WORKERS if context.device.type == "cuda" else 0
         self.num_workers = workers_of_device if run.num_workers is None else run.num_workers
         self.preview, self.evaluate = preview, evaluate
-        self.folder = RunFolder(
-            config,
-            context,
-            results_dir=run.results_dir,
-            run_dir=run.run_dir,
-            keep=run.keep,
-            wandb=run.wandb,
-            options=given,
-        )
+        where = cli.chosen(run, ("results_dir", "run_dir", "keep", "wandb"))
+        self.folder = RunFolder(config, context, **where, options=given)
         self.step = 0
         newest = self.folder.newest_checkpoint()
         if newest is not None:

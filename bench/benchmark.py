@@ -88,9 +88,7 @@ def build_parser() -> cli.Parser:
             continue
         models = name in ("train", "gan", "sample", "trajectories", "ddp")
         if models:
-            command.add_argument(
-                "--model", choices=DiT_models, default="DiT-XL/2", metavar="NAME", help="Size of the model."
-            )
+            command.add_argument("--model", choices=DiT_models, default="DiT-XL/2", metavar="NAME", help="Model size.")
         if models or name == "decode":
             command.add_argument("--input-size", type=cli.positive, default=32, help="Side of the latent in pixels.")
             add_precision_option(command)

@@ -26,14 +26,7 @@ from models import DiT, DiT_models
 from models_ard import ARD
 from runtime.cli import UserError
 from runtime.distributed import DistributedContext
-from runtime.precision import (
-    CUDAGraph,
-    autocast,
-    cast_weights,
-    compile_each,
-    on_meta_device,
-    prepare_blocks,
-)
+from runtime.precision import CUDAGraph, autocast, cast_weights, compile_each, on_meta_device, prepare_blocks
 from runtime.randomness import Shuffle
 from runtime.vae import VAE
 from stores.image_arrays import Images

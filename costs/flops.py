@@ -74,11 +74,7 @@ def count_by_blocks(config: dict, count: Callable[[Any], float]) -> float:
 
 @torch.no_grad()
 def sampling_gflops(
-    model: DiT,
-    steps: int,
-    cfg_scale: float = 1.5,
-    text_tokens: int = 0,
-    guidance_interval: Interval | None = None,
+    model: DiT, steps: int, cfg_scale: float = 1.5, text_tokens: int = 0, guidance_interval: Interval | None = None
 ) -> float:
     """Multiply-accumulates, in 1e9, that one image costs: a student's sampling, or a teacher's ODE with guidance."""
     noise, y = blank_inputs(model, text_tokens)
@@ -170,9 +166,7 @@ def count_table(model: str) -> list[dict]:
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, prog="costs.flops", description="Count the GFLOPs column of the paper's Table 1.")
     parser.add_argument("--model", choices=DiT_models, default="DiT-XL/2", metavar="NAME", help="Size of the model.")
-    parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="Write the rows as JSON to FILE, or print them."
-    )
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="Write JSON rows to FILE, or print them.")
     return parser
 
 

@@ -20,15 +20,7 @@ from typing import Any
 
 import torch
 
-from costs.flops import (
-    count_by_blocks,
-    count_gan_step,
-    meta_model,
-    on_meta_device,
-    sampling_gflops,
-    text_shape,
-    training_flops,
-)
+from costs.flops import count_by_blocks, count_gan_step, meta_model, sampling_gflops, text_shape, training_flops
 from costs.memory import Execution, training_memory
 from diffusion.process import Interval
 from discriminator import Discriminator
@@ -37,7 +29,7 @@ from runtime import launcher
 from runtime.checks import in_words, require_disk, require_memory, size_of
 from runtime.cli import ShortageError, UserError
 from runtime.distributed import DistributedContext
-from runtime.precision import DTYPES
+from runtime.precision import DTYPES, on_meta_device
 from runtime.vae import Outline, Pixels, outline_vae
 from stores import samples
 from stores.checkpoints import moments_bytes, weights_bytes

@@ -232,15 +232,11 @@ def build_parser() -> cli.Parser:
         "--tflops", type=cli.positive_number, default=300.0, help="Rate of a GPU, in 1e12 operations per second."
     )
     parser.add_argument("--steps", type=cli.positive, default=4, help="S, the student's steps.")
-    parser.add_argument(
-        "--mask", choices=MASKS, default="M4", help="Points that a step sees: M1 its own .. M4 all before it."
-    )
+    parser.add_argument("--mask", choices=MASKS, default="M4", help="Points a step sees: M1 its own .. M4 all before.")
     parser.add_argument("--stack", type=cli.not_negative, default=6, help="N, the lower blocks that see history.")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--rows", action="store_true", help="Print each row of Table 1 instead, by its presets.")
-    kind.add_argument(
-        "--flows", action="store_true", help="Print the dumps of flow teachers instead, by their presets."
-    )
+    kind.add_argument("--flows", action="store_true", help="Print the dumps of flow teachers instead, by presets.")
     kind.add_argument("--memory", action="store_true", help="Print a GPU's memory in training instead, in bf16.")
     parser.add_argument("--card", type=cli.positive_number, default=80.0, help="Memory of the GPU in GB, for --memory.")
     return parser

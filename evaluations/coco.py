@@ -58,18 +58,10 @@ def read(path: Path, size: int) -> torch.Tensor:
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(
-        __doc__, prog="evaluations.coco", description="Draw COCO's reference images and their captions."
-    )
-    parser.add_argument(
-        "--annotations", type=cli.file, required=True, help="Read captions from COCO's captions_val2017.json."
-    )
-    parser.add_argument(
-        "--images", type=cli.folder, required=True, help="Read images from this folder, COCO's val2017."
-    )
-    parser.add_argument(
-        "--out", type=cli.folder, required=True, help="Write reference.npz and captions.txt into this folder."
-    )
+    parser = cli.Parser(__doc__, prog="evaluations.coco", description="Draw COCO's reference images and captions.")
+    parser.add_argument("--annotations", type=cli.file, required=True, help="Read COCO's captions_val2017.json.")
+    parser.add_argument("--images", type=cli.folder, required=True, help="Read images from COCO's val2017.")
+    parser.add_argument("--out", type=cli.folder, required=True, help="Write reference.npz and captions.txt in it.")
     parser.add_argument(
         "--image-size",
         type=cli.positive,

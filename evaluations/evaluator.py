@@ -254,15 +254,11 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(
         __doc__, prog="evaluations.evaluator", description="FID, sFID, Inception Score, precision and recall."
     )
-    parser.add_argument(
-        "reference", metavar="REFERENCE", type=Path, help="Real images: an .npz in ADM's format, or a folder."
-    )
+    parser.add_argument("reference", metavar="REFERENCE", type=Path, help="Real images: ADM's .npz, or a folder.")
     parser.add_argument(
         "samples", metavar="SAMPLES", type=Path, help="Samples: an .npz with arr_0 (N, H, W, 3) uint8, or a folder."
     )
-    parser.add_argument(
-        "--image-size", type=cli.positive, help="Crop a reference folder's images to this side in pixels."
-    )
+    parser.add_argument("--image-size", type=cli.positive, help="Crop a reference folder to this side in pixels.")
     group = parser.add_argument_group("features")
     group.add_argument(
         "--features",
@@ -285,9 +281,7 @@ def build_parser() -> cli.Parser:
         "--cache", action=argparse.BooleanOptionalAction, default=True, help="Keep the features beside the files."
     )
     group.add_argument(
-        "--tf32",
-        action="store_true",
-        help="Let GPUs take products in TF32: faster, and not the published figures.",
+        "--tf32", action="store_true", help="Let GPUs take products in TF32: faster, and not the published figures."
     )
     distributed.add_device_option(group)
     group = parser.add_argument_group("figures")

@@ -75,9 +75,7 @@ def build_parser() -> cli.Parser:
     )
     parser.add_argument("--out", type=Path, required=True, help="File to write, an .npz.")
     add_skip_bad_option(parser)
-    parser.add_argument(
-        "--features", choices=("inception",), help="Store mean and covariance of these features as well."
-    )
+    parser.add_argument("--features", choices=("inception",), help="Store mean and covariance of these features too.")
     parser.add_argument("--inception-weights", type=Path, help="Use this file of torch-fidelity's Inception weights.")
     parser.add_argument("--batch-size", type=cli.positive, default=64, help="Images in a batch.")
     distributed.add_device_option(parser)

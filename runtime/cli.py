@@ -263,8 +263,8 @@ def run_command(args: argparse.Namespace) -> None:
 #################################################################################
 
 
-def chosen(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """The values of some options by name, as keyword arguments for the functions below a script."""
+def chosen(args: Any, names: Iterable[str]) -> dict[str, Any]:
+    """The values of some options, or of a group of them, by name, as keyword arguments for the functions below."""
     return {name: getattr(args, name) for name in names}
 
 

@@ -128,10 +128,10 @@ def choose_device(device: str = "auto") -> DistributedContext:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
+        if chosen.type not in ("cpu", "cuda"):
+            raise RuntimeError
     except RuntimeError:
         raise UserError(f"--device {device}: give auto, cpu, cuda or cuda:INDEX") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {device}: give auto, cpu, cuda or cuda:INDEX")
     if chosen.type == "cuda":
         chosen = torch.device("cuda", launcher.choose_gpu(device, chosen.index, at, torch.cuda.device_count()))
         torch.cuda.set_device(chosen)

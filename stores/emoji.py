@@ -139,15 +139,12 @@ def read_set(icons: Path, name: str) -> tuple[dict[str, Any], list[tuple[str, st
 
 def as_svg(data: dict[str, Any], icon: str) -> str:
     """An icon of a set as an SVG whose view is square, the icon in its middle."""
-    icon_data = data["icons"][icon]
-    left, top, width, height = (
-        icon_data.get(key, data.get(key, default))
-        for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
-    )
+    drawn = {"left": 0, "top": 0, "width": 16, "height": 16} | data | data["icons"][icon]
+    left, top, width, height = (drawn[key] for key in ("left", "top", "width", "height"))
     side = max(width, height)
     view = f"{left - (side - width) / 2} {top - (side - height) / 2} {side} {side}"
     links = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return f'<svg {links} viewBox="{view}" width="{side}" height="{side}">{icon_data["body"]}</svg>'
+    return f'<svg {links} viewBox="{view}" width="{side}" height="{side}">{drawn["body"]}</svg>'
 
 
 def without_repetitions(pictures: Iterator[tuple[str, str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:

@@ -13,16 +13,7 @@ from PIL import Image
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: no test fetches anything
 os.environ["WANDB_MODE"] = "offline"  # nor uploads it
 pytest.register_assert_rewrite("helpers")
-from helpers import (  # noqa: E402
-    GOLDEN,
-    NANO_TEACHER,
-    SMALL,
-    arrays,
-    call,
-    draw_digits,
-    save_autoencoder,
-    write_images,
-)
+from helpers import GOLDEN, NANO_TEACHER, SMALL, arrays, call, draw_digits, save_autoencoder, write_images  # noqa: E402
 
 from models import DiT  # noqa: E402
 

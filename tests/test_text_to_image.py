@@ -11,16 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    arrays,
-    assert_equal,
-    call,
-    call_on_ranks,
-    checkpoint,
-    losses,
-    refused,
-    save_teacher,
-)
+from helpers import arrays, assert_equal, call, call_on_ranks, checkpoint, losses, refused, save_teacher
 from text_helpers import encode_captions, random_text_teacher, save_pixart
 
 import train

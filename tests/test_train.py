@@ -81,10 +81,7 @@ def test_a_model_of_any_size_is_trained_and_goes_on_to_a_student(tmp_path, capsy
     [
         ((), "--model: give --depth, --width, --heads, --patch as well, or a --model, one of DiT-XL/2"),
         (("--width", 24, "--patch", 2), "--width 24 --patch 2: give --depth, --heads as well"),
-        (
-            ("--model", "DiT-Nano/2", "--heads", 5),
-            "DiT-Nano/2 --heads 5: does not fit --data-path digits: hidden",
-        ),
+        (("--model", "DiT-Nano/2", "--heads", 5), "DiT-Nano/2 --heads 5: does not fit --data-path digits: hidden"),
         (("--model", "DiT-Nano/2", "--width", 30), "hidden size 30 must be divisible by 2 heads and by 4"),
         (("--model", "DiT-Nano/2", "--patch", 3), "input size 8 is not divisible by patch size 3"),
         (("--model", "DiT-Nano/2", "--depth", 0), "argument --depth: 0 must be at least 1"),

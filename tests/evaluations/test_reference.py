@@ -68,10 +68,7 @@ def test_mistakes_about_folders_are_named(photos, sample_folder, tmp_path, capsy
     evaluator = ("evaluations.evaluator", "--features", "digits", "--device", "cpu")
     reference = ("evaluations.reference", photos, "--image-size", 8, "--out")
     cases = [
-        (
-            (*evaluator, photos, file),
-            "images of 3 sizes (16x16, 17x16, 18x16), give --image-size to crop them",
-        ),
+        ((*evaluator, photos, file), "images of 3 sizes (16x16, 17x16, 18x16), give --image-size to crop them"),
         ((*evaluator, file, photos), f"SAMPLES {photos}: images of 3 sizes (16x16, 17x16, 18x16), they must"),
         ((*evaluator, photos, file, "--image-size", 16), "8x8 images, the reference's are 16x16"),
         ((*evaluator, file, file, "--image-size", 16), f"--image-size 16: REFERENCE {file} has 8x8 images already"),

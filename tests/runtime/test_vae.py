@@ -72,8 +72,7 @@ def test_without_a_network_what_the_cache_lacks_is_told_at_once(offline, autoenc
 
 def test_weights_by_the_published_files_names_are_read(autoencoder, tmp_path):
     """Stable Diffusion's files have the attention's names of diffusers' first versions."""
-    folder = tmp_path / "old"
-    shutil.copytree(autoencoder, folder)
+    folder = shutil.copytree(autoencoder, tmp_path / "old")
     file = folder / "diffusion_pytorch_model.safetensors"
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     state = load_file(file)
@@ -160,8 +159,7 @@ def test_samples_of_latents_are_decoded_by_the_models_own_autoencoder(autoencode
 
 
 def test_sdxls_autoencoder_is_refused_in_fp16(autoencoder, tmp_path):
-    shutil.copytree(autoencoder, tmp_path / "vae")
-    path = tmp_path / "vae/config.json"
+    path = shutil.copytree(autoencoder, tmp_path / "vae") / "config.json"
     config = json.loads(path.read_text()) | {"scaling_factor": 0.13025, "force_upcast": True}
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match="overflows in fp16, give --vae-precision bf16"):

@@ -199,8 +199,7 @@ def test_broken_files_are_named(case, state, tmp_path):
 
 
 def test_unreadable_folders_are_refused(folder, tmp_path):
-    cut = tmp_path / "cut"
-    shutil.copytree(folder, cut)
+    cut = shutil.copytree(folder, tmp_path / "cut")
     file = cut / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(UserError, match="not a readable checkpoint"):
@@ -220,8 +219,7 @@ def test_unreadable_folders_are_refused(folder, tmp_path):
     ],
 )
 def test_other_models_of_diffusers_are_refused(change, message, folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "model")
-    config = tmp_path / "model" / "config.json"
+    config = shutil.copytree(folder, tmp_path / "model") / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
     with pytest.raises(UserError, match=message):
         checkpoints.load_teacher(tmp_path / "model")

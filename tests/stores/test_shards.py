@@ -94,8 +94,7 @@ def test_a_store_without_a_shard_and_a_manifest_that_can_be_read_is_made_whole(m
 
 
 def test_damaged_stores_are_refused(latent_store, tmp_path):
-    copy = tmp_path / "store"
-    shutil.copytree(latent_store, copy)
+    copy = shutil.copytree(latent_store, tmp_path / "store")
     shard = copy / "shard-00002.safetensors"
     whole = shard.read_bytes()
     flip(shard, -1)
@@ -118,8 +117,7 @@ def test_a_damaged_name_of_a_tensor_or_key_of_the_manifest_is_refused_at_once(la
         with pytest.raises(UserError, match=rf"shard-00001.safetensors: has no {name}; make it again$"):
             kind(copy)
     for key, value in (("num_classes", "num_classet"), ('"rows": 4', '"rows": 5')):
-        copy = tmp_path / value[:6]
-        shutil.copytree(latent_store, copy)
+        copy = shutil.copytree(latent_store, tmp_path / value[:6])
         text = (copy / "manifest.json").read_text()
         (copy / "manifest.json").write_text(text.replace(key, value, 1))
         with pytest.raises(UserError, match=r"another latent store than the manifest|has 4 rows, the manifest says 5"):
