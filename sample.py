@@ -10,17 +10,8 @@ from costs.commands import add_presets, check_plan, plan_command
 from diffusion.teacher_ode import OdeOptions, TeacherODE
 from runtime import cli, distributed
 from runtime.options import add_options, read_options
-from runtime.precision import CUDAGraph
 from runtime.vae import outline_vae
-from sampler import (
-    DrawingOptions,
-    SampleOptions,
-    Sampler,
-    add_sampling_options,
-    check_sampling,
-    load_decoder,
-    prepare_model,
-)
+from sampler import DrawingOptions, SampleOptions, add_sampling_options, check_sampling, open_sampler
 from stores import checkpoints
 from stores.captions import add_captions_option, open_conditions
 from stores.samples import SampleWriter, write_pngs
@@ -57,19 +48,7 @@ def run(args: argparse.Namespace) -> None:
     check_plan(plan_command("sample.py", teacher.config, given, context, **known), about, given, context, out)
     distributed.join(context)
 
-    prepare_model(teacher, drawing, context)
-    sampler = Sampler(
-        CUDAGraph(ode.sample, context.device) if drawing.cuda_graph else ode.sample,
-        teacher,
-        load_decoder(config, options, drawing, context),
-        context.device,
-        seed=options.seed,
-        label_policy=options.label_policy,
-        class_labels=options.labels(config, conditions),
-        precision=drawing.precision,
-        fill_up_to=drawing.fill_up_to,
-        conditions=conditions,
-    )
+    sampler = open_sampler(ode.sample, teacher, config, options, drawing, conditions, context)
     with writer:
         for indices in writer.missing_batches(args.per_proc_batch_size):
             writer.write(indices, *sampler(indices))

@@ -28,17 +28,14 @@ from runtime import cli, distributed
 from runtime.cli import UserError
 from runtime.files import file_sha256
 from runtime.options import add_options, read_options
-from runtime.precision import CUDAGraph
 from runtime.vae import VAE, Pixels, outline_vae
 from sampler import (
     DrawingOptions,
     SampleOptions,
-    Sampler,
     add_sampling_options,
     check_sampling,
     learned_ode,
-    load_decoder,
-    prepare_model,
+    open_sampler,
     source_latents,
 )
 from stores import checkpoints
@@ -141,20 +138,7 @@ def run(args: argparse.Namespace) -> None:
             given[args.source_step - 1] = source
         return student.sample(noise, y, given)[:, -1]
 
-    prepare_model(student, drawing, context)
-    sampler = Sampler(
-        CUDAGraph(draw, context.device) if drawing.cuda_graph else draw,
-        student,
-        load_decoder(config, options, drawing, context),
-        context.device,
-        seed=options.seed,
-        label_policy=options.label_policy,
-        class_labels=options.labels(config, conditions),
-        precision=drawing.precision,
-        fill_up_to=drawing.fill_up_to,
-        sources=sources,
-        conditions=conditions,
-    )
+    sampler = open_sampler(draw, student, config, options, drawing, conditions, context, sources)
     with writer:
         for indices in writer.missing_batches(args.per_proc_batch_size):
             writer.write(indices, *sampler(indices))

@@ -18,7 +18,7 @@ from runtime.checks import writable_folder
 from runtime.cli import Parser, UserError, add_dry_run_option, file, folder, name, not_negative, positive, shortened
 from runtime.distributed import DistributedContext, add_device_option
 from runtime.options import add_options, option, read_options
-from runtime.precision import COMPILE_HELP, COMPUTED, autocast, cast_weights, compile_each, inference_copy
+from runtime.precision import COMPILE_HELP, COMPUTED, CUDAGraph, autocast, cast_weights, compile_each, inference_copy
 from runtime.provenance import require_same
 from runtime.randomness import LABEL_POLICIES, Classes, Conditions, labels, noise
 from runtime.vae import VAE, Pixels, decoder_precision, load_same_vae, resolve_name
@@ -126,22 +126,6 @@ def check_sampling(
     return provenance | {f"sample_{name}": value for name, value in conditions.about.items()}
 
 
-def load_decoder(
-    config: dict, options: SampleOptions, drawing: DrawingOptions, context: DistributedContext
-) -> VAE | Pixels:
-    """The autoencoder that decodes the samples: the model's own, or ``--vae``."""
-    precision = decoder_precision(options.vae_precision, context.device)
-    own = config["vae"], config["provenance"].get("vae_hash")
-    return load_same_vae(*own, context.device, options.vae, precision, drawing.compile)
-
-
-def prepare_model(model: DiT, drawing: DrawingOptions, context: DistributedContext) -> None:
-    """Put the model on its device, in the number format that it is to compute in, compiled if it is to be."""
-    cast_weights(model.to(context.device), drawing.precision)
-    if drawing.compile:
-        compile_each(model.blocks)
-
-
 class Samples(NamedTuple):
     """The samples of some indices."""
 
@@ -202,6 +186,40 @@ class Sampler:
         columns = min(self.conditions.count or PREVIEW_COLUMNS, PREVIEW_COLUMNS)
         classes = [i * self.conditions.count // columns for i in range(columns)] * PREVIEW_ROWS
         save_grid(path, to_uint8(self._labelled(range(len(classes)), classes).images), columns)
+
+
+def open_sampler(
+    draw: Draw,
+    model: DiT,
+    config: dict,
+    options: SampleOptions,
+    drawing: DrawingOptions,
+    conditions: Conditions,
+    context: DistributedContext,
+    sources: Sources | None = None,
+) -> Sampler:
+    """The sampler of a command's options: ``model``, of this ``config``, goes to the device and into the number format
+    that it is to compute in, and is compiled, or ``draw`` recorded, if it is to be. The autoencoder that decodes the
+    samples is the model's own, or ``--vae``.
+    """
+    cast_weights(model.to(context.device), drawing.precision)
+    if drawing.compile:
+        compile_each(model.blocks)
+    precision = decoder_precision(options.vae_precision, context.device)
+    own = config["vae"], config["provenance"].get("vae_hash")
+    return Sampler(
+        CUDAGraph(draw, context.device) if drawing.cuda_graph else draw,
+        model,
+        load_same_vae(*own, context.device, options.vae, precision, drawing.compile),
+        context.device,
+        seed=options.seed,
+        label_policy=options.label_policy,
+        class_labels=options.labels(config, conditions),
+        precision=drawing.precision,
+        fill_up_to=drawing.fill_up_to,
+        sources=sources,
+        conditions=conditions,
+    )
 
 
 def source_latents(images: torch.Tensor, vae: VAE | Pixels, model: DiT) -> torch.Tensor:
