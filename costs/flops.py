@@ -114,30 +114,35 @@ def count_gan_step(
 
     The options are those of train_ARD_gan.py, the configs those of the models; no weights are made.
     """
-    with on_meta_device():
-        student, teacher = ARD(**student_config).to("meta"), DiT(**teacher_config).to("meta")
-        heads = Discriminator(1, teacher.config["hidden_size"], d_width, bn_group)
-        # All heads cost the same: one, counted for each block, spares the seconds that making many takes.
-        heads.heads = torch.nn.ModuleList([heads.heads[0]] * len(teacher.blocks))
-        trajectory, y = torch.empty(1, student.steps + 1, *student.latent_shape), torch.zeros(1, dtype=torch.int64)
-    adversarial = AdversarialLosses(student, heads, FrozenFeatures(teacher, d_time))
-    latents = dict.fromkeys(("fake", "real", "fake_noise", "real_noise"), trajectory[:, 0])
-    batch = {"trajectory": trajectory, "y": y, "real_y": y, **latents}
 
-    def regression_step() -> None:
-        losses, _ = adversarial.student_losses(batch, 0.0)
-        losses["loss"].sum().backward()
+    def models(blocks: int) -> tuple[DiT, Discriminator]:
+        with on_meta_device():
+            teacher = DiT(**teacher_config | {"depth": blocks}).to("meta")
+            return teacher, Discriminator(blocks, teacher.config["hidden_size"], d_width, bn_group)
 
-    def gan_step() -> None:
-        if rollout:
-            batch["rollout"] = own_history(student, trajectory[:, 0], y)
-        losses, _ = adversarial.student_losses(batch, 1.0)
-        losses["loss"].sum().backward()
-        adversarial.discriminator_losses(batch)["loss"].sum().backward()
+    def step(student: Any, adversarial: bool) -> int:
+        teacher, heads = models(len(student.blocks))
+        losses_of = AdversarialLosses(student, heads, FrozenFeatures(teacher, d_time))
+        latent, y = blank_inputs(teacher)
+        batch = {"trajectory": latent.expand(1, student.steps + 1, *latent.shape[1:]), "y": y, "real_y": y}
+        batch |= dict.fromkeys(("fake", "real", "fake_noise", "real_noise"), latent)
 
-    counts = {"R": count_flops(regression_step), "R+D": count_flops(gan_step)}
+        def work() -> None:
+            if rollout and adversarial:
+                batch["rollout"] = own_history(student, latent, y)
+            losses, _ = losses_of.student_losses(batch, float(adversarial))
+            losses["loss"].sum().backward()
+            if adversarial:
+                losses_of.discriminator_losses(batch)["loss"].sum().backward()
+
+        return count_flops(work)
+
+    counts = {
+        name: count_by_blocks(student_config, partial(step, adversarial=adversarial))
+        for name, adversarial in (("R", False), ("R+D", True))
+    }
     return {
-        "discriminator_parameters": len(teacher.blocks) * sum(p.numel() for p in heads.parameters()),
+        "discriminator_parameters": teacher_config.get("depth", 28) * sum(p.numel() for p in models(1)[1].parameters()),
         "tflops_per_sample": {name: count / 1e12 for name, count in counts.items()},
         "flops_over_regression": counts["R+D"] / counts["R"],
     }
