@@ -8,17 +8,17 @@ Exit code 1 if the same command then does not end with equal files and no others
 """
 
 import argparse
-import contextlib
 import mmap
 import os
 import signal
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from stages import EQUAL, Job, Stage, content, ends_well, fresh, make_inputs, stages, told
+from jobs import EQUAL, Job, content, ends_well, fresh, try_all
+from stages import STAGES, Stage, prepared
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -63,7 +63,7 @@ def changes(stage: Stage, out: Path) -> tuple[dict, int]:
     seen = mmap.mmap(-1, 8)  # shared with the forked process
     with fresh(stage, out):
         job = Job(stage, out, crash_before(0, out, seen))
-        assert job.wait() == 0, job.output
+        assert job.end() == 0, job.output
         return content(out), int.from_bytes(seen[:8], "big")
 
 
@@ -75,7 +75,7 @@ def crashes(stage: Stage, base: Path, at_most: int | None = None) -> Counter:
     for number in range(points, 0, -step):
         with fresh(stage, base / f"crash-{number}") as out:
             job = Job(stage, out, crash_before(number, out, mmap.mmap(-1, 8)))
-            code = job.wait()
+            code = job.end()
             if code == 0:  # threads: this time there were fewer
                 continue
             counts["points"] += 1
@@ -88,21 +88,18 @@ def crashes(stage: Stage, base: Path, at_most: int | None = None) -> Counter:
     return counts
 
 
+def good(counts: Counter) -> bool:
+    """Whether each point was followed by an equal end."""
+    return counts.keys() <= {"points", EQUAL} and counts["points"] == counts[EQUAL]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kill before each change, rerun, compare.")
-    parser.add_argument("--stages", nargs="+", help="Only these.")
+    parser.add_argument("--stages", nargs="+", default=STAGES, help="Only these.")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder)
-        with contextlib.redirect_stdout(sys.stderr):
-            known = stages(make_inputs(base / "inputs"))
-        counts = {}
-        for name in args.stages or known:
-            counts[name] = crashes(known[name], base / name)
-            print(told({name: counts[name]}), flush=True)
-    total = sum(counts.values(), Counter())
-    print(told({"all": total}) if total.keys() == {"points", EQUAL} else "not all are equal")
-    return 0 if total["points"] == total[EQUAL] else 1
+    with prepared() as (base, known):
+        trials = {name: partial(crashes, known[name], base / name) for name in args.stages}
+        return try_all(trials, good)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from stages import EQUAL, SENTENCE, Job, Stage, ends_well, make_inputs, stages, told, undisturbed
+from jobs import EQUAL, SENTENCE, Job, ends_well, try_all, undisturbed
+from stages import STAGES, Stage, prepared
 
 NEW_MOUNTS, NEW_USER = 0x00020000, 0x10000000  # CLONE_NEWNS and CLONE_NEWUSER of sched.h
 SAYS = "No space left on device"
@@ -79,10 +80,10 @@ def says_so(job: Job, code: int | None, out: Path) -> str:
     """ "full": exit code 1 and a sentence that names a file there; COUNTED: code 2; "had room"; or what is wrong."""
     errors = [line for line in job.output.splitlines() if SENTENCE.search(line)]
     first = next((line for line in errors if SAYS in line and f"({out}" in line), None)
-    alone = bool(job.stage.ranks) or errors == job.output.splitlines()[-1:]  # another rank says that it is left alone
+    alone = bool(job.ranks) or errors == job.output.splitlines()[-1:]  # another rank says that it is left alone
     if code == 1 and first and alone and "Traceback" not in job.output:
         return FULL
-    refused = code == (1 if job.stage.ranks else 2) and len(errors) == 1  # torchrun has exit codes of its own
+    refused = code == (1 if job.ranks else 2) and len(errors) == 1  # torchrun has exit codes of its own
     if refused and REFUSED in errors[0] and "Traceback" not in job.output:
         return COUNTED
     return ROOM if code == 0 else f"it ends with {code}: {job.output[-600:]}"
@@ -92,14 +93,14 @@ def fill(stage: Stage, base: Path, draw: random.Random, trials: int) -> Counter:
     """The ends on a number of disks of random sizes."""
     counts: Counter = Counter()
     base.mkdir()
-    wanted, seconds = undisturbed(stage, base / "whole")
+    whole = undisturbed(stage, base / "whole")
     out = base / "disk"
     out.mkdir()
     mount(out, 1 << 30)
     stage.prepare(out)
     before = peak = used(out)
     job = Job(stage, out)
-    while job.wait(0) is None:
+    while job.code is None:
         peak = max(peak, used(out))
     subprocess.run(["umount", out], check=True)
     for trial in range(trials):
@@ -111,17 +112,17 @@ def fill(stage: Stage, base: Path, draw: random.Random, trials: int) -> Counter:
         stage.prepare(out)
         job = Job(stage, out)
         if later:
-            job.wait(draw.uniform(0, seconds))
+            job.end(draw.uniform(0, whole.seconds))
             with contextlib.suppress(OSError), (out / OTHERS).open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, os.statvfs(out).f_bavail * os.statvfs(out).f_frsize)
-        code = job.wait()
+        code = job.end()
         if code is None:
             job.kill()
         end = says_so(job, code, out)
         counts[end if end in (FULL, ROOM, COUNTED) else f"disk of {size} bytes: {end}"] += 1
         (out / OTHERS).unlink(missing_ok=True)
         mount(out, 1 << 30, "remount")
-        end = ends_well(stage, out, wanted)
+        end = ends_well(stage, out, whole.content)
         counts[end if end == EQUAL else f"disk of {size} bytes: {end}"] += 1
         subprocess.run(["umount", out], check=True)
     return counts
@@ -137,29 +138,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Fill disks, make room, rerun, compare.")
     parser.add_argument("--trials", type=int, default=20, help="Disks of a stage.")
     parser.add_argument("--ranked", type=int, default=2, help="Disks of a stage under torchrun, with two ranks.")
-    parser.add_argument("--stages", nargs="+", help="Only these.")
+    parser.add_argument("--stages", nargs="+", default=STAGES, help="Only these.")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    draw, counts = random.Random(args.seed), {}
-    with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder)
-        with contextlib.redirect_stdout(sys.stderr):
-            known = stages(make_inputs(base / "inputs"))
-        for name in args.stages or known:
-            single, ranked = known[name], known[name]._replace(ranks=2)
-            for title, stage, trials in ((name, single, args.trials), (f"{name}, 2 ranks", ranked, args.ranked)):
-                if trials and not (stage.ranks and name in ("slim", "repair")):
-                    work = lambda: fill(stage, base / title, draw, trials)  # noqa: E731, B023
-                    found = apart(work, base / "counts.json")
-                    if found is None:
-                        print("this system gives no mounts to this user")
-                        return 1
-                    counts[title] = found
-                    print(told({title: found}), flush=True)
-                draw.random()  # in the forked process it does not go on
-    total = sum(counts.values(), Counter())
-    print(told({"all": total}) if good(total) else "not all is well")
-    return 0 if good(total) else 1
+    with prepared() as (base, known):
+
+        def trial(title: str, disks: int) -> Counter:
+            draw = random.Random(f"{args.seed} {title}")
+            found = apart(partial(fill, known[title], base / title, draw, disks), base / "counts.json")
+            if found is None:
+                sys.exit("this system gives no mounts to this user")
+            return found
+
+        both = [(title, disks) for name in args.stages for title, disks in
+                ((name, args.trials), (f"{name}, 2 ranks", args.ranked)) if title in known and disks]  # fmt: skip
+        return try_all({title: partial(trial, title, disks) for title, disks in both}, good)
 
 
 if __name__ == "__main__":

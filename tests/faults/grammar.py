@@ -23,7 +23,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from stages import Job, Stage, make_inputs, stages  # first: it sets the path
+from jobs import Job  # first: it sets the path
+from stages import Stage, make_inputs, stages
 
 from helpers import state_of  # isort: skip
 
@@ -177,7 +178,7 @@ def outcome(stage: Stage, base: Path, folder: Path, whole: Path, odd: tuple[dict
     folder.mkdir()
     before = state_of(base)
     job = Job(stage, folder, lambda: limited(folder, odd))
-    code = job.wait(30 * SECONDS)
+    code = job.end(30 * SECONDS)
     if code is None:
         job.kill()
     text, written = job.output, [str(path)[-80:] for path in folder.rglob("*")]

@@ -1,20 +1,36 @@
-"""Commands in processes of their own, that are killed at moments which tell most: kill -9, of all or of one of them."""
+"""Runs of a stage, in a fork of this process or under torchrun, that can be killed; and all that they leave.
+
+A fork of a process that has imported everything starts in milliseconds, so that hundreds of runs fit into a test.
+"""
 
 import contextlib
+import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from helpers import ROOT, call, words
-from soak_stages import Stage
+from stages import ROOT, Stage  # first: it sets the path
 
+import bits  # isort: skip
+import torch  # isort: skip
+from helpers import call, words  # isort: skip
+from safetensors.torch import load_file  # isort: skip
+
+from stores import checkpoints
+
+EQUAL = "equal"
+SENTENCE = re.compile(r": error( of rank \d+)?: ")  # with which a command ends, or a rank of it
+# Of python's thread that hands tensors from a data worker to a process that has just been killed.
+ORPHANED = re.compile(r"^Traceback .*\n.*resource_sharer.py\", line \d+, in _serve", re.MULTILINE)
 FILE_TIMEOUT = 60  # seconds in which the other processes of a job must end when one is killed
 
 
@@ -63,52 +79,69 @@ def is_alive(pid: int) -> bool:
 
 
 class Job:
-    """One run of a stage: in a fork of this process, which has imported everything already, or under torchrun.
+    """One run of a stage in a process group of its own: in a fork of this process, or under torchrun.
 
     ``said`` is what it, and each of its ranks, has written to standard output and error.
     """
 
-    def __init__(self, stage: Stage, out: Path, alone: bool = False):
-        """``alone``: without ranks, whatever the stage says."""
-        self.out, self.logs, self.ranks = out, out.with_suffix(".logs"), 0 if alone else stage.ranks
+    def __init__(self, stage: Stage, out: Path, before: Callable[[], object] = lambda: None, alone: bool = False):
+        """``before`` is called in the forked process first; under torchrun there is no such place. ``alone``: without
+        ranks, whatever the stage says.
+        """
+        self.stage, self.out, self.logs = stage, out, out.with_suffix(".logs")
+        self.ranks = 0 if alone else stage.ranks
         shutil.rmtree(self.logs, ignore_errors=True)
         self.logs.mkdir()
         options = stage.options(out)
         self._before, self._code = look(out), None
         self._process: subprocess.Popen | None = None
         if self.ranks:
-            ranks_apart = {"PET_REDIRECTS": "3", "PET_LOG_DIR": str(self.logs)}  # options of torchrun
+            apart = {"PET_REDIRECTS": "3", "PET_LOG_DIR": str(self.logs)}  # options of torchrun
+            command = words(stage.script, *options, ranks=self.ranks)
             with (self.logs / "all").open("w") as log:
-                self._process = subprocess.Popen(
-                    words(stage.script, *options, ranks=self.ranks), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                    env=os.environ | ranks_apart, start_new_session=True,
-                )  # fmt: skip
+                self._process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                                                 env=os.environ | apart, start_new_session=True)  # fmt: skip
             self.pid = self._process.pid
-        else:
-            self.pid = os.fork()
-            if self.pid == 0:
-                self._work(stage.script, options)
+            return
+        sys.stdout.flush(), sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._work(options, before)
 
-    def _work(self, script: str, options: list) -> None:
-        """The forked process: the command, and nothing of this script afterwards."""
+    def _work(self, options: list, before: Callable[[], object]) -> None:
+        """The forked process: the command, and nothing of its parent's afterwards."""
         code = 70
         try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.setsid()
-            descriptor = os.open(self.logs / "all", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(descriptor, 1), os.dup2(descriptor, 2)
-            call(script, *options)
+            log = os.open(self.logs / "all", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+                os.dup2(log, number)
+                with contextlib.suppress(AttributeError, ValueError):
+                    stream.flush()
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, errors="backslashreplace", closefd=False) for n in (1, 2))
+            before()
+            call(self.stage.script, *options)
             code = 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
+        except BaseException as error:
+            import traceback
+
+            inside = any(frame.name == "main" for frame in traceback.extract_tb(error.__traceback__))
+            if inside or not isinstance(error, KeyboardInterrupt):  # else it came just after the command
+                traceback.print_exc()
+            else:
+                code = 0
         finally:
-            sys.stdout.flush(), sys.stderr.flush()
+            with contextlib.suppress(BaseException):
+                sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
 
     @property
     def code(self) -> int | None:
-        """The exit code, or None while it is at work."""
+        """The exit code, negative for a signal, or None while it is at work."""
         if self._process is not None:
             self._code = self._process.poll()
         elif self._code is None:
@@ -116,7 +149,7 @@ class Job:
             self._code = os.waitstatus_to_exitcode(status) if pid else None
         return self._code
 
-    def end(self, seconds: float) -> int | None:
+    def end(self, seconds: float = 300.0) -> int | None:
         """The exit code when it has ended, None if that takes longer."""
         wait(lambda: self.code is not None, seconds)
         return self.code
@@ -138,18 +171,22 @@ class Job:
 
         wait(enough, seconds)
 
-    def kill(self, how: str, draw: random.Random) -> tuple[float, int | None]:
+    def kill(self, how: str = "all", draw: random.Random | None = None) -> tuple[float, int | None]:
         """kill -9 of "all", of the one that was "started", or of a "rank"; seconds until all had ended, and the rank.
 
         ``TimeoutError`` where somebody is still there after ``FILE_TIMEOUT``.
         """
-        pids = family(self.pid)
-        ranks = {rank_of(pid): pid for pid in pids[1:]}
-        number = draw.choice([rank for rank in range(self.ranks) if rank in ranks] or [None]) if how == "rank" else None
+        pids = family(self.pid) if self.code is None else []
+        ranks = {rank_of(pid): pid for pid in pids[1:]} if how == "rank" else {}
+        there = [rank for rank in range(self.ranks) if rank in ranks]
+        number = draw.choice(there) if draw and there else None
         victims = pids if how == "all" else [ranks[number] if number is not None else self.pid]
         for pid in victims:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        if how == "all":
+            with contextlib.suppress(ProcessLookupError):  # those whose parents had ended before
+                os.killpg(self.pid, signal.SIGKILL)
         begun = time.monotonic()
         if not wait(lambda: self.code is not None and not any(map(is_alive, pids)), FILE_TIMEOUT):
             left = [pid for pid in pids if is_alive(pid)]
@@ -168,6 +205,11 @@ class Job:
             found[path.parent.name] = found.get(path.parent.name, "") + path.read_text(errors="replace")
         return found
 
+    @property
+    def output(self) -> str:
+        """What the command has written; of ranks what they have, and not torchrun."""
+        return "".join(text for who, text in self.said.items() if who != "all" or not self.ranks)
+
 
 def environment(pid: int) -> dict[str, str]:
     """The variables with which a process was started."""
@@ -182,3 +224,118 @@ def rank_of(pid: int) -> int | None:
         if "RANK" not in environment(parent):
             return int(environment(pid)["RANK"])
     return None
+
+
+#################################################################################
+#                               What is left                                    #
+#################################################################################
+
+
+def content(out: Path) -> dict:
+    """All files below a folder, tensors as tensors: two runs of a command must have them in common.
+
+    Of logs and tensorboard's files only their existence, since they tell the time.
+    """
+    found: dict[str, object] = {}
+    for path in sorted(path for path in out.rglob("*") if not path.is_dir()):
+        name = str(path.relative_to(out))
+        if path.name.startswith("events."):
+            continue
+        if path.suffix == ".npz":
+            found[name] = bits.arrays_as_tensors(path)
+        elif path.suffix == ".safetensors":
+            found[name] = load_file(path)
+        elif path.suffix == ".pt":
+            found[name] = checkpoints.load(path, "")
+        elif path.suffix == ".json":
+            found[name] = json.loads(path.read_text())
+        else:
+            found[name] = None if path.name == "log.txt" else path.read_bytes().hex()
+    return found
+
+
+def near(a: Any, b: Any) -> bool:
+    """Whether two readings of samples are equal up to rounding."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(near(a[name], b[name]) for name in a)
+    if not isinstance(a, torch.Tensor):
+        return a == b
+    grey = 0 if a.is_floating_point() else a.dtype == torch.uint8
+    return a.shape == b.shape and bool((a.double() - b).abs().max() <= grey + 1e-4 * b.double().abs().max())
+
+
+def differences(stage: Stage, found: dict, wanted: dict) -> str:
+    """Which files of two folders differ, for a message; "" where all are the same. Drawings of near samples may."""
+
+    def alike(name: str) -> bool:
+        if name not in found or name not in wanted:
+            return False
+        drawn = stage.near and name.endswith(".png")
+        return drawn or bits.same(found[name], wanted[name]) or (stage.near and near(found[name], wanted[name]))
+
+    return ", ".join(name for name in sorted(found.keys() | wanted.keys()) if not alike(name))
+
+
+@contextlib.contextmanager
+def fresh(stage: Stage, out: Path) -> Iterator[Path]:
+    """A new folder for a stage to write to, gone again after."""
+    out.mkdir(parents=True)
+    stage.prepare(out)
+    try:
+        yield out
+    finally:
+        shutil.rmtree(out)
+        shutil.rmtree(out.with_suffix(".logs"), ignore_errors=True)
+
+
+class Whole(NamedTuple):
+    """What an undisturbed job left, the seconds until it began to change its folder, and those after that."""
+
+    content: dict
+    start: float
+    work: float
+
+    @property
+    def seconds(self) -> float:
+        """All that it takes."""
+        return self.start + self.work
+
+
+def undisturbed(stage: Stage, out: Path) -> Whole:
+    """A stage to its end, as the measure of the others."""
+    with fresh(stage, out):
+        begun = time.monotonic()
+        job = Job(stage, out)
+        job.changes(1, 300)
+        start = time.monotonic() - begun
+        code = job.end()
+        assert code == 0, f"{stage.script} ends with {code}:\n{job.output}"
+        return Whole(content(out), start, time.monotonic() - begun - start)
+
+
+def ends_well(stage: Stage, out: Path, wanted: dict) -> str:
+    """Run the command in ``out`` to its end: "equal", or the error in its end."""
+    job = Job(stage, out)
+    code = job.end()
+    if code is None:
+        job.kill()
+    if code != 0 and not (code == 2 and stage.done in job.output):
+        return f"then it ends with {code}: {job.output[-600:]}"
+    differ = differences(stage, content(out), wanted)
+    return f"then it differs in {differ}" if differ else EQUAL
+
+
+def told(counts: Counter) -> str:
+    """How often each end came, in words."""
+    return ", ".join(f"{kind} {count}" for kind, count in counts.items())
+
+
+def try_all(trials: dict[str, Callable[[], Counter]], good: Callable[[Counter], bool]) -> int:
+    """Print the ends that each trial counts, and of all; exit code 1 where they are not ``good``."""
+    total: Counter = Counter()
+    for title, trial in trials.items():
+        found = trial()
+        total += found
+        print(f"{title}: {told(found)}", flush=True)
+    print(f"all: {told(total)}" if good(total) else "not all is well")
+    return 0 if good(total) else 1

@@ -28,7 +28,7 @@ class Kind(NamedTuple):
 
 
 def kinds(base: Path) -> dict[str, Kind]:
-    """All kinds, in ``base``, where ``stages`` has put a store, samples, images and an autoencoder."""
+    """All kinds, in ``base``, where ``make_inputs`` has put a store, samples, images and an autoencoder."""
     store, samples = base / "store", base / "few.npz"
     encode = ["--data-path", base / "images", "--image-size", 8, "--vae", base / "vae", "--rows-per-shard", 10]
     train = ["--data-path", store, *SMALL, "--ckpt-every", 5]
@@ -96,7 +96,7 @@ def kinds(base: Path) -> dict[str, Kind]:
     }
 
 
-def damage(known: dict[str, Kind], faults: int, seed: int) -> dict[str, Counter]:
+def damage(known: dict[str, Kind], faults: int, seed: str) -> dict[str, Counter]:
     """Faults over all kinds: of each, a tenth cut short, half of the rest with a bit flipped near the start."""
     counts = {name: Counter() for name in known}
     draw, each = random.Random(seed), -(-faults // len(known))

@@ -16,12 +16,13 @@ import os
 import random
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
-from stages import EQUAL, ORPHANED, Job, Stage, ends_well, fresh, make_inputs, stages, told, undisturbed
+from jobs import EQUAL, ORPHANED, Job, Whole, ends_well, fresh, try_all, undisturbed
+from stages import STAGES, Stage, prepared
 
 from runtime.stop_signals import ended_by, exit_code
 
@@ -42,7 +43,7 @@ def started(stage: Stage, out: Path) -> Job:
     """A job that has come to its command; one under torchrun just started."""
     ready = mmap.mmap(-1, 1)
     job = Job(stage, out, lambda: ready.write(b"!"))
-    while not stage.ranks and ready[0] == 0 and job.wait(0) is None:
+    while not stage.ranks and ready[0] == 0 and job.code is None:
         pass
     return job
 
@@ -59,11 +60,11 @@ def end_of(job: Job, code: int | None, sent: signal.Signals) -> str:
     if "Traceback" in text:
         ours = "in main\n" in text and "runtime/cli.py" in text
         if sent == signal.SIGINT and not ours:  # python's own: of a main process that imports, of a worker that ends
-            return IMPORTING if job.stage.ranks else WORKER if said and code == 130 else wrong
+            return IMPORTING if job.ranks else WORKER if said and code == 130 else wrong
         return wrong
     if code == 0:
         return OVER
-    if job.stage.ranks:  # torchrun has exit codes of its own
+    if job.ranks:  # torchrun has exit codes of its own
         return SAID if said else KILLED if code is not None else wrong
     errors = [line for line in text.splitlines() if "error: " in line]
     if code == exit_code(sent) and said and len(errors) == 1:
@@ -71,80 +72,66 @@ def end_of(job: Job, code: int | None, sent: signal.Signals) -> str:
     return KILLED if code == -sent != -signal.SIGINT else wrong
 
 
-def disturb(stage: Stage, out: Path, wanted: dict, seconds: float, draw: random.Random) -> list[str]:
+def disturb(stage: Stage, out: Path, whole: Whole, draw: random.Random) -> list[str]:
     """The end after one signal at a random moment, and then of the same command."""
     sent = draw.choice(SENT)
     group = draw.random() < 0.5  # as a terminal does; else as kill does
     with fresh(stage, out):
         job = started(stage, out)
-        job.wait(draw.uniform(0, 1.02) * seconds)
+        job.end(draw.uniform(0, 1.02) * whole.seconds)
         with contextlib.suppress(ProcessLookupError):
             (os.killpg if group else os.kill)(job.pid, sent)
-        code = job.wait(120)
+        code = job.end(120)
         if code is None:
             job.kill()
         end = end_of(job, code, sent)
-        if job.stage.ranks:
+        if job.ranks:
             time.sleep(0.5)  # a rank may be about to leave
             job.kill()
-        return [end, ends_well(stage, out, wanted)]
+        return [end, ends_well(stage, out, whole.content)]
 
 
-def twice(stage: Stage, out: Path, wanted: dict, seconds: float, draw: random.Random) -> list[str]:
+def twice(stage: Stage, out: Path, whole: Whole, draw: random.Random) -> list[str]:
     """Two SIGINT or SIGTERM, one right after the other."""
     sent = draw.choice((signal.SIGINT, signal.SIGTERM))
     with fresh(stage, out):
         job = started(stage, out)
-        job.wait(draw.uniform(0, 0.9) * seconds)
+        job.end(draw.uniform(0, 0.9) * whole.seconds)
         for _ in range(2):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(job.pid, sent)
             time.sleep(0.0005)
-        code = job.wait(120)
+        code = job.end(120)
         quiet = "Traceback" not in ORPHANED.sub("", job.output)
         end = TWICE if code == -sent and quiet else end_of(job, code, sent)
-        return [end, ends_well(stage, out, wanted)]
+        return [end, ends_well(stage, out, whole.content)]
 
 
 def send(stage: Stage, base: Path, draw: random.Random, trials: int, doubles: int = 0) -> Counter:
     """The ends after a number of signals, and after a number of double ones."""
-    wanted, seconds = undisturbed(stage, base / "whole")
+    whole = undisturbed(stage, base / "whole")
     counts: Counter = Counter()
     for number in range(trials + doubles):
         how = disturb if number < trials else twice
-        counts.update(how(stage, base / f"signal-{number}", wanted, seconds, draw))
+        counts.update(how(stage, base / f"signal-{number}", whole, draw))
     return counts
-
-
-def with_workers(stage: Stage) -> Stage:
-    """The same with two processes that read data ahead."""
-    return stage._replace(options=lambda out: [*stage.options(out), "--num-workers", 2])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Send signals, rerun, compare.")
     parser.add_argument("--trials", type=int, default=20, help="Signals to a stage.")
     parser.add_argument("--ranked", type=int, default=2, help="Signals to a stage under torchrun, with two ranks.")
-    parser.add_argument("--stages", nargs="+", help="Only these.")
+    names = [*STAGES, "train, workers", "train_ARD, workers", "encode_latents, workers"]
+    parser.add_argument("--stages", nargs="+", default=names, help="Only these.")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    draw, counts = random.Random(args.seed), {}
-    with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder)
-        with contextlib.redirect_stdout(sys.stderr):
-            known = stages(make_inputs(base / "inputs"), times=4)
-        known |= {f"{n}, workers": with_workers(known[n]) for n in ("train", "train_ARD", "encode_latents")}
-        for name in args.stages or known:
-            if args.trials:
-                counts[name] = send(known[name], base / name, draw, args.trials, args.trials // 4)
-                print(told({name: counts[name]}), flush=True)
-            if args.ranked and name not in ("slim", "repair"):
-                title, stage = f"{name}, 2 ranks", known[name]._replace(ranks=2)
-                counts[title] = send(stage, base / title, draw, args.ranked)
-                print(told({title: counts[title]}), flush=True)
-    total = sum(counts.values(), Counter())
-    print(told({"all": total}) if total.keys() <= GOOD else "not all is well")
-    return 0 if total.keys() <= GOOD else 1
+    draw, trials = random.Random(args.seed), {}
+    with prepared(times=4) as (base, known):
+        for name in args.stages:
+            for title, count, doubles in ((name, args.trials, args.trials // 4), (f"{name}, 2 ranks", args.ranked, 0)):
+                if count and title in known:
+                    trials[title] = partial(send, known[title], base / title, draw, count, doubles)
+        return try_all(trials, lambda counts: counts.keys() <= GOOD)
 
 
 if __name__ == "__main__":

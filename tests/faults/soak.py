@@ -2,6 +2,7 @@
 
     python tests/faults/soak.py                                  # 200 kills of dumps, 100 of training, ...
     python tests/faults/soak.py --kills training=20 drawing=10   # other numbers, of these groups alone
+    python tests/faults/soak.py --share 2/4                      # a quarter of them, other kills than in 1/4
     python tests/faults/soak.py --minutes 5 --only train_ARD evaluator
     python tests/faults/soak.py --bits 10000                     # flipped bits and files cut short, no kills
 
@@ -12,58 +13,34 @@ each outcome came; exit code 1 on any difference, leftover, traceback or rank th
 """
 
 import argparse
-import contextlib
-import os
 import random
 import re
-import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ["OMP_NUM_THREADS"] = "1"
+from jobs import ORPHANED, SENTENCE, Job, Whole, content, differences, fresh, told, undisturbed
+from stages import Stage, prepared
 
-import bits  # noqa: E402
-import torch  # noqa: E402
-from jobs import Job  # noqa: E402
-from kinds import damage, kinds  # noqa: E402
-from soak_stages import GROUPS, Stage, stages  # noqa: E402
-from stages import ORPHANED, SENTENCE  # noqa: E402
-
-torch.set_num_threads(1)
+from kinds import damage, kinds  # isort: skip
 
 COUNTS = {"dumps": 200, "training": 100, "drawing": 50, "others": 30}
+GROUPS = {
+    "dumps": ("sample_trajectory", "sample_trajectory, 2 ranks", "sample_trajectory, 1 or 2 ranks"),
+    "training": ("train_ARD", "train_ARD, workers", "train_ARD, workers, 2 ranks", "train_ARD_gan",
+                 "train_ARD_gan, 2 ranks"),
+    "drawing": ("sample", "sample_ARD", "sample_ARD, 2 ranks", "evaluator", "evaluator, 2 ranks"),
+    "others": ("train", "train, 2 ranks", "encode_latents, workers", "encode_latents, 2 ranks", "encode_captions"),
+}  # fmt: skip
+TIMES = 16  # as much work as the smallest, so that there is time to be killed in it
 GOOD = ("kills", "kills of all", "kills of one rank", "kills of torchrun", "kills of a process alone", "equal",
         "others ended with a sentence", "others had not begun", "others were done", "held by a child", "refused",
         "complaints of orphaned data workers",
         "made good")  # fmt: skip
 AT_WORK = "is at work there"  # a command's words about a folder that another process holds
-
-
-class Whole(NamedTuple):
-    """What an undisturbed job left, the seconds until it began to change its folder, and those after that."""
-
-    content: dict
-    start: float
-    work: float
-
-
-def undisturbed(stage: Stage, out: Path) -> Whole:
-    """Run a stage to its end, as the measure of the others."""
-    out.mkdir()
-    begun = time.monotonic()
-    job = Job(stage, out)
-    job.changes(1, 300)
-    start = time.monotonic() - begun
-    assert job.end(300) == 0, "\n".join(job.said.values())
-    return Whole(stage.result(out), start, time.monotonic() - begun - start)
 
 
 class Disturbance:
@@ -75,8 +52,11 @@ class Disturbance:
 
     def run(self) -> None:
         """All of it; the folder is gone afterwards."""
-        self.out.mkdir()
-        for _ in range(self.draw.randint(3, 9) if self.stage.ranks else self.draw.randint(1, 4)):
+        with fresh(self.stage, self.out):
+            self._until_it_ends()
+
+    def _until_it_ends(self) -> None:
+        for _ in range(self.draw.randint(2, 6)):
             job = self._job()
             self._wait_for_a_moment(job)
             if job.code is not None:
@@ -90,8 +70,6 @@ class Disturbance:
         else:
             self._bad("hangs" if code is None else f"exit code {code}", job)
         self._look_for_tracebacks(job)
-        shutil.rmtree(self.out)
-        shutil.rmtree(job.logs)
 
     def _job(self) -> Job:
         """The command once more; who was killed may still be held for a moment by a child."""
@@ -146,18 +124,16 @@ class Disturbance:
     def _is_done(self) -> bool:
         """Whether the folder is as an undisturbed job leaves it."""
         try:
-            return bits.same(self.stage.result(self.out), self.whole.content)
+            return not differences(self.stage, content(self.out), self.whole.content)
         except Exception:  # an unfinished file cannot be read
             return False
 
     def _compare(self) -> None:
-        found, wanted = self.stage.result(self.out), self.whole.content
-        if bits.same(found, wanted):
-            self.counts["equal"] += 1
-        elif found["files"] != wanted["files"]:
-            self._bad("leftovers", text=f"files {set(found['files']) ^ set(wanted['files'])}")
+        found, wanted = content(self.out), self.whole.content
+        if differ := differences(self.stage, found, wanted):
+            self._bad("different" if found.keys() == wanted.keys() else "leftovers", text=f"in {differ}")
         else:
-            self._bad("different", text=f"in {[key for key in wanted if not bits.same(found[key], wanted[key])]}")
+            self.counts["equal"] += 1
 
     def _look_for_tracebacks(self, job: Job) -> None:
         """Torchrun has a traceback of its own when a rank has failed; that is not counted as one, nor an orphan's."""
@@ -188,42 +164,40 @@ def disturb(name: str, out: Path, seed: int) -> tuple[str, Counter, list[str]]:
 
 def soak(base: Path, known: dict[str, Stage], args: argparse.Namespace) -> dict[str, Counter]:
     """Disturb stages, two at a time, until there are enough kills in each group or the time is over."""
-    KNOWN.update({name: stage for name, stage in known.items() if stage.group in args.kills and
-                  (not args.only or name in args.only)})  # fmt: skip
+    group_of = {name: group for group in args.kills for name in GROUPS[group] if not args.only or name in args.only}
+    KNOWN.update({name: known[name] for name in group_of})
     for name, stage in KNOWN.items():
         WHOLES[name] = undisturbed(stage, base / f"whole-{len(WHOLES)}")
         print(f"{name}: begins after {WHOLES[name].start:.1f} s and works {WHOLES[name].work:.1f} s", flush=True)
-    counts = {name: Counter() for name in KNOWN}
+    counts, under_way = {name: Counter() for name in KNOWN}, Counter()
     draw, begun, said, slowest = random.Random(args.seed), time.monotonic(), 0.0, 0.0
 
     def kills(group: str) -> int:
-        return sum(counts[name]["kills"] for name in KNOWN if KNOWN[name].group == group)
+        return sum(counts[name]["kills"] for name in KNOWN if group_of[name] == group)
 
     def next_stage() -> str | None:
-        """Of the group that lacks most, the stage that was disturbed least."""
+        """Of the group that lacks most, the stage that was killed least; what is under way counts as some kills."""
         if args.minutes and time.monotonic() - begun > 60 * args.minutes:
             return None
-        groups = {stage.group for stage in KNOWN.values()}
-        lacking = [group for group in groups if args.minutes or kills(group) < args.kills[group]]
-        if not lacking:
-            return None
-        names = {group: [name for name in KNOWN if KNOWN[name].group == group] for group in lacking}
-        begun_of = {group: sum(started[name] for name in names[group]) for group in lacking}
-        group = min(lacking, key=lambda group: (kills(group) / args.kills[group], begun_of[group]))
-        return min(names[group], key=lambda name: started[name])
+        expected = {name: counts[name]["kills"] + 4 * under_way[name] for name in KNOWN}
+        lacking = [name for name in KNOWN if args.minutes or kills(group_of[name]) < args.kills[group_of[name]]]
+        share = {group: sum(expected[name] for name in KNOWN if group_of[name] == group) / count
+                 for group, count in args.kills.items()}  # fmt: skip
+        return min(lacking, key=lambda name: (share[group_of[name]], expected[name]), default=None)
 
-    started, turn, running = Counter(), 0, set()
+    turn, running = 0, set()
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("fork")) as pool:
         while True:
             while len(running) < args.jobs and (name := next_stage()) is not None:
                 running.add(pool.submit(disturb, name, base / f"turn-{turn}", draw.randrange(2**32)))
-                started[name], turn = started[name] + 1, turn + 1
+                under_way[name], turn = under_way[name] + 1, turn + 1
             if not running:
                 break
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 name, found, remarks = future.result()
                 counts[name] += found
+                under_way[name] -= 1
                 for remark in remarks:
                     if remark.startswith("seconds "):
                         slowest = max(slowest, float(remark.split()[1]))
@@ -242,7 +216,7 @@ def show(counts: dict[str, Counter]) -> int:
     """Print a line for each stage and for all; 1 if there is anything that must not be."""
     total = sum(counts.values(), Counter())
     for name, found in [*counts.items(), ("all", total)]:
-        print(f"{name}: " + (", ".join(f"{kind} {number}" for kind, number in found.items()) or "not disturbed"))
+        print(f"{name}: {told(found) or 'not disturbed'}")
     bad = {kind: number for kind, number in total.items() if kind not in GOOD}
     print(f"bad: {bad}" if bad else "bad: none")
     return 1 if bad else 0
@@ -256,6 +230,14 @@ def kills_of_group(text: str) -> tuple[str, int]:
     return group, int(count)
 
 
+def share(text: str) -> tuple[int, int]:
+    """argparse type: 2/4."""
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text}: give PART/PARTS, such as 2/4")
+    return int(part), int(parts)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kill, rerun, compare.")
     what = f"Kills of these groups alone, by default {COUNTS}."
@@ -266,15 +248,15 @@ def main() -> int:
         "--bits", type=int, help="Number of files to damage instead, by a flipped bit or by cutting them."
     )
     parser.add_argument("--jobs", type=int, default=2, help="Stages that are disturbed at the same time.")
+    parser.add_argument("--share", type=share, default=(1, 1), help="This part of the kills, e.g. 2/4.")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    args.kills = dict(args.kills)
-    with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder)
-        with contextlib.redirect_stdout(sys.stderr):
-            known = stages(base)
-            damaged = kinds(base) if args.bits else {}
-        return show(damage(damaged, args.bits, args.seed) if args.bits else soak(base, known, args))
+    part, parts = args.share
+    args.kills, args.seed = {group: -(-count // parts) for group, count in args.kills}, f"{args.seed} {part}"
+    with prepared(1 if args.bits else TIMES) as (base, known):
+        if args.bits:
+            return show(damage(kinds(base / "inputs"), args.bits, args.seed))
+        return show(soak(base, known, args))
 
 
 if __name__ == "__main__":

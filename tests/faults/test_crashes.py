@@ -2,13 +2,8 @@
 
 import pytest
 from crashes import crashes
-from stages import EQUAL, STAGES, make_inputs, stages
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """The inputs of the stages."""
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
+from jobs import EQUAL
+from stages import STAGES, stages
 
 
 @pytest.mark.slow

@@ -4,13 +4,7 @@ import random
 
 import pytest
 from disks import COUNTED, FULL, ROOM, apart, fill, good
-from stages import STAGES, make_inputs, stages
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """The inputs of the stages."""
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
+from stages import STAGES, stages
 
 
 @pytest.mark.slow

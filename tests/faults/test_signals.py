@@ -3,14 +3,9 @@
 import random
 
 import pytest
+from jobs import EQUAL
 from signals import GOOD, send
-from stages import EQUAL, STAGES, make_inputs, stages
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """The inputs of the stages."""
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
+from stages import STAGES, stages
 
 
 @pytest.mark.slow
