@@ -39,7 +39,6 @@ from runtime.values import workers as workers
 
 OptionGroup = argparse._ArgumentGroup | argparse.ArgumentParser  # whatever has ``add_argument``
 
-
 RANK_LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed? ?out|broken pipe", re.IGNORECASE)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 DISK_ERRORS = (*FULL_DISK, errno.EROFS, errno.EIO)
@@ -49,7 +48,6 @@ PLACE_ERRORS += (errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT)
 NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)  # torch's words
 OTHER_NAMES = {"--epochs": "--iterations", "--learning-rate": "--lr", "--output": "--out"}  # other projects' -> ours
 RANKS_PAUSE = 30.0  # seconds in which the main rank alone may print an error that all ranks have found
-
 
 # False in a dry run, which downloads nothing and waits for no other rank.
 FETCHING: ContextVar[bool] = ContextVar("FETCHING", default=True)

@@ -38,7 +38,6 @@ from stores.images import to_uint8
 
 INDEX_BYTES = 40  # that a rank needs for each sample, to know which are missing
 
-
 GRID = PngInfo()  # what a picture of ours says of itself
 GRID.add_text("Software", "ARD")
 
