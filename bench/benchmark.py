@@ -2,6 +2,7 @@
 
     python -m bench train --model DiT-S/2 --stack 3 --batch-size 2
     python -m bench sample --model DiT-B/2 --batch-size 4 --vs "--stack 0"
+    python -m bench train --model DiT-S/2 --stack 3 --batch-size 2 --vs=--dense  # as it is usually written
     python -m bench gpu > gpu.txt         # every case of a GPU, DiT-XL/2 in bf16, in 8 minutes
     python -m bench report gpu.txt        # its table for a README
 
@@ -104,6 +105,8 @@ def build_parser() -> cli.Parser:
             command.add_argument("--accumulation", type=cli.positive, default=1, help="Micro-batches of a step.")
         if name in ("train", "gan", "ddp"):
             command.add_argument("--checkpoint-activations", **switch, help="Recompute them in the backward pass.")
+        if name in ("train", "sample"):
+            command.add_argument("--dense", **switch, help="Take one long sequence, a mask, and adaLN for each token.")
         if name == "sample":
             command.add_argument("--cuda-graph", **switch, help="Record the sampler once and replay it.")
         if name == "decode":

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.dense import DenseARD
 from bench.timing import Case
 from costs.flops import count_flops, count_gan_step, sampling_gflops
 from costs.stages import INCEPTION_GFLOPS
@@ -44,6 +45,10 @@ def build_model(options: dict, device: torch.device) -> Any:
                 model = ARD.from_teacher(model, options["steps"], options["mask"], options["stack"])
             except ValueError as error:
                 raise UserError(f"--steps {options['steps']} --stack {options['stack']}: {error}") from None
+            if options.get("dense"):
+                dense = DenseARD(**model.config)
+                dense.load_state_dict(model.state_dict())
+                model = dense
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)

@@ -4,9 +4,10 @@ import json
 import shlex
 
 import pytest
+import torch
 from helpers import call, refused
 
-from bench import benchmark
+from bench import benchmark, cases
 
 NANO = ("--model", "DiT-Nano/2", "--input-size", 4, "--batch-size", 3, "--repeats", 2)
 BENCHMARKS = {
@@ -36,6 +37,22 @@ def test_each_stage_is_measured(command, capsys):
         assert plain["tflops"] > 2 * variant["tflops"] and variant["ratio"] > 0
     if command == "store":
         assert lines[0]["over_files"] > 0 and lines[0]["over_copy"] > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("mask", "stack"), [("M4", 2), ("M3", 1), ("M1", 2), ("M4", 0)])
+def test_the_dense_student_gives_the_same(mask, stack):
+    options = {"model": "DiT-Nano/2", "input_size": 4, "steps": 4, "mask": mask, "stack": stack}
+    plain, dense = (cases.build_model(options | {"dense": d}, torch.device("cpu")) for d in (False, True))
+    dense.load_state_dict(plain.state_dict())
+    history, y = torch.randn(3, 4, *plain.latent_shape), torch.arange(3)
+    torch.testing.assert_close(dense(history, y), plain(history, y), rtol=0, atol=1e-5)
+    torch.testing.assert_close(dense.sample(history[:, 0], y), plain.sample(history[:, 0], y), rtol=0, atol=1e-5)
+
+
+def test_the_dense_student_is_timed_beside_ours(capsys):
+    call("bench", "train", *NANO, "--stack", 2, "--vs=--dense", "--device", "cpu")
+    assert [line["dense"] for line in reports(capsys.readouterr().out)] == [False, True]
 
 
 STUDENT = "--model DiT-Nano/2 --input-size 4 --batch-size 3 --stack 2 --repeats 1"
