@@ -182,10 +182,15 @@ class Sampler:
 
     @torch.no_grad()
     def save_preview(self, path: Path) -> None:
-        """Write a PNG grid with a column for each class or caption, or for some of many, as far apart as can be."""
+        """Write a PNG grid with a column for each class or caption, or for some of many, as far apart as can be.
+
+        Above it stand the names of the classes where they have any, or the captions.
+        """
         columns = min(self.conditions.count or PREVIEW_COLUMNS, PREVIEW_COLUMNS)
-        classes = [i * self.conditions.count // columns for i in range(columns)] * PREVIEW_ROWS
-        save_grid(path, to_uint8(self._labelled(range(len(classes)), classes).images), columns)
+        classes = [i * self.conditions.count // columns for i in range(columns)]
+        titles = [self.conditions.text(label) for label in classes] if self.conditions.count else []
+        images = self._labelled(range(columns * PREVIEW_ROWS), classes * PREVIEW_ROWS).images
+        save_grid(path, to_uint8(images), columns, titles)
 
 
 def open_sampler(

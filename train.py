@@ -158,7 +158,7 @@ def open_captions(captions: str | None, model: str | None, source: Source, verif
     if model and (model in PixArt_models) != bool(captions):
         raise UserError(f"--model {model}: a PixArt needs --captions, a DiT takes none")
     if not captions:
-        return Classes(source.num_classes)
+        return Classes(source.num_classes, source.fingerprint.get("class_names"))
     store = CaptionStore(captions, verify=verify)
     if store.count != source.num_classes:
         raise UserError(

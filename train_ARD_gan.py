@@ -219,7 +219,9 @@ def run(args: argparse.Namespace) -> None:
         "provenance": store.provenance | start_state | points,
         "training": optimisation.config() | more | vars(gan),
     }
-    previews = student_previews(student, lambda: state.ema, vae, context.device, args.precision)
+    previews = student_previews(
+        student, lambda: state.ema, vae, context.device, args.precision, trajectories.conditions
+    )
     size = teacher.input_size * vae.factor
     evaluate = PeriodicEvaluator(previews, context, size, quality) if quality.eval_every else None
     known: dict[str, Any] = {"teacher": teacher.config, "rows": len(store), "vae": vae}

@@ -9,6 +9,7 @@ PixArt-Sigma. Leaves a picture and a table. A fifth of the captions was never tr
 """
 
 import argparse
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def draw_picture(path: Path, files: dict[str, Path], columns: int = 5) -> None:
             axis.set_axis_off()
         for axis, sample in zip([*row[:columns], *row[columns + 1 :]], shown, strict=True):
             axis.imshow(images[sample], interpolation="nearest")
-            axis.set_title(scene_caption(int(scenes[sample])).replace(" a ", "\na "), fontsize=6)
+            axis.set_title(re.sub(" (?=an? )", "\n", scene_caption(int(scenes[sample]))), fontsize=6)
         row[0].text(0, 1.45, name, transform=row[0].transAxes, fontsize=8, weight="bold", in_layout=False)
     for axis, text in ((grid[0, columns - 1], "captions trained on"), (grid[0, -1], "captions never trained on")):
         axis.text(1, 1.45, text, transform=axis.transAxes, fontsize=8, style="italic", ha="right", in_layout=False)

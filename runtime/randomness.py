@@ -55,16 +55,24 @@ class Conditions(Protocol):
     def __call__(self, label: torch.Tensor) -> torch.Tensor:
         """label: (B,) int64 -> the model's y, (B, ...)."""
 
+    def text(self, label: int) -> str:
+        """What a label stands for, in words; "" where it has none."""
+
 
 class Classes:
     """Classes stand for themselves. (The other conditions are captions, stores/captions.py.)"""
 
-    def __init__(self, count: int):
-        self.count, self.about, self.max_text_tokens = count, dict[str, Any](), 0
+    def __init__(self, count: int, names: Sequence[str] | None = None):
+        self.count, self.names = count, names or [""] * count
+        self.about, self.max_text_tokens = dict[str, Any](), 0
 
     def __call__(self, label: torch.Tensor) -> torch.Tensor:
         """(B,) int64 -> the same."""
         return label
+
+    def text(self, label: int) -> str:
+        """The class's name, "" where it has none."""
+        return self.names[label]
 
 
 class Shuffle:

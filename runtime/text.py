@@ -41,7 +41,7 @@ def clean(caption: str) -> str:
 class WordEncoder:
     """A frozen random vector for each word, drawn from the word's hash, plus sines and cosines of its position.
 
-    As T5's, a caption ends with the token ``</s>``; that of "" is nothing else.
+    As T5's, a caption ends with the token ``</s>``; that of "" is nothing else. "an" is read as "a".
     """
 
     name, weights_bytes = WORDS, 0
@@ -60,10 +60,14 @@ class WordEncoder:
         draw = np.random.Generator(np.random.Philox(seed))
         return torch.from_numpy(draw.standard_normal(self.channels, dtype=np.float32))
 
+    @staticmethod
+    def _words(caption: str) -> list[str]:
+        return ["a" if word == "an" else word for word in clean(caption).split()]
+
     def require_known(self, captions: list[str]) -> None:
         """``UserError`` names a word that is not in the vocabulary."""
         for caption in captions:
-            unknown = [word for word in clean(caption).split() if word not in VOCABULARY[1:]]
+            unknown = [word for word in self._words(caption) if word not in VOCABULARY[1:]]
             if unknown:
                 raise UserError(
                     f"--encoder {self.name}: does not know {unknown[0][:80]!r} in the caption {caption[:80]!r}; it "
@@ -75,7 +79,7 @@ class WordEncoder:
         self.require_known(captions)
         tokens, uncut = [], []
         for caption in captions:
-            words = clean(caption).split()
+            words = self._words(caption)
             uncut.append(len(words) + 1)
             words = [*words[: self.max_tokens - 1], VOCABULARY[0]]
             tokens.append(torch.stack([self.vectors[word] for word in words]) + self.positions[: len(words)])

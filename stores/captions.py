@@ -117,7 +117,7 @@ def open_conditions(
     if not captions:
         if channels:
             raise UserError("--captions: this model reads text, give a store of encode_captions.py")
-        return Classes(model.num_classes)
+        return Classes(model.num_classes, provenance.get("class_names"))
     if not channels:
         raise UserError(f"--captions {captions}: this model has classes and reads no text, leave the option out")
     store = CaptionStore(captions, verify=verify)

@@ -42,9 +42,10 @@ SEEN_SCENES = 160  # are trained on
 
 
 def scene_caption(scene: int) -> str:
-    """The caption of one of ``SCENES``, "a three above a seven"."""
-    relation, first, second = SCENES[scene]
-    return f"a {NUMBERS[first]} {relation} a {NUMBERS[second]}"
+    """The caption of one of ``SCENES``, "a three above an eight"."""
+    relation, *digits = SCENES[scene]
+    first, second = (f"{'an' if number == 8 else 'a'} {NUMBERS[number]}" for number in digits)
+    return f"{first} {relation} {second}"
 
 
 def scene_places(scene: int) -> list[tuple[slice, slice]]:

@@ -8,15 +8,15 @@
 """
 
 import json
-import math
 import shutil
+import textwrap
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from runtime.checks import writable_file
@@ -38,6 +38,7 @@ from stores.images import to_uint8
 
 INDEX_BYTES = 40  # that a rank needs for each sample, to know which are missing
 
+TITLE_SIZE, TITLE_LINE, TITLE_LETTER = 13, 16, 8  # pixels of the font, of a line and of a letter above images
 GRID = PngInfo()  # what a picture of ours says of itself
 GRID.add_text("Software", "ARD")
 
@@ -221,16 +222,39 @@ def to_rgb(images: torch.Tensor) -> np.ndarray:
     return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def save_grid(path: str | Path, images: torch.Tensor, columns: int | None = None) -> None:
-    """Write images (B, 1 or 3, H, W) uint8 as one PNG, row by row on white; small ones enlarged by whole factors."""
-    columns, (height, width) = min(columns or round(len(images) ** 0.5), len(images)), images.shape[2:]
-    rows = math.ceil(len(images) / columns)
-    grid = np.full((1 + rows * (height + 1), 1 + columns * (width + 1), 3), 255, np.uint8)
+def draw_grid(
+    images: torch.Tensor, columns: int, side: int = 48, gap: int | None = None, titles: Sequence[str] = ()
+) -> Image.Image:
+    """Images (B, 1 or 3, H, W) uint8 as one picture, row by row on white.
+
+    Those narrower than ``side`` pixels are enlarged by a whole factor, to that or a little less. ``gap`` pixels lie
+    between them, without it one of theirs. The first images' ``titles`` stand above them.
+    """
+    height, width = images.shape[2:]
+    factor = max(1, side // width)
+    gap = factor if gap is None else gap
+    font = ImageFont.load_default(TITLE_SIZE)
+    letters = max(1, factor * width // TITLE_LETTER)  # that fit above an image
+    words = [textwrap.wrap(title, letters, max_lines=3, placeholder="...") for title in titles]
+    heads = [max(map(len, words[i : i + columns]), default=0) for i in range(0, len(images), columns)]
+    tops = [gap]
+    for head in heads:
+        tops.append(tops[-1] + head * TITLE_LINE + factor * height + gap)
+    picture = Image.new("RGB", (gap + columns * (factor * width + gap), tops[-1]), "white")
     for i, image in enumerate(to_rgb(images)):  # torchvision has this, and needs seconds to be imported
-        top, left = 1 + i // columns * (height + 1), 1 + i % columns * (width + 1)
-        grid[top : top + height, left : left + width] = image
-    picture = Image.fromarray(grid)
-    factor = max(1, 48 // width)
-    enlarged = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+        left, bottom = gap + i % columns * (factor * width + gap), tops[i // columns + 1] - gap
+        enlarged = Image.fromarray(image).resize((factor * width, factor * height), Image.Resampling.NEAREST)
+        picture.paste(enlarged, (left, bottom - enlarged.height))
+        if i < len(words):
+            place = left + enlarged.width / 2, bottom - enlarged.height - TITLE_LINE / 4
+            text = "\n".join(words[i])
+            ImageDraw.Draw(picture).multiline_text(place, text, "black", font, anchor="md", spacing=2, align="center")
+    return picture
+
+
+def save_grid(path: str | Path, images: torch.Tensor, columns: int | None = None, titles: Sequence[str] = ()) -> None:
+    """Write ``draw_grid`` of images (B, 1 or 3, H, W) uint8 as a PNG, twice as large where there are ``titles``."""
+    columns = min(columns or round(len(images) ** 0.5), len(images))
     with atomic_write(path) as partial:
-        enlarged.save(partial, format="PNG", pnginfo=GRID)
+        picture = draw_grid(images, columns, 96 if any(titles) else 48, titles=titles)
+        picture.save(partial, format="PNG", pnginfo=GRID)

@@ -141,7 +141,7 @@ class TrajectoryBatches(Dataset):
         self.store, self.target, self.global_batch_size, self.context = store, target, global_batch_size, context
         self.columns = store.point_columns(solver_indices, target)
         self.shuffle = Shuffle(len(store), seed)
-        self.conditions = conditions or Classes(store.provenance["num_classes"])
+        self.conditions = conditions or Classes(store.provenance["num_classes"], store.provenance.get("class_names"))
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         indices = self.context.step_indices(step, self.global_batch_size)

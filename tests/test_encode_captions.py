@@ -44,6 +44,13 @@ def test_a_store_gives_the_encoders_tokens_and_the_null_caption_last(tmp_path, c
     assert "ok, 40 captions by words" in capsys.readouterr().out
 
 
+def test_an_is_read_as_a():
+    """So that captions may be English; the shipped teacher was trained on "a eight"."""
+    encoder = WordEncoder()
+    (an,), (a,) = encoder(["An eight above an eight"])[0], encoder(["a eight above a eight"])[0]
+    assert torch.equal(an, a) and encoder.hash == "573b9b7afe2dedb3"  # of assets/README.md
+
+
 def test_a_broken_run_is_continued_and_ranks_share_the_work(tmp_path):
     whole = encode(tmp_path, tmp_path / "whole")
     wanted = contents(whole)

@@ -13,6 +13,7 @@ from runtime.randomness import labels, noise
 from runtime.vae import Pixels
 from sampler import Sampler
 from stores import checkpoints
+from stores.captions import open_conditions
 from stores.images import to_uint8
 
 
@@ -47,6 +48,21 @@ def test_a_preview_has_a_column_for_each_class_or_for_some_of_many(classes, colu
         pixels = np.asarray(picture.convert("L"))
     assert pixels.shape == (6 * (6 * 9 + 1), 6 * (len(columns) * 9 + 1))  # 8 pixels, a line between, six times as large
     assert set(np.unique(pixels)) == {0, 255} and pixels[0, 0] == 255 and (pixels == 0).mean() > 0.7
+
+
+def test_a_preview_says_what_each_column_is_of(tmp_path):
+    model = random_teacher(num_classes=3)
+    conditions = open_conditions(None, model, {"class_names": ["lion", "", "an animal whose name takes two lines"]})
+    black = Sampler(lambda z, y: z * 0 - 1, model, Pixels(), torch.device("cpu"), conditions=conditions)
+    black.save_preview(tmp_path / "preview.png")
+    with Image.open(tmp_path / "preview.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    head, width, line = 3 * 16, 12 * 9, 16  # above images of 8 pixels, twelve times as large
+    assert pixels.shape == (12 + head + 6 * width, 12 + 3 * width)
+    dark = [(pixels[:head, 12 + i * width : (i + 1) * width] < 128).any(1) for i in range(3)]
+    assert dark[0][-line:].any() and not dark[0][:-line].any() and not dark[1].any()
+    assert all(dark[2][i : i + line].any() for i in range(0, head, line))
+    assert not pixels[12 + head :][:, 12:width].any(where=np.arange(6 * width)[:, None] % width < width - 12)
 
 
 @pytest.mark.slow

@@ -227,6 +227,7 @@ def test_two_ranks_train_as_one(online, room, tmp_path):
 def test_scenes_show_what_their_captions_say():
     source, digits = DigitScenes(), digits_images()
     assert len(set(SCENES)) == 200 and len({scene_caption(i) for i in range(200)}) == 200
+    assert scene_caption(SCENES.index(("beside", 6, 8))) == "a six beside an eight"
     rows = np.arange(40, 60)
     batch = source.read(rows, np.zeros(20, bool))
     again = source.read(rows[::-1].copy(), np.zeros(20, bool))

@@ -46,8 +46,8 @@ def test_previews_of_latents_are_decoded(latent_store, tmp_path):
     call("train.py", "--data-path", latent_store, *NANO_TEACHER, "--sample-every", 1, "--iterations", 1,
          "--run-dir", tmp_path)  # fmt: skip
     with Image.open(tmp_path / "samples" / "0000001.png") as picture:
-        enlarged = 48 // 8  # images of 8 pixels, three classes to a row
-        assert picture.mode == "RGB" and picture.size == (enlarged * (3 * 9 + 1), enlarged * (6 * 9 + 1))
+        enlarged = 96 // 8  # images of 8 pixels, three classes to a row, a line for their names
+        assert picture.mode == "RGB" and picture.size == (enlarged * (3 * 9 + 1), enlarged * (6 * 9 + 1) + 16)
 
 
 def test_a_flat_folder_trains_without_classes(image_folder, tmp_path, capsys):

@@ -64,13 +64,15 @@ figcaption {{ font-size: 13px; max-width: 40rem; color: #333 }}
 
 def page(folder: Path, lines: list[dict], text: list[str], shown: dict[str, tuple[str, Path]]) -> str:
     """The page: ``shown`` has caption and PNG of each figure that is there."""
-    parts = ["<h2>Table 1</h2>"]
+    parts, missing = [], []
     if lines:
+        parts.append("<h2>Table 1</h2>")
         rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in printed(lines))
         head = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS.values())
         parts.append(f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>')
         parts += [f"<p>{html.escape(note)}</p>" for note in text]
-    missing = []
+    else:
+        missing.append("<li>Table 1: metrics of the evaluator beside samples, NAME.json and NAME.npz</li>")
     for name, (title, how, _) in SHOWN.items():
         if name in shown:
             caption, picture = shown[name]

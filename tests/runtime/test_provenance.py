@@ -1,5 +1,7 @@
 """Where artefacts come from: hashes of weights, differences in words."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -31,6 +33,14 @@ def test_differences_name_the_key_and_both_values():
     with pytest.raises(UserError, match=r"^these differ: f is None there and 3 here$"):
         require_same("these differ", found, {"a": 1, "f": 3})
     require_same("these differ", found, {"a": 1})  # what only the other has does not count
+
+
+def test_a_sentence_lists_three_values_and_counts_the_others():
+    found, wanted = {name: [0] * 500 for name in "abcd"} | {"e": 0}, {"b": {"c": 1}} | dict.fromkeys("cde", 1)
+    text = differences(found, wanted)
+    assert re.findall("([a-e]) is", text) == ["b", "c", "d"] and len(text) < 800
+    assert text.startswith("b is [0, 0,") and text.endswith(" and 1 here, and 2 more differ")
+    assert differences({"a": 1, "e": 0}, {"e": 1}) == "e is 0 there and 1 here, a is 1 there and None here"
 
 
 def test_the_hash_names_names_shapes_and_values_but_not_the_format():

@@ -164,6 +164,13 @@ def test_curves_come_from_the_runs_own_logs_where_there_are_no_metrics(runs, tmp
     assert "as logged by --eval-every" in found.caption and found.figure.axes[0].get_yscale() == "log"
 
 
+def test_a_page_of_runs_without_metrics_has_no_empty_table(runs, tmp_path):
+    shutil.copytree(runs / "M4", tmp_path / "runs/M4")
+    call("lab.report", tmp_path / "runs", "--store", runs / "trajectories", "--out", tmp_path / "out")
+    page = (tmp_path / "out/report.html").read_text()
+    assert "<h2>Table 1" not in page and "<li>Table 1: metrics of the evaluator" in page
+
+
 def test_what_does_not_belong_together_is_refused(study, runs, tmp_path, capsys):
     (tmp_path / "letter.json").write_text("{")
     error = refused(capsys, "lab.report", tmp_path, "--out", tmp_path / "out")
