@@ -37,6 +37,11 @@ def visible_steps(mask: str, step: int) -> list[int]:
     return [k for k in earlier if 0 <= k < step] + [step]
 
 
+def method_name(steps: int, mask: str, history_layers: int) -> str:
+    """What the paper calls a student of this kind."""
+    return "KD" if steps == 1 else "ARD" if history_layers and mask != "M1" else "step distillation"
+
+
 #################################################################################
 #                      Attention to history, in two ways                        #
 #################################################################################

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from diffusion.teacher_ode import TeacherODE
 from lab.worlds import World
 from models import DiT
-from models_ard import ARD
+from models_ard import ARD, method_name
 from runtime import cli
 from runtime.checks import writable_folder
 from runtime.commands import CORES, as_typed, call, start
@@ -140,9 +140,7 @@ class Student:
     @property
     def method(self) -> str:
         """What the paper calls it."""
-        if self.steps == 1:
-            return "KD"
-        return "ARD" if self.stack and self.mask != "M1" else "step distillation"
+        return method_name(self.steps, self.mask, self.stack)
 
     def __str__(self) -> str:
         return f"{self.method} ({self.loss}), target {self.target}"

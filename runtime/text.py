@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from runtime.cli import FETCHING, AbsentError, UserError
 from runtime.files import cached_snapshot
@@ -127,6 +128,52 @@ class T5Encoder:
         states = self.model(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state.float().cpu()
         lengths = batch.attention_mask.sum(1).tolist()
         return [row[:length] for row, length in zip(states, lengths, strict=True)], uncut
+
+
+def caption_encoder(
+    about: dict | None, device: torch.device, name: str | None = None, precision: str = "bf16"
+) -> WordEncoder | T5Encoder:
+    """The encoder that a model's captions came from, by the ``about`` of its provenance, or the same found at ``name``.
+
+    ``UserError`` where that is not known, or another one.
+    """
+    if not about:
+        raise UserError("--encoder: the model does not say by which encoder its captions were read")
+    name, longest = name or str(about["encoder"]), about["max_tokens"]
+    encoder = WordEncoder(longest) if name == WORDS else T5Encoder(name, device, precision, longest)
+    if encoder.hash != about["encoder_hash"]:
+        raise UserError(
+            f"--encoder {name}: in {precision} it is not the one that the model's captions were read by, whose hash is "
+            f"{about['encoder_hash']} instead of {encoder.hash}; give that one"
+        )
+    return encoder
+
+
+def encode(encoder: "WordEncoder | T5Encoder", captions: list[str], length: int = 0) -> torch.Tensor:
+    """A text model's y, (B, L, C) float16 as a store of captions has it: L is that of the longest, or ``length``."""
+    rows = [row.half() for row in encoder(captions)[0]]
+    return pad_sequence([*rows, rows[0].new_zeros(length, encoder.channels)], batch_first=True)[:-1]
+
+
+class Prompts:
+    """Captions as they come, in place of a store's: the conditions of a text model whose only label is the null one."""
+
+    count, about = 1, dict[str, Any]()
+
+    def __init__(self, encoder: WordEncoder | T5Encoder):
+        self.encoder, self.max_text_tokens = encoder, encoder.max_tokens
+
+    def encode(self, captions: list[str]) -> torch.Tensor:
+        """(B, L, C) float16, padded to the most tokens that there may be. ``UserError`` for words without a vector."""
+        return encode(self.encoder, captions, self.max_text_tokens)
+
+    def __call__(self, label: torch.Tensor) -> torch.Tensor:
+        """(B,) -> (B, L, C), the null caption's."""
+        return self.encode([""] * len(label))
+
+    def text(self, label: int) -> str:
+        """Nothing."""
+        return ""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from models_pixart import MODELS, student_type, teacher_type
 from runtime import cli
 from runtime.checks import writable_file
 from runtime.cli import OptionGroup, UserError, existing_file, not_negative, positive, shortened
-from runtime.files import DIFFUSERS_STEM, atomic_write
+from runtime.files import DIFFUSERS_STEM, atomic_write, cached_snapshot
 from runtime.options import option
 from runtime.paths import is_hub_id
 from runtime.precision import DTYPES
@@ -236,14 +236,18 @@ def recorded_teacher(recorded: str, beside: str | Path) -> str:
 def load_student(
     path: str | Path, option: str = "--ckpt-path", weights: str = "ema", given: dict | None = None
 ) -> tuple[ARD, dict]:
-    """A student and its config, from a checkpoint or the folder of a pipeline (``pipeline_ard.py``).
+    """A student and its config, from a checkpoint or a pipeline (``pipeline_ard.py``), its folder or hub id.
 
     Ours is rebuilt without being told its steps, mask or depth of history; one of the authors' re-implementation says
     its steps only. ``given`` are the user's options, of {"steps", "mask", "history_layers"} and DiT's arguments: they
     fill in the settings that the authors' file lacks (ARD's defaults otherwise), and a contradiction is refused.
     """
-    content = load_pipeline(Path(path), option) or load(path, option)
-    what, given = f"{option} {path}", given or {}
+    what, given, place = f"{option} {path}", given or {}, Path(path)
+    if not place.exists() and is_hub_id(str(path)):
+        place = foreign_weights.snapshot(
+            str(path), option, "", lambda: cached_snapshot(str(path), ["*.json"], ["*.safetensors"])
+        )
+    content = load_pipeline(place, option) or load(place, option)
     if isinstance(content.get("config"), dict):
         config, state = _own(content, "student", weights, what)
     else:
@@ -284,7 +288,7 @@ class StudentOptions:
     """A student's checkpoint, and the options by which the authors' commands describe its student."""
 
     ckpt_path: str = option(
-        None, "Checkpoint of train_ARD.py or train_ARD_gan.py, or a pipeline's folder.", cli.file,
+        None, "Checkpoint of train_ARD.py or train_ARD_gan.py, or a pipeline's folder or hub id.", cli.file,
         also=("--ckpt_path",), required=True,
     )  # fmt: skip
     model: str | None = option(None, f"Its size, {CHECKED}.", choices=MODELS, metavar="NAME")

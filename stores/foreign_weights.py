@@ -12,6 +12,7 @@ its autoencoder: models of 4 channels are taken to work on Stable Diffusion's la
 import argparse
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,9 @@ def find(source: str | Path, option: str) -> Path:
             f"{option} {source}: no such file; fetch last.pt, which github.com/sihyun-yu/REPA links, and give its path"
         )
     if shape_by_name(str(source)) or is_hub_id(str(source)):
-        return _snapshot(str(source), option)
+        return snapshot(
+            str(source), option, "--include 'transformer/*' ", lambda: cached_model(str(source), "transformer")
+        )
     raise UserError(
         f"{option} {source}: {missing(path, 'file')}; give a checkpoint, a folder in diffusers' layout, a hub id such "
         f"as facebook/DiT-XL-2-256, {', '.join([*OFFICIAL][:-1])} or {[*OFFICIAL][-1]}"
@@ -84,10 +87,12 @@ def shape_by_name(source: str) -> dict | None:
     return size | {"input_size": side} | of_kind.get(kind, {})
 
 
-def _snapshot(repository: str, option: str) -> Path:
-    """The transformer of a Hugging Face repository."""
+def snapshot(repository: str, option: str, files: str, fetch: Callable[[], Path]) -> Path:
+    """What ``fetch`` has of a Hugging Face repository. ``UserError`` where it has nothing: ``files`` are to be fetched,
+    as an option of ``hf download``.
+    """
     try:
-        return cached_model(repository, "transformer")
+        return fetch()
     except Exception as error:  # huggingface_hub raises many kinds for no network, no repository, no permission
         if not FETCHING.get():
             raise AbsentError(
@@ -95,7 +100,7 @@ def _snapshot(repository: str, option: str) -> Path:
             ) from None
         raise UserError(
             f"{option} {repository}: no such folder, and not to be had from the Hugging Face hub; fetch it where there "
-            f"is a network, hf download {repository} --include 'transformer/*' --local-dir FOLDER, and give FOLDER "
+            f"is a network, hf download {repository} {files}--local-dir FOLDER, and give FOLDER "
             f"({str(error).splitlines()[0]})"
         ) from None
 

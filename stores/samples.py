@@ -38,7 +38,6 @@ from stores.images import to_uint8
 
 INDEX_BYTES = 40  # that a rank needs for each sample, to know which are missing
 
-TITLE_SIZE, TITLE_LINE, TITLE_LETTER = 13, 16, 8  # pixels of the font, of a line and of a letter above images
 GRID = PngInfo()  # what a picture of ours says of itself
 GRID.add_text("Software", "ARD")
 
@@ -232,23 +231,24 @@ def draw_grid(
     """
     height, width = images.shape[2:]
     factor = max(1, side // width)
+    height, width = factor * height, factor * width
     gap = factor if gap is None else gap
-    font = ImageFont.load_default(TITLE_SIZE)
-    letters = max(1, factor * width // TITLE_LETTER)  # that fit above an image
+    size = max(13, width // 8)  # of the titles' font; a line of it is a quarter higher, a letter about 0.6 wide
+    font, line, letters = ImageFont.load_default(size), size * 5 // 4, max(1, int(width / (0.6 * size)))
     words = [textwrap.wrap(title, letters, max_lines=3, placeholder="...") for title in titles]
     heads = [max(map(len, words[i : i + columns]), default=0) for i in range(0, len(images), columns)]
     tops = [gap]
     for head in heads:
-        tops.append(tops[-1] + head * TITLE_LINE + factor * height + gap)
-    picture = Image.new("RGB", (gap + columns * (factor * width + gap), tops[-1]), "white")
+        tops.append(tops[-1] + head * line + height + gap)
+    picture = Image.new("RGB", (gap + columns * (width + gap), tops[-1]), "white")
     for i, image in enumerate(to_rgb(images)):  # torchvision has this, and needs seconds to be imported
-        left, bottom = gap + i % columns * (factor * width + gap), tops[i // columns + 1] - gap
-        enlarged = Image.fromarray(image).resize((factor * width, factor * height), Image.Resampling.NEAREST)
-        picture.paste(enlarged, (left, bottom - enlarged.height))
+        left, top = gap + i % columns * (width + gap), tops[i // columns + 1] - gap - height
+        picture.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, top))
         if i < len(words):
-            place = left + enlarged.width / 2, bottom - enlarged.height - TITLE_LINE / 4
-            text = "\n".join(words[i])
-            ImageDraw.Draw(picture).multiline_text(place, text, "black", font, anchor="md", spacing=2, align="center")
+            place, text = (left + width / 2, top - line / 4), "\n".join(words[i])
+            ImageDraw.Draw(picture).multiline_text(
+                place, text, "black", font, anchor="md", spacing=size / 6, align="center"
+            )
     return picture
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from costs.flops import meta_model, sampling_gflops
+from models_ard import method_name
 from presets import TABLE_1
 from runtime.cli import UserError
 from runtime.files import read_json
@@ -77,7 +78,7 @@ class Model:
         """The paper's name for it."""
         if not self.is_student:
             return "teacher"
-        return "KD" if self.steps == 1 else "ARD" if self.layers else "step distillation"
+        return method_name(self.steps, self.mask, self.layers)
 
     @property
     def label(self) -> str:
