@@ -1,4 +1,4 @@
-"""Encode a file of captions, one a line, once into a store for the scripts' --captions to read.
+"""Encode a file of captions, one a line, or a folder of such, once into a store for the scripts' --captions to read.
 
     python encode_captions.py --text prompts.txt --out data/prompts
     torchrun --nproc_per_node=8 encode_captions.py --text prompts.txt --encoder FOLDER --out data/prompts
@@ -9,6 +9,7 @@ the same command again: finished shards are kept.
 """
 
 import argparse
+import hashlib
 from pathlib import Path
 
 import torch
@@ -26,7 +27,12 @@ from stores.shards import ShardWriter, add_store_options
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, description="Encode a file of captions into a store.")
     group = parser.add_argument_group("captions and encoder")
-    group.add_argument("--text", type=cli.file, required=True, help="Text file in UTF-8, one caption a line.")
+    group.add_argument(
+        "--text",
+        type=cli.file,
+        required=True,
+        help="Text file in UTF-8, one caption a line, or a folder of such, *.txt.",
+    )
     group.add_argument(
         "--encoder",
         type=cli.name,
@@ -49,13 +55,23 @@ def build_parser() -> cli.Parser:
 
 
 def read_captions(path: str) -> tuple[list[str], str]:
-    """The captions of a text file and the file's SHA-256; ``UserError`` for an empty line or bytes that are no text."""
-    captions = read_lines("--text", path)
-    empty = [number for number, caption in enumerate(captions, start=1) if not caption.strip()]
-    if empty or not captions:
-        where = f"line {empty[0]} is empty" if empty else "the file is empty"
-        raise UserError(f"--text {path}: {where}; give one caption a line (the null caption is added by itself)")
-    return captions, file_sha256(path)[:16]
+    """The captions of a text file, or of a folder's .txt files in the order of their names, and a hash of the text.
+
+    ``UserError`` for an empty line or file, or bytes that are no text.
+    """
+    files = sorted(Path(path).glob("*.txt")) if Path(path).is_dir() else [Path(path)]
+    if not files:
+        raise UserError(f"--text {path}: the folder holds no .txt files; give such, or a file, with one caption a line")
+    captions: list[str] = []
+    for file in files:
+        lines = read_lines("--text", file)
+        empty = [number for number, caption in enumerate(lines, start=1) if not caption.strip()]
+        if empty or not lines:
+            where = f"line {empty[0]} is empty" if empty else "the file is empty"
+            raise UserError(f"--text {file}: {where}; give one caption a line (the null caption is added by itself)")
+        captions += lines
+    hashes = [file_sha256(file)[:16] for file in files]
+    return captions, hashes[0] if len(files) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
 
 def run(args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from runtime.options import add_options, read_options
 from runtime.vae import outline_vae
 from sampler import DrawingOptions, SampleOptions, add_sampling_options, check_sampling, open_sampler
 from stores import checkpoints
-from stores.captions import add_captions_option, open_conditions
+from stores.captions import add_captions_option, open_conditions, require_captions
 from stores.samples import SampleWriter, write_pngs
 
 
@@ -31,6 +31,7 @@ def build_parser() -> cli.Parser:
 
 
 def run(args: argparse.Namespace) -> None:
+    require_captions(args.captions)
     given = vars(args)
     options, drawing = read_options(SampleOptions, given), read_options(DrawingOptions, given)
     out = options.path(args.teacher)

@@ -39,7 +39,7 @@ from sampler import (
     source_latents,
 )
 from stores import checkpoints
-from stores.captions import add_captions_option, open_conditions
+from stores.captions import add_captions_option, open_conditions, require_captions
 from stores.checkpoints import StudentOptions
 from stores.image_arrays import Images
 from stores.image_folder import ImageFolder
@@ -109,6 +109,7 @@ def open_sources(path: str | None, step: int, student: ARD, provenance: dict) ->
 
 
 def run(args: argparse.Namespace) -> None:
+    require_captions(args.captions)
     given = vars(args)
     options, drawing = read_options(SampleOptions, given), read_options(DrawingOptions, given)
     out = options.path(args.ckpt_path)

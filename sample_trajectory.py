@@ -28,7 +28,7 @@ from runtime.precision import (
 from runtime.randomness import LABEL_POLICIES, labels, noise
 from runtime.vae import resolve_name
 from stores import checkpoints
-from stores.captions import add_captions_option, open_conditions
+from stores.captions import add_captions_option, open_conditions, require_captions
 from stores.shards import ShardWriter, add_store_options
 from stores.trajectories import kept_targets
 
@@ -71,6 +71,7 @@ def build_parser() -> cli.Parser:
 
 
 def run(args: argparse.Namespace) -> None:
+    require_captions(args.captions)
     writable_folder("--out", args.out)
     context = distributed.choose_device(args.device)
     teacher, config = checkpoints.load_teacher(

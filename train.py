@@ -27,7 +27,7 @@ from runtime.precision import autocast, prepare_blocks
 from runtime.randomness import Classes, Conditions, Shuffle, generator, noise
 from sampler import teacher_previews
 from stores import checkpoints
-from stores.captions import CaptionStore, add_captions_option
+from stores.captions import CaptionStore, add_captions_option, require_captions
 from stores.image_folder import add_skip_bad_option
 from stores.images import Source, latent_shape, open_source, open_vae, real_latents, require_outside_source, summary
 from stores.initial_weights import init_shape, start_from
@@ -184,6 +184,7 @@ def outline(
 
 
 def run(args: argparse.Namespace) -> None:
+    require_captions(args.captions)
     given = vars(args)
     optimisation, running = read_options(Optimisation, given), read_options(RunOptions, given)
     quality = read_options(QualityOptions, given)

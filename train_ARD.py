@@ -26,7 +26,7 @@ from runtime.randomness import Conditions
 from runtime.vae import Pixels, load_same_vae
 from sampler import student_previews
 from stores import checkpoints
-from stores.captions import add_captions_option, open_conditions
+from stores.captions import add_captions_option, open_conditions, require_captions
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
 from trainer import Optimisation, RunOptions, Trainer, TrainState, add_training_options
 
@@ -116,6 +116,7 @@ def build_student(teacher: DiT, solver_steps: int, options: DistilOptions) -> tu
 
 
 def run(args: argparse.Namespace) -> None:
+    require_captions(args.captions)
     given = vars(args)
     optimisation, running = read_options(Optimisation, given), read_options(RunOptions, given)
     quality = read_options(QualityOptions, given)

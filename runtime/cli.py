@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from runtime import launcher
 from runtime.console import lasting_console
-from runtime.errors import AbsentError, PlanShown, RunError, ShortageError, UserError
+from runtime.errors import AbsentError, MissingError, PlanShown, RunError, ShortageError, UserError
 from runtime.paths import missing
 from runtime.stop_signals import Terminated, ended_by, exit_code, handlers_as_before, signals_as_errors
 from runtime.values import METAVARS
@@ -200,7 +200,8 @@ def _main(parser: Parser, run: Callable[[argparse.Namespace], None], argv: list[
         dead = "another rank has died, or has not answered for too long; run the same command again"
         fail(parser, f"{dead} ({str(error).splitlines()[0][:200]})", 1)
     except (UserError, RunError) as error:
-        if getattr(args, "dry_run", False) and (getattr(args, "preset", None) or isinstance(error, AbsentError)):
+        unsure = getattr(args, "preset", None) and not isinstance(error, MissingError)
+        if getattr(args, "dry_run", False) and (unsure or isinstance(error, AbsentError)):
             show_plan({"not_checked": parser.mark_defaults(str(error), args)} | parser.estimate(vars(args)), args)
             return
         if getattr(args, "dry_run", False) and isinstance(error, ShortageError):

@@ -11,6 +11,10 @@ class AbsentError(UserError):
     """Something that a run would fetch from the network first. A dry run fetches nothing and plans without it."""
 
 
+class MissingError(UserError):
+    """Something that was named and is not there, without which no plan is worth showing: a dry run refuses it too."""
+
+
 class BusyError(UserError):
     """Another process holds what this one needs: the one mistake that may be over in a moment."""
 

@@ -20,7 +20,8 @@ import torch
 
 from models import DiT
 from runtime import cli
-from runtime.cli import OptionGroup, UserError
+from runtime.cli import MissingError, OptionGroup, UserError
+from runtime.paths import missing
 from runtime.provenance import require_same
 from runtime.randomness import Classes, Conditions
 from stores.shards import ShardStore, store_parser
@@ -103,6 +104,12 @@ def add_captions_option(group: OptionGroup) -> None:
     group.add_argument(
         "--captions", type=cli.folder, help="Captions of encode_captions.py, for a text model; a label is their number."
     )
+
+
+def require_captions(folder: str | None) -> None:
+    """``MissingError`` where ``--captions`` names no folder: said before a model is looked for, and in a dry run."""
+    if folder and not Path(folder).is_dir():
+        raise MissingError(f"--captions {folder}: {missing(folder, 'folder')}; encode_captions.py makes one")
 
 
 def open_conditions(

@@ -51,6 +51,25 @@ def test_an_is_read_as_a():
     assert torch.equal(an, a) and encoder.hash == "573b9b7afe2dedb3"  # of assets/README.md
 
 
+def test_a_folder_of_text_files_is_read_in_the_order_of_their_names(tmp_path, capsys):
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    for name, text in (("b.txt", "a four"), ("a.txt", "a one\na two\n"), ("notes.md", "not a caption")):
+        (folder / name).write_text(text)
+    common = ("encode_captions.py", "--encoder", "words", "--text", folder, "--out", tmp_path / "store")
+    call(*common)
+    store = CaptionStore(tmp_path / "store")
+    assert [store.text(i) for i in range(store.count)] == ["a one", "a two", "a four"]
+    assert store.provenance["text"] == "prompts"
+    (folder / "b.txt").write_text("a five")
+    assert "text_sha256 is" in refused(capsys, *common)
+    (folder / "b.txt").write_text("")
+    assert f"--text {folder}/b.txt: the file is empty" in refused(capsys, *common)
+    for file in folder.glob("*.txt"):
+        file.unlink()
+    assert "the folder holds no .txt files" in refused(capsys, *common)
+
+
 def test_a_broken_run_is_continued_and_ranks_share_the_work(tmp_path):
     whole = encode(tmp_path, tmp_path / "whole")
     wanted = contents(whole)
