@@ -6,6 +6,9 @@
     pipe = DiffusionPipeline.from_pretrained("digits-ard", trust_remote_code=True)
     images = pipe(class_labels=[3, 7], generator=torch.Generator().manual_seed(0)).images
 
+A student that reads text takes prompts, ``pipe("a six beside an eight")``, for which it loads the encoder of the
+captions that it was trained on, by name, or their ``prompt_embeds``.
+
 ``pipe.push_to_hub("me/digits-ard")`` uploads the folder that ``save_pretrained`` writes.
 
 The folder holds model_index.json, ``transformer`` (config.json and safetensors), ``vae`` for models on latents, a model
@@ -28,12 +31,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 from PIL import Image
 
-from models_ard import ARD
-from models_pixart import model_name
+from models_pixart import model_name, student_type
 from runtime import cli
 from runtime.cli import UserError
 from runtime.precision import DTYPES
 from runtime.randomness import noise
+from runtime.text import WORDS, caption_encoder, encode
 from runtime.vae import decode_latents
 from stores.images import to_uint8
 
@@ -59,8 +62,8 @@ inherits the licence of its teacher and of its autoencoder.
 
 ## Use
 
-It needs PyTorch and diffusers. Its classes are in `pipeline_ard.py` beside this card, which you may want to read before
-you trust it:
+It needs PyTorch and diffusers{needs}.
+Its classes are in `pipeline_ard.py` beside this card, which you may want to read before you trust it:
 
 ```python
 import torch
@@ -71,8 +74,7 @@ images = pipe({call}, generator=torch.Generator().manual_seed(0)).images
 images[0].save("image.png")
 ```
 
-`latents=pipe.noise(seed, [0, 1])` gives the noise of that repository's `sample_ARD.py` instead. `pipe.labels` has the
-classes by name. The method: [arXiv:2504.11295](https://arxiv.org/abs/2504.11295).
+`latents=pipe.noise(seed, [0, 1])` gives the noise of that repository's `sample_ARD.py` instead. {note} The method: [arXiv:2504.11295](https://arxiv.org/abs/2504.11295).
 
 ## Where it comes from
 
@@ -98,7 +100,7 @@ class ARDTransformer(ModelMixin, ConfigMixin):
     def __init__(self, shape: dict):
         """``shape``: ``ARD.config``."""
         super().__init__()
-        self.student = ARD(**shape)
+        self.student = student_type(shape)(**shape)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> "ARDTransformer":
@@ -124,7 +126,7 @@ class ARDTransformer(ModelMixin, ConfigMixin):
 
 
 class ARDPipeline(DiffusionPipeline):
-    """Images of given classes in the student's S steps.
+    """Images of given classes, or of prompts, in the student's S steps.
 
     ``labels`` has the class of each name, as in diffusers' DiTPipeline. Unconditional students take ``batch_size``.
     """
@@ -147,15 +149,21 @@ class ARDPipeline(DiffusionPipeline):
         self.register_to_config(id2label=id2label or {}, provenance=provenance or {})
         names = [(name.strip(), int(i)) for i, text in (id2label or {}).items() for name in text.split(",")]
         self.labels = dict(sorted(names))
+        self.encoder: Any = None  # of prompts, loaded when the first comes
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, vae: str | None = None, labels: str | Path | None = None
+        cls,
+        path: str | Path,
+        vae: str | None = None,
+        labels: str | Path | None = None,
+        encoder: str | None = None,
     ) -> "ARDPipeline":
         """The pipeline of a checkpoint of train_ARD.py or train_ARD_gan.py.
 
         ``vae``: ema, mse, a folder or a hub id in place of the autoencoder that the checkpoint names. ``labels``: a
-        file of the classes' names, where the checkpoint knows none; see ``read_labels``.
+        file of the classes' names, where the checkpoint knows none; see ``read_labels``. ``encoder``: where others find
+        the encoder of its captions, a hub id rather than a folder of yours.
         """
         from runtime.cli import UserError  # what needs the repository is imported here: a saved pipeline is without it
         from runtime.vae import load_autoencoder, resolve_name
@@ -163,14 +171,16 @@ class ARDPipeline(DiffusionPipeline):
         from stores.pipelines import read_labels
 
         student, config = load_student(path, "CHECKPOINT")
-        if "caption_channels" in student.config:
-            raise UserError(f"CHECKPOINT {path}: reads text, which the pipeline does not; sample it by sample_ARD.py")
         if vae and config["vae"] is None:
             raise UserError(f"--vae {vae}: this model works on pixels, leave the option out")
         name = resolve_name(vae or config["vae"])
         transformer = ARDTransformer(shape=student.config)
         transformer.student.load_state_dict(student.state_dict())
         provenance = config["provenance"]
+        if encoder and not provenance.get("captions"):
+            raise UserError(f"--encoder {encoder}: this student was trained on no captions, leave the option out")
+        if encoder:
+            provenance["captions"] = provenance["captions"] | {"encoder": encoder}
         names = provenance.get("class_names") or [str(i) for i in range(student.num_classes)]
         if labels:
             names = read_labels(labels, student.num_classes)
@@ -237,6 +247,45 @@ class ARDPipeline(DiffusionPipeline):
         """sample_ARD.py's noise for the samples of these indices, (B, C, H, W): for ``latents``."""
         return noise(seed, "sample", indices, self.transformer.student.latent_shape)
 
+    def load_text_encoder(self, name: str | None = None, precision: str = "bf16") -> None:
+        """Load the encoder of the captions that the student was trained on: from where they say, or from ``name``.
+
+        ``name``: a folder or hub id. ``ValueError`` where it is not to be had, or another one.
+        """
+        try:
+            about = self.config.provenance.get("captions")
+            self.encoder = caption_encoder(about, self._execution_device, name, precision)
+        except UserError as error:
+            raise ValueError(f"{error}; or give prompt_embeds".replace("--encoder", "text encoder", 1)) from None
+
+    def _text(self, prompt: Any, prompt_embeds: torch.Tensor | None) -> torch.Tensor:
+        """The tokens of prompts, (B, L, C)."""
+        channels = self.transformer.student.config["caption_channels"]
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give prompt, or else prompt_embeds, to a student that reads text")
+        if prompt_embeds is not None:
+            if prompt_embeds.shape[2:] != (channels,):
+                raise ValueError(f"prompt_embeds of shape {tuple(prompt_embeds.shape)}: must be (B, L, {channels})")
+            return prompt_embeds
+        if self.encoder is None:
+            self.load_text_encoder()
+        try:
+            return encode(self.encoder, [prompt] if isinstance(prompt, str) else [str(text) for text in prompt])
+        except UserError as error:
+            raise ValueError(str(error).replace("--encoder", "text encoder", 1)) from None
+
+    def _labels(self, class_labels: Any, batch_size: int | None) -> torch.Tensor:
+        """The numbers of classes, (B,); zeros for an unconditional student."""
+        count = self.transformer.student.num_classes
+        if bool(count) != (class_labels is not None) or (class_labels is not None and batch_size):
+            raise ValueError("give class_labels to a student with classes, batch_size to an unconditional one")
+        if isinstance(class_labels, int | str):
+            class_labels = [class_labels]
+        chosen = self._classes(class_labels) if class_labels is not None else [0] * (batch_size or 1)
+        if not all(0 <= label < max(count, 1) for label in chosen):
+            raise ValueError(f"class_labels {chosen}: this student has the labels 0..{count - 1}")
+        return torch.tensor(chosen)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -249,9 +298,13 @@ class ARDPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], Any] | None = None,
         num_inference_steps: int | None = None,
+        prompt: Sequence[str] | str | None = None,
+        prompt_embeds: torch.Tensor | None = None,
     ) -> Any:
         """Images of these classes, numbers or names, or ``batch_size`` (1) images of an unconditional student.
 
+        A student that reads text takes a ``prompt`` or several, also in the first place, or their ``prompt_embeds``,
+        tokens (B, L, C) of the encoder that its captions came from, where rows of zeros are padding.
         ``latents``: noise (B, C, H, W), drawn with ``generator`` otherwise. ``given``: as ``ARD.sample``'s.
         ``output_type``: "pil"; "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1]; "latent", the samples before decoding.
         ``callback_on_step_end(pipe, step, time, {"latents": prediction})`` is called after each step.
@@ -260,25 +313,24 @@ class ARDPipeline(DiffusionPipeline):
         student, device = self.transformer.student, self._execution_device
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type {output_type!r} is none of pil, np, pt, latent")
-        if bool(student.num_classes) != (class_labels is not None) or (class_labels is not None and batch_size):
-            raise ValueError("give class_labels to a student with classes, batch_size to an unconditional one")
         if num_inference_steps not in (None, student.steps):
             raise ValueError(
                 f"num_inference_steps {num_inference_steps}: this student has {student.steps} steps, each trained for "
                 "its place; leave the argument out"
             )
-        if isinstance(class_labels, int | str):
-            class_labels = [class_labels]
-        chosen = self._classes(class_labels) if class_labels is not None else [0] * (batch_size or 1)
-        if not all(0 <= label < max(student.num_classes, 1) for label in chosen):
-            raise ValueError(f"class_labels {chosen}: this student has the labels 0..{student.num_classes - 1}")
-        shape = (len(chosen), *student.latent_shape)
+        if "caption_channels" in student.config and not batch_size:
+            y = self._text(class_labels if prompt is None else prompt, prompt_embeds)
+        elif prompt is not None or prompt_embeds is not None or "caption_channels" in student.config:
+            raise ValueError("give prompt or prompt_embeds to a student that reads text, and nothing else")
+        else:
+            y = self._labels(class_labels, batch_size)
+        shape = (len(y), *student.latent_shape)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
         elif latents.shape != shape:
-            raise ValueError(f"latents of shape {tuple(latents.shape)}: these labels need {shape}")
+            raise ValueError(f"latents of shape {tuple(latents.shape)}: this many need {shape}")
         sample = latents.to(device, self.transformer.dtype)
-        y = torch.tensor(chosen, device=device)
+        y = y.to(device)
         with self.progress_bar(total=student.steps) as progress:
             for step, prediction in enumerate(self.transformer(sample, y, given)):
                 sample = prediction
@@ -301,13 +353,14 @@ class ARDPipeline(DiffusionPipeline):
     def model_card(self) -> str:
         """The README.md of a saved pipeline: YAML front matter, how to load it, where it comes from."""
         student, known = self.transformer.student.config, self.config.provenance
-        training = known.get("training", {})
+        training, captions = known.get("training", {}), known.get("captions")
         rows = {
             "architecture": f"{model_name(student)}, inputs {self.transformer.student.latent_shape}",
             "steps S": student["steps"],
             "mask": student["mask"],
             "layers that see history N": f"{student['history_layers']} of {student['depth']}",
-            "classes": student["num_classes"] or "none, unconditional",
+            "classes": student.get("num_classes") or ("none, it reads text" if captions else "none, unconditional"),
+            "text encoder": captions and f"`{captions['encoder']}`, {captions['max_tokens']} tokens at most",
             "target": known.get("target"),
             "grid": known.get("grid") and f"{known['grid']}, after teacher steps {known['solver_indices']}",
             "teacher": known.get("teacher") and f"`{known['teacher']}`, weights {known['teacher_hash']}",
@@ -320,11 +373,18 @@ class ARDPipeline(DiffusionPipeline):
             "weights": known.get("weights_hash"),
         }
         table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value not in (None, ""))
-        call = "class_labels=[0, 1]" if student["num_classes"] else "batch_size=2"
-        task = "class-to-image" if student["num_classes"] else "unconditional-image-generation"
-        return CARD.format(
-            task=task, steps=student["steps"], table=table, call=call, provenance=json.dumps(known, indent=2)
+        classes = student.get("num_classes")
+        call, task = (
+            ("class_labels=[0, 1]", "class-to-image") if classes else ("batch_size=2", "unconditional-image-generation")
         )
+        note, needs = "`pipe.labels` has the classes by name.", ""
+        if "caption_channels" in student:
+            call, task = '["A PROMPT", "ANOTHER"]', "text-to-image"
+            note = "`pipe.load_text_encoder(FOLDER)` takes the text encoder from elsewhere."
+            theirs = captions and captions["encoder"] != WORDS
+            needs = ", and for its text encoder transformers and sentencepiece" if theirs else ""
+        about = {"task": task, "call": call, "note": note, "needs": needs, "steps": student["steps"], "table": table}
+        return CARD.format(**about, provenance=json.dumps(known, indent=2))
 
 
 def build_parser() -> cli.Parser:
@@ -333,6 +393,9 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--out", required=True, help="Folder to write, with a model card.")
     parser.add_argument("--vae", help="Put ema, mse, a folder or a hub id in place of the model's own autoencoder.")
     parser.add_argument("--labels", help="Names of the classes: a line for each, or a DiTPipeline's model_index.json.")
+    parser.add_argument(
+        "--encoder", help="Name this as the encoder of a text student's captions, a hub id or a folder."
+    )
     parser.add_argument(
         "--precision", choices=DTYPES, default="fp32", help="Number format of the weights in the folder."
     )
@@ -343,7 +406,7 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.exists():
         raise UserError(f"--out {out}: it exists already; give a new folder")
-    pipe = ARDPipeline.from_checkpoint(args.checkpoint, args.vae, args.labels)
+    pipe = ARDPipeline.from_checkpoint(args.checkpoint, args.vae, args.labels, args.encoder)
     pipe.to(DTYPES[args.precision])
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -17,8 +17,16 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS: dict[str, tuple[str, ...] | None] = {
     "models.py": None,
     "models_ard.py": None,
-    "models_pixart.py": ("model_name",),
+    "models_pixart.py": None,
+    "runtime/errors.py": ("UserError",),
+    "runtime/paths.py": None,
+    "runtime/precision.py": ("DTYPES",),
+    "runtime/provenance.py": ("weights_hash",),
     "runtime/randomness.py": ("STREAMS", "generator", "noise"),
+    "runtime/text.py": (
+        *("WORDS", "T5", "EXPECTED", "VOCABULARY", "clean", "WordEncoder", "T5Encoder", "_is_folder"),
+        *("caption_encoder", "encode"),
+    ),
     "runtime/vae.py": ("IMAGES_AT_ONCE", "decode_latents"),
     "stores/images.py": ("to_uint8",),
     "pipeline_ard.py": ("STRICT", "MODULE", "CARD", "ARDTransformer", "ARDPipeline"),

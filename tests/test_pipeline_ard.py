@@ -18,10 +18,12 @@ from diffusers import DiffusionPipeline
 from helpers import ROOT, arrays, call, random_teacher, refused, save_student
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from text_helpers import random_text_teacher, save_t5
 
 from models_ard import ARD
 from pipeline_ard import ARDPipeline
 from stores import checkpoints
+from stores.captions import CaptionStore
 
 
 def quiet(pipe: ARDPipeline) -> ARDPipeline:
@@ -37,63 +39,95 @@ def latent_student(tmp_path_factory, autoencoder):
     return save_student(tmp_path_factory.mktemp("latent") / "student.pt", student, autoencoder)
 
 
-@pytest.mark.parametrize("kind", ["pixels", "latents"])
+CAPTIONS = ["a three", "an eight beside a two", "a one above a four"]
+
+
+def save_text_student(folder: Path, encoder: str | Path, channels: int) -> tuple[Path, Path]:
+    """A store of these captions, and an untrained student of three steps that knows their encoder."""
+    (folder / "captions.txt").write_text("".join(f"{caption}\n" for caption in CAPTIONS))
+    call("encode_captions.py", "--text", folder / "captions.txt", "--encoder", encoder, "--out", folder / "captions",
+         "--device", "cpu")  # fmt: skip
+    teacher = random_text_teacher(std=0.05, in_channels=1, caption_channels=channels)
+    path = save_student(folder / "student.pt", ARD.from_teacher(teacher, steps=3, history_layers=1))
+    content = checkpoints.load(path, "")
+    content["config"]["provenance"] |= CaptionStore(folder / "captions").about
+    checkpoints.save(path, content)
+    return path, folder / "captions"
+
+
+@pytest.fixture(scope="module")
+def text_student(tmp_path_factory) -> tuple[Path, Path]:
+    """One that reads the demo's words, and the captions."""
+    return save_text_student(tmp_path_factory.mktemp("words"), "words", 64)
+
+
+def words_of(path: Path, captions: Path | None, out: Path, count: int) -> tuple[dict, dict]:
+    """Samples of sample_ARD.py, and the pipeline's arguments for the same: all but their noise."""
+    reads = ("--captions", captions) if captions else ()
+    call("sample_ARD.py", "--ckpt-path", path, "--num-samples", count, "--seed", 5, "--save-latents", "--device", "cpu",
+         *reads, "--out", out)  # fmt: skip
+    wanted = arrays(out)
+    labels = wanted["arr_1"].tolist()
+    return wanted, {"prompt": [CAPTIONS[i] for i in labels]} if captions else {"class_labels": labels}
+
+
+@pytest.mark.parametrize("kind", ["pixels", "latents", "text"])
 def test_the_pipeline_draws_sample_ards_samples_to_the_bit_before_and_after_saving(
-    kind, student_file, latent_student, tmp_path
+    kind, student_file, latent_student, text_student, tmp_path
 ):
-    path = {"pixels": student_file, "latents": latent_student}[kind]
-    call("sample_ARD.py", "--ckpt-path", path, "--num-samples", 20, "--seed", 5, "--save-latents", "--device", "cpu",
-         "--out", tmp_path / "s.npz")  # fmt: skip
-    wanted = arrays(tmp_path / "s.npz")
+    path, captions = {"pixels": (student_file, None), "latents": (latent_student, None), "text": text_student}[kind]
+    wanted, asked = words_of(path, captions, tmp_path / "s.npz", 20)
     fresh = quiet(ARDPipeline.from_checkpoint(path))
     fresh.save_pretrained(tmp_path / "saved")
     for pipe in (fresh, quiet(ARDPipeline.from_pretrained(tmp_path / "saved"))):
-        given = dict(class_labels=wanted["arr_1"].tolist(), latents=pipe.noise(5, range(20)))
+        given = dict(**asked, latents=pipe.noise(5, range(20)))
         assert np.array_equal(pipe(**given, output_type="latent").images.numpy(), wanted["latents"])
         images = pipe(**given).images
-        assert all(image.mode == {"pixels": "L", "latents": "RGB"}[kind] for image in images)
+        assert all(image.mode == {"pixels": "L", "latents": "RGB", "text": "L"}[kind] for image in images)
         assert np.array_equal(np.stack([np.asarray(image.convert("RGB")) for image in images]), wanted["arr_0"])
     files = [file.name for file in (tmp_path / "saved").rglob("*") if file.is_file()]
     assert (tmp_path / "saved/vae").exists() is (kind == "latents")
     assert {name.rpartition(".")[2] for name in files} == {"json", "safetensors", "md", "py"}
     again = ("--num-samples", 20, "--seed", 5, "--save-latents", "--device", "cpu", "--out", tmp_path / "again.npz")
+    again += ("--captions", captions) if captions else ()
     call("sample_ARD.py", "--ckpt-path", tmp_path / "saved", *again)  # the folder serves as the checkpoint does
     found = arrays(tmp_path / "again.npz")
     assert all(np.array_equal(found[name], wanted[name]) for name in ("arr_0", "arr_1", "latents"))
 
 
 ELSEWHERE = """
+import json
 import sys
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-folder, given = sys.argv[1:]
+folder, given, asked = sys.argv[1:]
+asked = json.loads(asked)
 pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 pipe.set_progress_bar_config(disable=True)
 wanted = np.load(given)
-latents = pipe(class_labels=wanted["arr_1"].tolist(), latents=pipe.noise(5, range(6)), output_type="latent").images
+latents = pipe(**asked, latents=pipe.noise(5, range(6)), output_type="latent").images
 assert np.array_equal(latents.numpy(), wanted["latents"])
-images = pipe(class_labels=wanted["arr_1"].tolist(), latents=pipe.noise(5, range(6))).images
+images = pipe(**asked, latents=pipe.noise(5, range(6))).images
 assert np.array_equal(np.stack([np.asarray(image.convert("RGB")) for image in images]), wanted["arr_0"])
 pipe.save_pretrained(folder + "-again")
 assert not any(name in sys.modules for name in ("models_ard", "runtime", "stores")), "took this repository's code"
 """
 
 
-@pytest.mark.parametrize("kind", ["pixels", "latents"])
-def test_a_saved_pipeline_needs_no_clone(kind, student_file, latent_student, tmp_path):
+@pytest.mark.parametrize("kind", ["pixels", "latents", "text"])
+def test_a_saved_pipeline_needs_no_clone(kind, student_file, latent_student, text_student, tmp_path):
     """From another folder, with a foreign models.py there, in a process that does not know this repository."""
-    path = {"pixels": student_file, "latents": latent_student}[kind]
-    call("sample_ARD.py", "--ckpt-path", path, "--num-samples", 6, "--seed", 5, "--save-latents", "--device", "cpu",
-         "--out", tmp_path / "s.npz")  # fmt: skip
+    path, captions = {"pixels": (student_file, None), "latents": (latent_student, None), "text": text_student}[kind]
+    asked = words_of(path, captions, tmp_path / "s.npz", 6)[1]
     call("pipeline_ard.py", path, "--out", tmp_path / "saved")
     for name in ("models.py", "models_ard.py", "runtime.py"):
         (tmp_path / name).write_text("raise ImportError('a foreign file')\n")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     for folder in ("saved", "saved-again"):  # saved again without the repository, it is as whole as before
         ran = subprocess.run(
-            [sys.executable, "-c", ELSEWHERE, str(tmp_path / folder), str(tmp_path / "s.npz")],
+            [sys.executable, "-c", ELSEWHERE, str(tmp_path / folder), str(tmp_path / "s.npz"), json.dumps(asked)],
             cwd=tmp_path,
             env=environment | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
             capture_output=True,
@@ -105,6 +139,47 @@ def test_a_saved_pipeline_needs_no_clone(kind, student_file, latent_student, tmp
     with pytest.raises(ValueError, match=refusal):
         DiffusionPipeline.from_pretrained(tmp_path / "saved")
     assert type(ARDPipeline.from_pretrained(tmp_path / "saved")) is ARDPipeline  # runs none of the folder's code
+
+
+def test_a_prompt_is_read_by_the_encoder_of_the_captions_or_comes_as_tokens(text_student, tmp_path):
+    path, captions = text_student
+    pipe = quiet(ARDPipeline.from_checkpoint(path))
+    noise = pipe.noise(0, [0, 1])
+    wanted = pipe(prompt=CAPTIONS[:2], latents=noise, output_type="latent").images
+    store = CaptionStore(captions)(torch.tensor([0, 1]))
+    assert torch.equal(pipe(prompt_embeds=store, latents=noise, output_type="latent").images, wanted)
+    one = pipe("An eight beside a two", latents=noise[1:], output_type="latent").images  # the first argument
+    assert (one - wanted[1:]).abs().max() < 1e-5 < (wanted[:1] - wanted[1:]).abs().max()
+    card = pipe.model_card()
+    assert "pipeline_tag: text-to-image" in card and "| text encoder | `words`, 16 tokens at most |" in card
+    for wrong, expected in (
+        (dict(), "give prompt, or else prompt_embeds"),
+        (dict(batch_size=2), "and nothing else"),
+        (dict(prompt="a cat"), "text encoder words: does not know 'cat' in the caption 'a cat'"),
+        (dict(prompt_embeds=store[..., :12]), r"\(2, 6, 12\): must be \(B, L, 64\)"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            pipe(**wrong)
+
+
+def test_t5_is_found_by_its_name_and_known_by_its_hash(tmp_path):
+    t5 = save_t5(tmp_path / "t5")
+    path, captions = save_text_student(tmp_path, t5, 12)
+    wanted, asked = words_of(path, captions, tmp_path / "s.npz", 3)
+    call("pipeline_ard.py", path, "--out", tmp_path / "saved", "--encoder", "me/t5")
+    pipe = quiet(ARDPipeline.from_pretrained(tmp_path / "saved"))
+    assert "| text encoder | `me/t5`" in (tmp_path / "saved/README.md").read_text()
+    pipe.load_text_encoder(t5)
+    found = pipe(**asked, latents=pipe.noise(5, range(3)), output_type="latent").images.numpy()
+    assert np.abs(found - wanted["latents"]).max() < 1e-5 * np.abs(wanted["latents"]).max()
+    torch.manual_seed(1)
+    other = save_t5(tmp_path / "other", scale=2.0)
+    with pytest.raises(
+        ValueError, match="in bf16 it is not the one that the model's captions were read by, whose hash"
+    ):
+        pipe.load_text_encoder(other)
+    with pytest.raises(ValueError, match=r"text encoder absent: no such folder.*; or give prompt_embeds"):
+        pipe.load_text_encoder("absent")
 
 
 def test_files_of_a_pipeline_follow_the_umask(student_file, tmp_path):
@@ -206,6 +281,7 @@ def test_an_unconditional_student_is_told_how_many(tmp_path):
     "wrong, expected",
     [
         (dict(), "give class_labels"),
+        (dict(prompt="a three"), "give prompt or prompt_embeds to a student that reads text"),
         (dict(class_labels=[10]), r"class_labels \[10\]: this student has the labels 0..9"),
         (dict(class_labels=[1], num_inference_steps=25), "num_inference_steps 25: this student has 4 steps"),
         (dict(class_labels=[1], output_type="jpg"), "'jpg' is none of"),
@@ -274,6 +350,8 @@ def test_mistakes_of_the_command_are_named(student_file, teacher_file, tmp_path,
     out = ("--out", tmp_path / "out")
     assert "holds a teacher" in refused(capsys, "pipeline_ard.py", teacher_file, *out)
     assert "works on pixels" in refused(capsys, "pipeline_ard.py", student_file, *out, "--vae", "ema")
+    encoder = refused(capsys, "pipeline_ard.py", student_file, *out, "--encoder", "words")
+    assert "--encoder words: this student was trained on no captions" in encoder
     (tmp_path / "half").mkdir()
     (tmp_path / "half/model_index.json").write_text('{"_class_name": "ARDPipeline"}')
     assert "not a whole pipeline" in refused(capsys, "sample_ARD.py", "--ckpt-path", tmp_path / "half")

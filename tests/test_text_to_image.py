@@ -14,11 +14,14 @@ import torch
 from helpers import arrays, assert_equal, call, call_on_ranks, checkpoint, losses, refused, save_teacher
 from text_helpers import encode_captions, random_text_teacher, save_pixart
 
+import app
 import train
 from costs.flops import meta_model, sampling_gflops
 from diffusion.teacher_ode import TeacherODE
 from models_pixart import PixArt, TextARD
+from runtime.cli import UserError
 from runtime.distributed import DistributedContext
+from runtime.randomness import noise
 from stores import checkpoints
 from stores.captions import CaptionStore
 from stores.digits import SCENES, SEEN_SCENES, DigitScenes, digits_images, scene_caption, scene_places
@@ -148,6 +151,10 @@ def test_what_does_not_go_together_is_one_sentence(room, tmp_path, capsys, teach
         ((*student, "--captions", room / "short"), "max_tokens is 4 there and 16 here"),
         ((*student, "--captions", room / "store"), "this store holds no captions"),
         ((*student, "--captions", room / "absent"), "no such folder"),
+        (
+            ("train_ARD.py", "--preset", "t2i-sigma-512", "--dry-run", "--captions", room / "absent"),
+            "absent: no such folder; encode_captions.py makes one",  # before its teacher is missed
+        ),
         ((*train, room / "store"), "--captions: this model reads text"),
         ((*train, room / "store", "--captions", room / "others"), "text_sha256 is"),
         ((*train, store, "--captions", room / "captions"), "this model has classes and reads no text"),
@@ -164,10 +171,8 @@ def test_what_does_not_go_together_is_one_sentence(room, tmp_path, capsys, teach
         ),
     ):  # fmt: skip
         assert sentence in refused(capsys, *command), command
-    checkpoint = room / "run/checkpoints/0000003.pt"
-    assert "reads text, which the page does not" in refused(capsys, "app.py", "--ckpt-path", checkpoint)
-    pipeline = ("pipeline_ard.py", checkpoint, "--out", tmp_path / "out")
-    assert "reads text, which the pipeline does not" in refused(capsys, *pipeline)
+    page = ("app.py", "--ckpt-path", room / "run/checkpoints/0000003.pt", "--encoder", "absent")
+    assert "--encoder absent: no such folder; give words, a hub id or a folder" in refused(capsys, *page)
     other = save_teacher(tmp_path / "other.pt", random_text_teacher(in_channels=1, caption_channels=64), about=about)
     dump = ("sample_trajectory.py", "--teacher", other, "--captions", room / "captions", "--num-trajectories", 2, *out)
     assert "encoder_hash is" in refused(capsys, *dump)
@@ -175,6 +180,26 @@ def test_what_does_not_go_together_is_one_sentence(room, tmp_path, capsys, teach
     wide = ("sample.py", "--teacher", tmp_path / "wide.pt", "--captions", room / "captions")
     assert "tokens of 64 channels, this model reads 12" in refused(capsys, *wide)
     assert not (tmp_path / "out").exists() and not (tmp_path / "run").exists()
+
+
+@torch.no_grad()
+def test_the_page_draws_captions_as_they_are_typed(room):
+    """As sample_ARD.py does from a store of them, in which padding is shorter."""
+    options = app.build_parser().parse_args(["--device", "cpu"])
+    models, editable = app.open_models(room / "run/checkpoints/0000003.pt", None, options)
+    captions, store = [scene_caption(i) for i in range(3)], CaptionStore(room / "captions")
+    z, y = models.inputs(captions, 4)
+    assert y.shape == (3, 16, 64) and not y[:, 6:].any() and torch.equal(y[:, :6], store(torch.arange(3)))
+    assert torch.equal(z, noise(4, "sample", range(3), (1, 8, 8)))
+    ode = TeacherODE(models.ode.teacher, solver_steps=6, conditions=store)
+    for found, wanted in ((models.ode.sample(z, y), ode.sample(z, store(torch.arange(3)))),
+                          (models.student.sample(z, y), models.student.sample(z, store(torch.arange(3))))):  # fmt: skip
+        assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    teacher, _, predictions, _ = models.draw(captions, 4)
+    assert len(predictions) == 3 and teacher.height > 168 + 8 + 2 * 25 and not editable  # captions take several lines
+    assert len(models.on_the_way(captions[:1], 4)) == 2
+    with pytest.raises(UserError, match="does not know 'cat'"):
+        models.draw(["a cat"], 0)
 
 
 def test_a_foreign_teacher_is_distilled_online_into_its_autoencoders_latents(tmp_path, autoencoder, capsys):
