@@ -51,7 +51,7 @@ EXAMPLES = ("a six beside an eight", "a three above a seven")  # captions in the
 CSS = """
 .gradio-container {max-width: 1100px !important; margin-inline: auto !important}
 .picture {border: none !important; min-height: 40px}
-.picture img {object-fit: contain; image-rendering: pixelated}
+.picture img {object-fit: contain}
 .picture .icon-button-wrapper {display: none}
 .points img {object-position: left}
 """
@@ -128,7 +128,7 @@ class Comparison:
 
     def inputs(self, wanted: Wanted, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise (B, C, H, W), and labels (B,) or text (B, L, C)."""
-        indices, y = range(len(wanted)), torch.zeros(len(wanted), dtype=torch.int64)
+        indices, y = list(range(len(wanted))), torch.zeros(len(wanted), dtype=torch.int64)
         if self.prompts:
             y = self.prompts.encode([str(caption) for caption in wanted])
         else:
@@ -252,8 +252,10 @@ class Page:
 
         def compare(wanted: Wanted, seed: int) -> list:
             teacher, teacher_time, on_the_way, student_time = self.models.draw(wanted, seed)
-            faster = f"{len(wanted)} at once, {teacher_time / student_time:.0f} times faster"
-            says = [f"{teacher_says}: **{teacher_time:.3f} s**", f"{student_says}: **{student_time:.3f} s** ({faster})"]
+            says = [
+                f"{teacher_says}: **{teacher_time:.3f} s**, {len(wanted)} at once",
+                f"{student_says}: **{student_time:.3f} s**, {teacher_time / student_time:.0f} times faster",
+            ]
             return [*says, teacher, on_the_way[-1], *on_the_way[:-1]]
 
         button = gr.Button("Draw", variant="primary")
@@ -270,9 +272,9 @@ class Page:
     def points_tab(self) -> None:
         """From noise to image, point by point: teacher, student, and the student beside it."""
         gr, indices, students = self.gr, self.models.points[0], self.models.students
-        what = "what is then predicted of the image" if self.models.points[1] == "x0" else "a noisy state"
+        what = "the image as it is predicted by then" if self.models.points[1] == "x0" else "a noisy state on the way"
         apart = " What sets the students' rows apart is what history buys." if len(students) > 1 else ""
-        gr.Markdown(f"Of the first that is chosen above, all from the same noise. A point is {what}.{apart}")
+        gr.Markdown(f"The first of what is chosen above, from one noise. A point is {what}.{apart}")
         button = gr.Button("Draw the points", variant="primary")
         after = f"after {', '.join(map(str, indices[:-1]))} and {indices[-1]}" if len(indices) > 1 else "after all"
         rows = [self.panel(f"**Teacher**, {after} of its {self.solver_steps} steps", "picture points")]

@@ -165,7 +165,7 @@ class ARDPipeline(DiffusionPipeline):
         file of the classes' names, where the checkpoint knows none; see ``read_labels``. ``encoder``: where others find
         the encoder of its captions, a hub id rather than a folder of yours.
         """
-        from runtime.cli import UserError  # what needs the repository is imported here: a saved pipeline is without it
+        # What needs the repository is imported here: a saved pipeline is without it.
         from runtime.vae import load_autoencoder, resolve_name
         from stores.checkpoints import load_student
         from stores.pipelines import read_labels

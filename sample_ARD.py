@@ -3,10 +3,9 @@
     python sample_ARD.py --num-samples 100 --ckpt-path results/000-DiT-Micro-2/checkpoints/0002000.pt
     torchrun --nnodes=1 --nproc_per_node=1 sample_ARD.py --stack=6 --ckpt_path=.../checkpoints/0300000.pt
 
-The checkpoint knows its model: --model, --steps, --mask and --stack are only checked against it.
-
-Points of the student's own trajectory can be replaced, and it goes on from there: by source images, which it translates
-to the classes asked for (appendix C.2 of the paper), or by its teacher's, to see how errors add up (Fig. 6b).
+The checkpoint knows its model: --model, --steps, --mask and --stack are only checked against it. Points of the
+student's own trajectory can be replaced, and it goes on from there: by source images, which it translates to the
+classes asked for (appendix C.2 of the paper), or by its teacher's, to see how errors add up (Fig. 6b).
 
     python sample_ARD.py --ckpt-path STUDENT --source-images photos --class-labels 207 --num-samples 8
     python sample_ARD.py --ckpt-path STUDENT --teacher-steps 2 --num-samples 50000

@@ -207,8 +207,8 @@ def run(args: argparse.Namespace) -> None:
     require_outside_source(source, running.place)
     hflip = teacher_config["training"].get("hflip", True) if args.hflip is None else args.hflip
     order: dict[str, Any] = {"global_batch_size": args.global_batch_size, "seed": args.seed, "context": context}
-    trajectories = TrajectoryBatches(store, origin["solver_indices"], origin["target"], **order)
-    batches = GanBatches(trajectories, source, teacher.latent_shape, hflip=hflip, seed=args.seed, d_time=gan.d_time)
+    dumped = TrajectoryBatches(store, origin["solver_indices"], origin["target"], **order)
+    batches = GanBatches(dumped, source, teacher.latent_shape, hflip=hflip, seed=args.seed, d_time=gan.d_time)
     start_state = {"start_hash": origin["weights_hash"], "start_step": origin["step"], "real": source.fingerprint}
     more = {"loss": "R+D", "hflip": hflip, "accumulation": args.accumulation, "init_weights": args.init_weights}
     points = {name: origin[name] for name in ("grid", "solver_indices", "target")}
@@ -219,9 +219,7 @@ def run(args: argparse.Namespace) -> None:
         "provenance": store.provenance | start_state | points,
         "training": optimisation.config() | more | vars(gan),
     }
-    previews = student_previews(
-        student, lambda: state.ema, vae, context.device, args.precision, trajectories.conditions
-    )
+    previews = student_previews(student, lambda: state.ema, vae, context.device, args.precision, dumped.conditions)
     size = teacher.input_size * vae.factor
     evaluate = PeriodicEvaluator(previews, context, size, quality) if quality.eval_every else None
     known: dict[str, Any] = {"teacher": teacher.config, "rows": len(store), "vae": vae}

@@ -196,7 +196,7 @@ def test_the_page_draws_captions_as_they_are_typed(room):
                           (models.student.sample(z, y), models.student.sample(z, store(torch.arange(3))))):  # fmt: skip
         assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
     teacher, _, predictions, _ = models.draw(captions, 4)
-    assert len(predictions) == 3 and teacher.height > 168 + 8 + 2 * 25 and not editable  # captions take several lines
+    assert len(predictions) == 3 and teacher.height == 168 + 8 + 2 * 25 and not editable  # two lines a caption
     assert len(models.on_the_way(captions[:1], 4)) == 2
     with pytest.raises(UserError, match="does not know 'cat'"):
         models.draw(["a cat"], 0)
