@@ -37,7 +37,6 @@ from stores.image_arrays import DAMAGED_NPZ, Images, npy_header, npz_member
 from stores.images import to_uint8
 
 INDEX_BYTES = 40  # that a rank needs for each sample, to know which are missing
-
 GRID = PngInfo()  # what a picture of ours says of itself
 GRID.add_text("Software", "ARD")
 
