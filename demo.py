@@ -8,28 +8,28 @@ evaluates, by running the same scripts that distil DiT-XL/2. Leaves a picture an
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 from diffusion.teacher_ode import TARGETS
 from lab.experiments import (
     Student,
-    distance,
+    compared,
     draw_samples,
-    evaluate_command,
+    dumped,
     figures_of,
-    fine_tune_command,
-    make_reference_and_teacher,
+    fine_tuned,
+    measured,
+    of_teacher,
     own_folder,
-    sample_command,
+    reference,
     time_per_sample,
-    train_command,
+    trained,
     write_table,
 )
 from lab.worlds import DIGITS
 from models import DiT
 from runtime import cli
-from runtime.commands import CORES, call
+from runtime.commands import CORES, Piece, run_pieces
 from stores import checkpoints
 
 METHODS: dict[str, dict] = {"step": {"mask": "M1", "stack": 0}, "ard": {"mask": "M4", "stack": 2}}
@@ -54,58 +54,42 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def make_students(
-    folder: Path, target: str, *, seed: int, iterations: int, gan_iterations: int, num_samples: int
-) -> list[Student]:
-    """Both methods with one target, at the same budget: regression, and fine-tuning after it if that has steps."""
-    students = [
-        Student(DIGITS, folder, f"{name}-{target}", iterations, target=target, **METHODS[name]) for name in METHODS
-    ]
-    call([train_command(student, seed) for student in students])
-    if gan_iterations:
-        tuned = [student.tuned(gan_iterations) for student in students]
-        call([fine_tune_command(a, b, seed) for a, b in zip(students, tuned, strict=True)])
-        students += tuned
-    call([sample_command(student.weights, student.samples, num_samples, seed) for student in students])
-    return students
-
-
 def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
-    folder = own_folder(args.out, DIGITS.folder("demo"), args.seed, "trajectories")
-    reference, teacher_samples, same_noise = make_reference_and_teacher(
-        DIGITS, folder, args.seed, args.num_trajectories, args.num_samples
-    )
-    students: list[Student] = []
+    folder = own_folder(args.out, DIGITS.folder("demo"), args.seed)
+    real = reference(DIGITS, folder / f"{DIGITS.name}.npz")
+    store = dumped(DIGITS, folder / "trajectories", args.num_trajectories, args.seed, ranks=CORES)
+    count = min(args.num_samples, args.num_trajectories)  # FID falls with their number
+    pieces = [real, store, *of_teacher(DIGITS, store, real, args.seed, count, min(200, args.num_samples))]
+    students: dict[Student, Piece] = {}
     for target in args.targets:
-        students += make_students(
-            folder,
-            target,
-            seed=args.seed,
-            iterations=args.iterations,
-            gan_iterations=args.gan_iterations if args.gan else 0,
-            num_samples=args.num_samples,
-        )
+        known = {"iterations": args.iterations, "target": target}
+        pair = [Student(DIGITS, folder, f"{name}-{target}", **known, **how) for name, how in METHODS.items()]
+        students |= {student: trained(student, store, args.seed) for student in pair}
+        for student in pair if args.gan else []:
+            tuned = student.tuned(args.gan_iterations)
+            students[tuned] = fine_tuned(tuned, students[student], store, args.seed)
+    pieces += students.values()
+    for student, weights in students.items():
+        pieces += measured(student, weights, real, args.num_samples, args.seed)
+    run_pieces(pieces, folder, jobs=2)
 
-    call([evaluate_command(DIGITS, reference, teacher_samples, "--floor")])
-    call([evaluate_command(DIGITS, reference, student.samples) for student in students])
     models: dict[str, DiT] = {"teacher": checkpoints.load_teacher(DIGITS.teacher)[0]}
     models |= {student.name: checkpoints.load_student(student.weights)[0] for student in students}
     speed, timed = time_per_sample(models), f"batch 64, CPU with {CORES} cores"
 
-    teacher = figures_of(teacher_samples)
+    teacher, same_noise = folder / "teacher.npz", folder / "teacher-same-noise.npz"
     about: dict[str, Any] = {"model": "teacher", "loss": "-", "target": "-", "steps": 25, "nfe": 50}
-    rows = [{"name": "teacher"} | about | {"distance": 0.0}]
+    rows = [{"name": "teacher"} | about | compared(teacher, teacher, same_noise) | {"distance": 0.0}]
     for s in students:
         about = {"model": s.method, "loss": s.loss, "target": s.target, "steps": s.steps, "nfe": s.steps}
-        rows.append({"name": s.name} | about | {"distance": distance(s.samples, same_noise)})
-    for row, samples in zip(rows, [teacher_samples, *(s.samples for s in students)], strict=True):
-        found = figures_of(samples)
-        row |= {name: found[name] for name in ("fid", "precision", "recall")}
-        row |= {"degradation": found["fid"] - teacher["fid"], "ms_per_sample": speed[row["name"]], "timed": timed}
+        rows.append({"name": s.name} | about | compared(s.samples, teacher, same_noise))
+    for row in rows:
+        row |= {"ms_per_sample": speed[row["name"]], "timed": timed}
+    floor = figures_of(teacher)["floor"]
     notes = [
         f"FID of {args.num_samples} samples against 1797 real digits, in features of a digit classifier (not ADM's). "
-        f"Floor, real digits against a bootstrap of themselves: {teacher['floor']:.3g}. Distance: mean squared "
+        f"Floor, real digits against a bootstrap of themselves: {floor:.3g}. Distance: mean squared "
         f"difference to the teacher's samples of the same noise. {args.iterations} training steps of batch 64 on "
         f"{args.num_trajectories} trajectories, seed {args.seed}, fp32, CPU with {CORES} cores, timed at batch 64."
     ]

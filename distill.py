@@ -9,10 +9,9 @@ cost, and each command as one could type it. To resume, run it again.
 """
 
 import argparse
-import json
 import shlex
 import shutil
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,14 @@ import torch
 from bench.timing import peak_flops
 from costs.commands import plan_command, plan_latents, student_shape
 from costs.plans import Plan
-from lab.experiments import draw_samples
+from lab.experiments import draw_samples, figures_of
 from models import PROCESS_TIMES
 from models_pixart import SIZE_OPTIONS, sized_shape
 from runtime import cli, distributed
 from runtime.checks import in_words, require_disk, size_of, writable_folder
 from runtime.cli import UserError
-from runtime.commands import as_typed, call, options_of
-from runtime.files import read_json, write_text
-from runtime.provenance import require_same
+from runtime.commands import Piece, options_of, run_pieces, unmade
+from runtime.files import write_text
 from runtime.vae import outline_vae
 from stores import checkpoints
 from stores.images import Source, latent_shape, open_source, require_outside_source
@@ -38,16 +36,6 @@ UTILISATION = 0.3  # of the rate of a large product, for the estimate of time
 MOST_TOKENS = 256  # of an image, for the teacher that is trained where --train names none
 SMALL = 64  # pixels of a side: smaller pictures are compared in features that need no download
 SHOWN = 16  # samples in the picture
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One of our commands, the file that it makes when it is whole, and the command's options."""
-
-    name: str
-    command: list
-    makes: Path
-    options: dict[str, Any]
 
 
 def build_parser() -> cli.Parser:
@@ -85,84 +73,77 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def launcher(device: str) -> list:
-    """How a command that knows ranks is started: on all GPUs where there are several."""
-    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
-    return ["torchrun", f"--nproc_per_node={gpus}"] if gpus > 1 else ["python"]
+def stages(args: argparse.Namespace, out: Path, side: int) -> dict[str, Piece]:
+    """The commands by name and in order. ``side``: that of latents or of pixels."""
+    gpus = torch.cuda.device_count() if args.device in ("auto", "cuda") else 0
+    size, flat = ["--image-size", args.image_size], ["--unconditional"] * args.unconditional
+    device, seed = ["--device", args.device], ["--seed", args.seed, "--device", args.device]
+    pictures = Path(args.pictures)
+    real: list = [pictures, *size, *flat]
+    found: dict[str, Piece] = {}
 
-
-def stages(args: argparse.Namespace, out: Path, side: int) -> list[Stage]:
-    """The commands in order, each parsed, and refused, by its own parser. ``side``: that of latents or of pixels."""
-    run, device, seed = launcher(args.device), ["--device", args.device], ["--seed", args.seed]
-    flat = ["--unconditional"] * args.unconditional
-    teacher = Path(args.teacher) if args.teacher else out / f"teacher/checkpoints/{args.train_iterations:07d}.pt"
-    store, student = out / "trajectories", out / f"student/checkpoints/{args.student_iterations:07d}.pt"
-    latents = out / "latents"
-    real = [latents] if args.vae else [args.pictures, "--image-size", args.image_size, *flat]
-    found: list[Stage] = []
-
-    def add(name: str, makes: Path, *words: Any) -> None:
-        options = options_of(list(words), f"distill.py --{name}")
-        if "iterations" in options and f"{options['iterations']:07d}.pt" != makes.name:
-            raise UserError(f"--{name}: give --{name}-iterations instead of --iterations in it")
-        found.append(Stage(name, list(words), makes, options))
+    def add(name: str, script: str, place: str, *words: Any, ranks: int = gpus, iterations: int = 0) -> Piece:
+        words = (*words, *getattr(args, name, ()))
+        found[name] = Piece.of(script, out / place, *words, ranks=ranks, iterations=iterations)
+        return found[name]
 
     if args.vae:
-        command = [*run, "encode_latents.py", "--data-path", args.pictures, "--image-size", args.image_size, *flat]
-        add("encode", latents / "manifest.json", *command, "--vae", args.vae, "--out", latents, *device, *args.encode)
-    if not args.teacher:
+        real = [add("encode", "encode_latents.py", "latents", "--data-path", *real, "--vae", args.vae, *device)]
+    process: list = ["--teacher-process", args.teacher_process] if args.teacher_process else []
+    if args.teacher:
+        known = ["--teacher", args.teacher, *process]
+    else:
         patch = next((patch for patch in (2, 4) if (side // patch) ** 2 <= MOST_TOKENS), 8)
         model = ["--init", args.init] if args.init else ["--model", f"DiT-S/{patch}"]
-        command = [*run, "train.py", "--data-path", *real, *model, "--ema-warmup"]
-        command += ["--process", args.teacher_process] if args.teacher_process else []
-        command += ["--iterations", args.train_iterations, "--run-dir", out / "teacher", *seed, *device]
-        add("train", teacher, *command, *args.train)
-    known = ["--teacher", teacher]
-    known += ["--teacher-process", args.teacher_process] if args.teacher and args.teacher_process else []
-    command = [*run, "sample_trajectory.py", *known, "--num-trajectories", args.num_trajectories]
-    add("dump", store / "manifest.json", *command, "--out", store, *seed, *device, *args.dump)
-    command = [*run, "train_ARD.py", "--data-path", store, "--steps", args.steps, "--ema-warmup"]
-    command += ["--iterations", args.student_iterations, "--run-dir", out / "student", *seed, *device]
-    add("student", student, *command, *args.student)
+        model += ["--process", args.teacher_process] if args.teacher_process else []
+        words = ["--data-path", *real, *model, "--ema-warmup", *seed]
+        known = ["--teacher", add("train", "train.py", "teacher", *words, iterations=args.train_iterations)]
+    words = [*known, "--num-trajectories", args.num_trajectories, *seed]
+    store = add("dump", "sample_trajectory.py", "trajectories", *words)
+    words = ["--data-path", store, "--steps", args.steps, "--ema-warmup", *seed]
+    student = add("student", "train_ARD.py", "student", *words, iterations=args.student_iterations)
     if args.gan:
-        tuned = out / f"student-gan/checkpoints/{args.gan_iterations:07d}.pt"
-        command = [*run, "train_ARD_gan.py", "--data-path", store, "--ckpt-path", student, "--ema-warmup"]
-        command += ["--real-data-path", real[0], "--gan-weight", 0.5, "--gan-warmup", args.gan_iterations // 10]
-        command += ["--iterations", args.gan_iterations, "--run-dir", out / "student-gan", *seed, *device]
-        add("adversary", tuned, *command, *args.adversary)
-        student = tuned
-    command = [*run, "sample_ARD.py", "--ckpt-path", student, "--num-samples", args.num_samples]
-    add("sample", out / "student.npz", *command, "--out", out / "student.npz", *seed, *device, *args.sample)
-    command = ["python", "sample.py", *known, "--num-samples", min(SHOWN, args.num_samples)]
-    add("teacher", out / "teacher.npz", *command, "--out", out / "teacher.npz", *seed, *device)
-    add("pipeline", out / "pipeline/README.md", "python", "pipeline_ard.py", student, "--out", out / "pipeline")
-    command = ["python", "-m", "evaluations.evaluator", args.pictures, out / "student.npz"]
+        words = ["--data-path", store, "--ckpt-path", student, "--real-data-path", real[0], "--ema-warmup", *seed]
+        words += ["--gan-weight", 0.5, "--gan-warmup", args.gan_iterations // 10]
+        student = add("adversary", "train_ARD_gan.py", "student-gan", *words, iterations=args.gan_iterations)
+    words = ["--ckpt-path", student, "--num-samples", args.num_samples, *seed]
+    samples = add("sample", "sample_ARD.py", "student.npz", *words)
+    words = [*known, "--num-samples", min(SHOWN, args.num_samples), *seed]
+    found["teacher"] = Piece.of("sample.py", out / "teacher.npz", *words)
+    found["pipeline"] = Piece.of("pipeline_ard.py", out / "pipeline", student)
     features = "pixels" if args.image_size <= SMALL else "inception"  # the latter's weights are fetched
-    command += ["--image-size", args.image_size, "--features", features, "--allow-few"]
-    command += ["--json", out / "student.json", *args.evaluate]
-    add("evaluate", out / "student.json", *command)
+    words = [pictures, samples, *size, "--features", features, "--allow-few"]
+    add("evaluate", "evaluations.evaluator", "student.json", *words, ranks=1)
     return found
 
 
-def plan_of(stage: Stage, teacher: dict, student: dict, count: int, vae: Any) -> Plan | None:
+def options_by_stage(found: dict[str, Piece]) -> dict[str, dict[str, Any]]:
+    """The options of each command by its own parser; ``UserError`` where they move what the stage is to make."""
+    found_options = {}
+    for name, piece in found.items():
+        options = found_options[name] = options_of(piece, f"distill.py --{name}")
+        if "iterations" in options and f"{options['iterations']:07d}.pt" != piece.makes.name:
+            raise UserError(f"--{name}: give --{name}-iterations instead of --iterations in it")
+        place = next(options[key] for key in ("run_dir", "json", "out") if options.get(key))
+        if Path(place) not in (piece.makes, *piece.makes.parents):
+            raise UserError(f"--{name}: {place} is another place than the next stage looks at; leave that to --out")
+    return found_options
+
+
+def plan_of(script: str, options: dict, teacher: dict, student: dict, count: int, vae: Any) -> Plan | None:
     """The needs of a stage by the arguments of both models, for ``count`` pictures; None for what is not counted."""
-    context, options = distributed.launched(), stage.options
-    if stage.name == "encode":
+    context, config = distributed.launched(), student if "ARD" in script else teacher
+    if script == "encode_latents.py":
         shape = teacher["in_channels"], teacher["input_size"], teacher["input_size"]
         return plan_latents(options, context, count=count, shape=shape, vae=vae)
-    if stage.name == "train":
-        return plan_command("train.py", teacher, options, context, rows=count)
-    if stage.name == "dump":
-        return plan_command("sample_trajectory.py", teacher, options, context)
-    if stage.name == "sample":
-        return plan_command("sample_ARD.py", student, options, context, vae=vae)
-    script = {"student": "train_ARD.py", "adversary": "train_ARD_gan.py"}.get(stage.name)
-    return plan_command(script, student, options, context, rows=count, teacher=teacher) if script else None
+    if script.startswith("train"):
+        return plan_command(script, config, options, context, rows=count, teacher=teacher)
+    return plan_command(script, config, options, context, vae=vae) if script.startswith("sample") else None
 
 
-def teacher_shape(args: argparse.Namespace, train: Stage | None, source: Source, latents: tuple[int, ...]) -> dict:
-    """The arguments of the teacher's model: of given weights by their config, else by the stage that trains it."""
-    options, own = train.options if train else {}, {"input_size": latents[1], "num_classes": source.num_classes}
+def teacher_shape(args: argparse.Namespace, train: dict | None, source: Source, latents: tuple[int, ...]) -> dict:
+    """The arguments of the teacher's model: of given weights by their config, else by the options that train it."""
+    options, own = train or {}, {"input_size": latents[1], "num_classes": source.num_classes}
     if given := args.teacher or args.init:
         option, process = ("--init", options["process"]) if train else ("--teacher", args.teacher_process)
         config = checkpoints.load_teacher(given, option, vae=args.vae, process=process)[1]["model"]
@@ -177,36 +158,29 @@ def teacher_shape(args: argparse.Namespace, train: Stage | None, source: Source,
     return {"learn_sigma": process == "ddpm", "process": process} | sizes | own
 
 
-def cost_table(found: list[Stage], plans: dict[str, Plan], device: torch.device) -> tuple[str, int]:
-    """Each stage's needs, its time on this device estimated; and the bytes of all on the disk."""
-    rate = UTILISATION * peak_flops("fp32", device)["mean"]
-    lines, disk, hours = ["stage      steps      disk        memory      operations   hours, about"], 0, 0.0
-    for stage in found:
-        if stage.name not in plans:
-            continue
-        about = plans[stage.name].describe()
-        flops, memory = about["flops"] or 0.0, about["memory_bytes_per_rank"]["total"]
-        disk, hours = disk + about["disk_bytes"], hours + flops / rate / 3600
-        sizes = f"{in_words(about['disk_bytes']):<11} {in_words(memory):<11} {flops:<12.3g}"
-        made = "  (made)" if stage.makes.exists() else ""
-        lines.append(f"{stage.name:<10} {about['steps']:<10} {sizes} {flops / rate / 3600:.3g}{made}")
-    lines.append(
-        f"in all: {in_words(disk)} on the disk, about {hours:.3g} hours, at {UTILISATION:.0%} of the rate of a large "
-        f"product in fp32 on {device}"
-    )
-    return "\n".join(lines), disk
+def cost_table(found: dict[str, Piece], left: list[Piece], plans: dict, device: torch.device) -> tuple[str, int]:
+    """Each stage's needs by its plan, its time on this device estimated; and the bytes of all on the disk."""
+    lines, disk = ["stage      steps      disk        memory      operations   hours, about"], 0
+    for name, about in plans.items():
+        disk += about["disk_bytes"]
+        sizes = f"{in_words(about['disk_bytes']):<11} {in_words(about['memory_bytes_per_rank']['total']):<11}"
+        time = f"{about['flops'] or 0.0:<12.3g} {found[name].seconds / 3600:.3g}"
+        lines.append(f"{name:<10} {about['steps']:<10} {sizes} {time}" + "  (made)" * (found[name] not in left))
+    hours = sum(piece.seconds for piece in found.values()) / 3600
+    where = f"at {UTILISATION:.0%} of the rate of a large product in fp32 on {device}"
+    return "\n".join([*lines, f"in all: {in_words(disk)} on the disk, about {hours:.3g} hours, {where}"]), disk
 
 
-def finish(out: Path, features: dict) -> None:
+def finish(out: Path) -> None:
     """The picture, and in the pipeline's card the picture and the figures."""
     draw_samples(out / "samples.png", {"teacher": out / "teacher.npz", "student": out / "student.npz"}, SHOWN)
     card = out / "pipeline" / "README.md"
-    figures = {name: value for name, value in features.items() if isinstance(value, float | int | str)}
     if "## Samples" not in card.read_text():
         shutil.copy(out / "samples.png", out / "pipeline" / "samples.png")
-        rows = "\n".join(f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
-                         for name, value in figures.items())  # fmt: skip
-        text = f"\n## Samples\n\n![Teacher and student from the same noise](samples.png)\n\n| | |\n|---|---|\n{rows}\n"
+        text = "\n## Samples\n\n![Teacher and student from the same noise](samples.png)\n\n| | |\n|---|---|\n"
+        for name, value in figures_of(out / "student.npz").items():
+            if isinstance(value, float | int | str):
+                text += f"| {name} | {value:.4g} |\n" if isinstance(value, float) else f"| {name} | {value} |\n"
         write_text(card, card.read_text() + text)
 
 
@@ -220,30 +194,23 @@ def run(args: argparse.Namespace) -> None:
     vae = outline_vae(args.vae)
     latents = latent_shape(source, vae)
     found = stages(args, out, latents[1])
-    named = {stage.name: stage for stage in found}
-    teacher = teacher_shape(args, named.get("train"), source, latents)
-    student = student_shape(teacher, named["student"].options)
-    counted = {stage.name: plan_of(stage, teacher, student, source.count, vae) for stage in found}
-    typed = {stage.name: as_typed(stage.command) for stage in found}
-    table, disk = cost_table(found, {name: plan for name, plan in counted.items() if plan}, context.device)
+    options = options_by_stage(found)
+    teacher = teacher_shape(args, options.get("train"), source, latents)
+    student = student_shape(teacher, options["student"])
+    rate, plans = UTILISATION * peak_flops("fp32", context.device)["mean"], {}
+    for name, piece in found.items():
+        if plan := plan_of(piece.text[0], options[name], teacher, student, source.count, vae):
+            plans[name] = plan.describe()
+            found[name] = replace(piece, seconds=piece.seconds + (plans[name]["flops"] or 0) / rate)
+    pieces = [*found.values()]
+    table, disk = cost_table(found, unmade(pieces, out), plans, context.device)
     require_disk("PICTURES and what is made of them", out, disk - (size_of(out) if out.exists() else 0))
     if args.dry_run:
-        cli.show_plan({"stages": typed, "disk_bytes": disk}, args)
+        cli.show_plan({"stages": {name: str(piece) for name, piece in found.items()}, "disk_bytes": disk}, args)
         return
-    note = out / "distill.json"
-    if note.exists():
-        before = read_json(note)
-        made = [stage.name for stage in found if stage.makes.exists()]
-        what = f"--out {out}: holds stages that were made otherwise; give another folder, or the options of before"
-        require_same(what, {name: before.get(name) for name in made}, {name: typed[name] for name in made})
     print(table, flush=True)
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(note, json.dumps(typed, indent=1) + "\n")
-    for number, stage in enumerate(found, 1):
-        print(f"[{number}/{len(found)}] {stage.name}" + (": made already" if stage.makes.exists() else ""), flush=True)
-        if not stage.makes.exists():
-            call([stage.command])
-    finish(out, read_json(out / "student.json"))
+    run_pieces(pieces, out)
+    finish(out)
     print(f"{out}: the pipeline is in {out / 'pipeline'}, the picture {out / 'samples.png'}")
 
 

@@ -15,21 +15,22 @@ from typing import Any
 
 from diffusion.teacher_ode import TeacherODE
 from lab.experiments import (
-    distance,
+    BATCH,
+    compared,
     draw_samples,
-    evaluate_command,
+    drawn,
+    drawn_by_teacher,
     figures_of,
+    judged,
     own_folder,
-    reference_command,
-    sample_command,
-    teacher_command,
+    reference,
     time_per_sample,
     write_table,
 )
 from lab.worlds import EMOJI
 from models import DiT
 from runtime import cli
-from runtime.commands import CORES, call
+from runtime.commands import CORES, Piece, run_pieces
 from stores import checkpoints
 
 TEACHER_STEPS = (25, 4)
@@ -43,53 +44,48 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--out", type=cli.folder, help="Folder of the results; without it, results/demo-emoji, ...")
     parser.add_argument("--num-samples", type=cli.positive, default=1000, help="Samples of each model.")
     parser.add_argument(
-        "--assets", type=Path, default=Path(EMOJI.teacher).parent, help="Folder of emoji_teacher.pt, emoji_ard.pt, ..."
+        "--assets", type=Path, default=EMOJI.teacher.parent, help="Folder of emoji_teacher.pt, emoji_ard.pt, ..."
     )
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
-    world = replace(EMOJI, teacher=str(args.assets / "emoji_teacher.pt"))
+    world = replace(EMOJI, teacher=args.assets / "emoji_teacher.pt")
     weights = {name: args.assets / f"emoji_{short}.pt" for name, short in STUDENTS.items()}
     for path in (world.teacher, *weights.values()):
         cli.existing_file("--assets", path)
-    folder = own_folder(args.out, world.folder("demo"), args.seed, "emoji.npz")
-    reference = folder / "emoji.npz"
-    call([reference_command(world, reference)])
+    folder = own_folder(args.out, world.folder("demo"), args.seed)
+    real, count, seed = reference(world, folder / "emoji.npz"), args.num_samples, args.seed
     teacher = checkpoints.load_teacher(world.teacher)[0]
-    drawn: list[tuple[str, int, Path, DiT | TeacherODE]] = []  # name, steps, samples, model
+    models: list[tuple[str, int, Piece, DiT | TeacherODE]] = []  # name, steps, samples, model
     for steps in TEACHER_STEPS:
-        samples = folder / f"teacher-{steps}.npz"
-        draw = teacher_command(world, samples, args.num_samples, args.seed)
-        call([[*draw, "--solver-steps", steps, "--per-proc-batch-size", 256]])
-        drawn.append(("teacher", steps, samples, TeacherODE(teacher, solver_steps=steps)))
+        solver = ["--solver-steps", steps, *BATCH]
+        samples = drawn_by_teacher(world, folder / f"teacher-{steps}.npz", count, seed, *solver)
+        models.append(("teacher", steps, samples, TeacherODE(teacher, solver_steps=steps)))
     for name, path in weights.items():
-        samples, student = folder / f"{STUDENTS[name]}.npz", checkpoints.load_student(path)[0]
-        call([sample_command(path, samples, args.num_samples, args.seed)])
-        drawn.append((name, student.steps, samples, student))
-    first = drawn[0][2]
-    call([evaluate_command(world, reference, first, "--floor")])
-    call([evaluate_command(world, reference, samples) for _, _, samples, _ in drawn[1:]])
+        student = checkpoints.load_student(path)[0]
+        models.append((name, student.steps, drawn(path, folder / f"{STUDENTS[name]}.npz", count, seed), student))
+    pieces = [samples for _, _, samples, _ in models]
+    figures = [judged(world, real, samples, *["--floor"] * (samples is pieces[0])) for samples in pieces]
+    run_pieces([real, *pieces, *figures], folder)
 
-    titles = [f"{name}, {steps} steps" for name, steps, _, _ in drawn]
-    speed = time_per_sample({title: model for title, (*_, model) in zip(titles, drawn, strict=True)})
-    best = figures_of(first)
+    titles = [f"{name}, {steps} steps" for name, steps, _, _ in models]
+    speed = time_per_sample({title: model for title, (*_, model) in zip(titles, models, strict=True)})
     rows: list[dict[str, Any]] = []
-    for title, (name, steps, samples, model) in zip(titles, drawn, strict=True):
-        found = figures_of(samples)
-        row: dict[str, Any] = {"model": name, "steps": steps}
-        row |= {"nfe": 2 * steps if isinstance(model, TeacherODE) else steps}
-        row |= {figure: found[figure] for figure in ("fid", "precision", "recall")}
-        row |= {"degradation": found["fid"] - best["fid"], "distance": distance(samples, first)}
+    first = pieces[0].makes
+    for title, (name, steps, samples, model) in zip(titles, models, strict=True):
+        nfe = 2 * steps if isinstance(model, TeacherODE) else steps
+        row = {"model": name, "steps": steps, "nfe": nfe} | compared(samples.makes, first, first)
         rows.append(row | {"ms_per_sample": speed[title]})
+    floor = figures_of(first)["floor"]
     notes = [
         f"FID of {args.num_samples} samples against all real emoji, in features of an emoji classifier (not ADM's). "
-        f"Floor, real emoji against a bootstrap of themselves: {best['floor']:.3g}. Distance: mean squared difference "
+        f"Floor, real emoji against a bootstrap of themselves: {floor:.3g}. Distance: mean squared difference "
         f"to the teacher's {TEACHER_STEPS[0]} steps from the same noise. Seed {args.seed}, fp32, CPU with {CORES} "
         "cores, timed at batch 64."
     ]
-    files = dict(zip(titles, (samples for _, _, samples, _ in drawn), strict=True))
+    files = {title: samples.makes for title, samples in zip(titles, pieces, strict=True)}
     draw_samples(folder / "samples.png", files, columns=16, border=235)
     print("\n" + write_table(folder, COLUMNS, rows, notes))
     print(f"{folder}/samples.png, table.md, table.json; {time.perf_counter() - started:.0f} s")

@@ -1,14 +1,11 @@
-"""What the demos and the studies share: our own commands as processes, and a student with its files."""
+"""What the demos and the studies share: a student with its files, the pieces of a small world, tables."""
 
 import json
 import statistics
-import subprocess
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,20 +17,28 @@ from models import DiT
 from models_ard import ARD, method_name
 from runtime import cli
 from runtime.checks import writable_folder
-from runtime.commands import CORES, as_typed, call, start
+from runtime.commands import NOTE, START, Piece, checkpoint
 from runtime.files import atomic_write, write_text
 from runtime.randomness import labels, noise
 
+# Seconds of digits on one of two busy cores of an AMD EPYC with AVX512, where the study took 114 minutes: a training
+# step of batch 64 of a point without history, what a layer with history adds for each pair of points; a step of R+D; a
+# sample's step, a teacher's trajectory.
+POINT, PAIR, GAN_STEP, SAMPLED_POINT, TRAJECTORY = 0.037, 0.0003, 0.22, 0.00012, 0.011
+BATCH = ("--per-proc-batch-size", 256)  # of samplers
 
-def own_folder(out: str | None, default: str, seed: int, holds: str) -> Path:
+
+def own_folder(out: str | None, default: str, seed: int) -> Path:
     """The folder of a demo's results, made: ``out``, or the default one of its seed.
 
-    ``UserError`` where there are other things than an earlier demo's, which ``holds`` a file or folder of that name.
+    ``UserError`` where there are other things than an earlier demo's.
     """
     folder = writable_folder("--out", out or (default if seed == 0 else f"{default}-seed{seed}"))
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / holds).exists():
+    known = (folder / NOTE).exists() or (folder / "table.json").exists()
+    if folder.is_dir() and any(folder.iterdir()) and not known:
         raise cli.UserError(f"--out {folder}: the folder holds other files, give a new one or that of an earlier demo")
-    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / NOTE).exists():
+        write_text(folder / NOTE, "{}\n")
     return folder
 
 
@@ -58,53 +63,6 @@ def write_table(folder: Path, columns: Sequence[str], rows: list[dict], notes: l
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A command, the file that it makes when it is whole, and the files that it needs."""
-
-    command: list
-    makes: Path
-    needs: tuple[Path, ...] = ()
-    seconds: float = 0  # estimate of its time alone on a core
-
-
-def run_pieces(pieces: list[Piece], jobs: int = CORES) -> list[str]:
-    """Run what has not been made yet, ``jobs`` at a time with one thread each, in order as far as needs allow.
-
-    A piece that fails costs only those that need it. Returns a sentence for each piece that was not made. Where this is
-    interrupted, what is running is told to end; made are whole files only, so the same call continues.
-    """
-    waiting = [piece for piece in pieces if not piece.makes.exists()]
-    count, failed = len(pieces) - len(waiting), []
-    running: list[tuple[Piece, subprocess.Popen, Any]] = []
-    try:
-        while waiting or running:
-            for piece in [p for p in waiting if all(need.exists() for need in p.needs)][: jobs - len(running)]:
-                waiting.remove(piece)
-                count += 1
-                print(f"[{count}/{len(pieces)}] $ {as_typed(piece.command)}", flush=True)
-                printed = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process is running
-                running.append((piece, start(piece.command, 1, printed, subprocess.STDOUT), printed))
-            if not running:
-                break
-            ended = [entry for entry in running if entry[1].poll() is not None]
-            running = [entry for entry in running if entry not in ended]
-            for piece, process, printed in ended:
-                printed.seek(0)
-                text = printed.read().strip().rpartition("\n")[2]
-                printed.close()
-                if process.returncode or not piece.makes.exists():
-                    failed.append(f"exit code {process.returncode}, {text!r}: {as_typed(piece.command)}")
-            if not ended:
-                time.sleep(0.05)
-    finally:
-        for _, process, _ in running:
-            process.terminate()
-        for _, process, _ in running:
-            process.wait()
-    return failed + [f"not begun, for want of what it needs: {as_typed(piece.command)}" for piece in waiting]
-
-
-@dataclass(frozen=True)
 class Student:
     """A student of a world's teacher, and where its files lie: its run, and beside it its samples and figures."""
 
@@ -126,11 +84,7 @@ class Student:
     @property
     def weights(self) -> Path:
         """Its last checkpoint."""
-        return self.weights_at(self.iterations)
-
-    def weights_at(self, step: int) -> Path:
-        """Its checkpoint after so many training steps."""
-        return self.run_dir / "checkpoints" / f"{step:07d}.pt"
+        return checkpoint(self.run_dir, self.iterations)
 
     @property
     def samples(self) -> Path:
@@ -142,6 +96,13 @@ class Student:
         """What the paper calls it."""
         return method_name(self.steps, self.mask, self.stack)
 
+    @property
+    def seconds(self) -> float:
+        """An estimate of its training's time: each point costs, and each pair of points in a layer with history."""
+        pairs = self.steps * (self.steps - 1) / 2 if self.mask == "M4" else self.steps - 1
+        step = POINT * self.steps + PAIR * self.stack * pairs if self.loss == "R" else GAN_STEP
+        return START + self.world.load * self.iterations * step
+
     def __str__(self) -> str:
         return f"{self.method} ({self.loss}), target {self.target}"
 
@@ -150,69 +111,45 @@ class Student:
         return replace(self, name=f"{self.name}-gan", iterations=iterations, loss="R+D")
 
 
-def reference_command(world: World, out: Path) -> list:
+def reference(world: World, out: Path) -> Piece:
     """The world's real images, as the evaluator reads them."""
-    return [*world.reference.split(), "--out", out]
+    return Piece([*world.reference.split(), "--out", out], out)
 
 
-def dump_command(world: World, store: Path, num_trajectories: int, seed: int, ranks: int) -> list:
-    """The teacher's trajectories, by so many processes."""
-    launcher = ["torchrun", f"--nproc_per_node={ranks}"] if ranks > 1 else ["python"]
-    dump = [*launcher, "sample_trajectory.py", "--teacher", world.teacher, "--out", store]
-    return [*dump, "--num-trajectories", num_trajectories, "--rows-per-shard", 500, "--seed", seed]
+def dumped(world: World, store: Path, count: int, seed: int, ranks: int = 1, teacher: Piece | None = None) -> Piece:
+    """Trajectories of the world's teacher or of another, by so many processes."""
+    words = [
+        "--teacher",
+        teacher or world.teacher,
+        "--num-trajectories",
+        count,
+        "--seed",
+        seed,
+        "--rows-per-shard",
+        500,
+    ]
+    seconds = START + world.load * count * TRAJECTORY
+    return Piece.of("sample_trajectory.py", store, *words, ranks=ranks, seconds=seconds)
 
 
-def export_command(store: Path, out: Path, num_samples: int) -> list:
-    """The teacher's samples: the last points of its trajectories, which come free."""
-    return ["python", "-m", "stores.trajectories", "export", store, "--out", out, "--num-samples", num_samples]
+def drawn_by_teacher(
+    world: World, out: Path, count: int, seed: int, *options: object, teacher: Piece | None = None
+) -> Piece:
+    """Samples of the world's teacher or of another, from the noise that the students start from."""
+    words = ["--teacher", teacher or world.teacher, "--num-samples", count, "--seed", seed, *options]
+    return Piece.of("sample.py", out, *words, seconds=START + world.load * count * TRAJECTORY)
 
 
-def teacher_command(world: World, out: Path, num_samples: int, seed: int) -> list:
-    """Samples of the teacher from the noise that the students start from."""
-    command = ["python", "sample.py", "--teacher", world.teacher, "--num-samples", num_samples]
-    return [*command, "--seed", seed, "--out", out]
+def drawn(weights: Piece | Path, out: Path, count: int, seed: int, *options: object, seconds: float = START) -> Piece:
+    """Samples of a student; ``options`` of ``sample_ARD.py``."""
+    words = ["--ckpt-path", weights, "--num-samples", count, "--seed", seed, *BATCH, *options]
+    return Piece.of("sample_ARD.py", out, *words, seconds=seconds)
 
 
-def make_reference_and_teacher(
-    world: World, folder: Path, seed: int, num_trajectories: int, num_samples: int
-) -> tuple[Path, Path, Path]:
-    """The files of real images, of the teacher's samples, and of some from the students' noise; its trajectories."""
-    store, reference = folder / "trajectories", folder / f"{world.name}.npz"
-    teacher, same_noise = folder / "teacher.npz", folder / "teacher-same-noise.npz"
-    call([dump_command(world, store, num_trajectories, seed, CORES)], threads=1)
-    export = export_command(store, teacher, min(num_samples, num_trajectories))  # FID falls with their number
-    sample = teacher_command(world, same_noise, min(200, num_samples), seed)
-    call([reference_command(world, reference), export, sample])
-    return reference, teacher, same_noise
-
-
-def train_command(student: Student, seed: int, *options: object) -> list:
-    """Regression on the trajectories in the student's folder."""
-    command = ["python", "train_ARD.py", "--data-path", student.folder / "trajectories", "--target", student.target]
-    command += ["--steps", student.steps, "--mask", student.mask, "--stack", student.stack]
-    command += ["--iterations", student.iterations, *student.world.optimiser.split(), *options]
-    return [*command, "--sample-every", 0, "--seed", seed, "--run-dir", student.run_dir]
-
-
-def fine_tune_command(start: Student, tuned: Student, seed: int) -> list:
-    """R+D from a regression-trained student."""
-    command = ["python", "train_ARD_gan.py", "--data-path", tuned.folder / "trajectories", "--ckpt-path", start.weights]
-    world = tuned.world
-    command += ["--real-data-path", world.data, "--iterations", tuned.iterations, *world.gan.split()]
-    command += ["--gan-warmup", min(world.gan_warmup, tuned.iterations)]
-    return [*command, "--sample-every", 0, "--seed", seed, "--run-dir", tuned.run_dir]
-
-
-def sample_command(weights: Path, out: Path, num_samples: int, seed: int, *options: object) -> list:
-    """Samples of a student."""
-    command = ["python", "sample_ARD.py", "--ckpt-path", weights, "--num-samples", num_samples, *options]
-    return [*command, "--per-proc-batch-size", 256, "--seed", seed, "--out", out]
-
-
-def evaluate_command(world: World, reference: Path, samples: Path, *options: str) -> list:
+def judged(world: World, real: Piece, samples: Piece, *options: str) -> Piece:
     """The comparison of samples with real images, which leaves its figures beside them."""
-    command = ["python", "-m", "evaluations.evaluator", reference, samples, "--features", world.features]
-    return [*command, "--json", samples.with_suffix(".json"), *options]
+    words = [real, samples, "--features", world.features, *options]
+    return Piece.of("evaluations.evaluator", samples.makes.with_suffix(".json"), *words)
 
 
 def figures_of(samples: Path) -> dict:
@@ -220,11 +157,54 @@ def figures_of(samples: Path) -> dict:
     return json.loads(samples.with_suffix(".json").read_text())
 
 
+def of_teacher(world: World, store: Piece, real: Piece, seed: int, num_samples: int, same: int) -> list[Piece]:
+    """As samples the last points of trajectories, which come free; their figures; ``same`` from the students' noise."""
+    folder, out = store.product.parent, store.product.with_name("teacher.npz")
+    samples = Piece(["stores.trajectories", "export", store, "--num-samples", num_samples, "--out", out], out)
+    same_noise = drawn_by_teacher(world, folder / "teacher-same-noise.npz", same, seed)
+    return [samples, judged(world, real, samples, "--floor"), same_noise]
+
+
+def trained(student: Student, store: Piece, seed: int, *options: object) -> Piece:
+    """Regression on trajectories."""
+    words = ["--data-path", store, "--target", student.target, "--steps", student.steps, "--mask", student.mask]
+    words += ["--stack", student.stack, *student.world.optimiser.split(), "--sample-every", 0, "--seed", seed, *options]
+    return Piece.of("train_ARD.py", student.run_dir, *words, iterations=student.iterations, seconds=student.seconds)
+
+
+def fine_tuned(tuned: Student, start: Piece, store: Piece, seed: int) -> Piece:
+    """R+D from a regression-trained student."""
+    world, warmup = tuned.world, min(tuned.world.gan_warmup, tuned.iterations)
+    words = ["--data-path", store, "--ckpt-path", start, "--real-data-path", world.data, *world.gan.split()]
+    words += ["--gan-warmup", warmup, "--sample-every", 0, "--seed", seed]
+    return Piece.of("train_ARD_gan.py", tuned.run_dir, *words, iterations=tuned.iterations, seconds=tuned.seconds)
+
+
+def measured(
+    student: Student, weights: Piece, real: Piece, count: int, seed: int, *options: object, out: Path | None = None
+) -> list[Piece]:
+    """Samples of a student, at ``out`` or beside its run, and their figures."""
+    given = TRAJECTORY if "--teacher-steps" in options else 0
+    seconds = START + student.world.load * count * (student.steps * SAMPLED_POINT + given)
+    samples = drawn(weights, out or student.samples, count, seed, *options, seconds=seconds)
+    return [samples, judged(student.world, real, samples)]
+
+
 def distance(samples: Path, teacher: Path) -> float:
     """Mean squared difference, pixels in [-1, 1], to what the teacher makes of the same noise."""
     with np.load(samples) as ours, np.load(teacher) as theirs:
         theirs = theirs["arr_0"].astype(np.float64)
         return float(np.mean(((ours["arr_0"][: len(theirs)] - theirs) / 127.5) ** 2))
+
+
+def compared(samples: Path, teacher: Path, same_noise: Path) -> dict[str, float]:
+    """A model's figures, and how far it is from its teacher: in FID, and from the same noise."""
+    found = figures_of(samples)
+    figures = {name: found[name] for name in ("fid", "precision", "recall")}
+    return figures | {
+        "degradation": found["fid"] - figures_of(teacher)["fid"],
+        "distance": distance(samples, same_noise),
+    }
 
 
 def draw_samples(path: Path, files: dict[str, Path], columns: int = 20, border: int = 96) -> None:

@@ -8,30 +8,25 @@ The teachers differ in --process alone. Both are sampled in few solver steps, an
 """
 
 import argparse
-import json
 import statistics
-from dataclasses import replace
 from pathlib import Path
 
 from lab.experiments import (
-    CORES,
-    Piece,
+    BATCH,
     Student,
-    dump_command,
-    evaluate_command,
+    drawn_by_teacher,
+    dumped,
     figures_of,
-    reference_command,
-    run_pieces,
-    sample_command,
-    teacher_command,
-    train_command,
+    judged,
+    measured,
+    reference,
+    trained,
     write_table,
 )
-from lab.worlds import DIGITS, World
+from lab.worlds import DIGITS
 from runtime import cli
 from runtime.cli import UserError, chosen
-from runtime.files import write_text
-from runtime.provenance import require_same
+from runtime.commands import CORES, Piece, run_pieces, unmade
 
 PROCESSES = ("ddpm", "sit")
 SOLVER_STEPS = (4, 8, 25)
@@ -40,67 +35,53 @@ SIZES = ("teacher_iterations", "iterations", "num_trajectories", "num_samples")
 COLUMNS = ("process", "model", "steps", "fid")
 
 
-def world_of(out: Path, process: str, teacher_iterations: int) -> World:
-    """Digits with the teacher of that process."""
-    return replace(DIGITS, teacher=str(out / process / f"teacher/checkpoints/{teacher_iterations:07d}.pt"))
-
-
 def teacher_samples(out: Path, process: str, solver_steps: int) -> Path:
     """The samples of a teacher in so many steps."""
     return out / process / f"teacher-{solver_steps}.npz"
 
 
-def students(out: Path, process: str, seed: int, teacher_iterations: int, iterations: int) -> list[Student]:
+def students(out: Path, process: str, seed: int, iterations: int) -> list[Student]:
     """All students of one teacher and seed."""
-    world, folder = world_of(out, process, teacher_iterations), out / process / f"seed{seed}"
-    return [Student(world, folder, name, iterations, mask=m, stack=n) for name, (m, n) in METHODS.items()]
+    folder = out / process / f"seed{seed}"
+    return [Student(DIGITS, folder, name, iterations, mask=mask, stack=n) for name, (mask, n) in METHODS.items()]
 
 
 def plan(
     out: Path, seeds: int, *, teacher_iterations: int, iterations: int, num_trajectories: int, num_samples: int
 ) -> list[Piece]:
     """All pieces, in an order in which each finds what it needs."""
-    reference = out / "digits.npz"
-    teachers, measured, trained = [], [], []
-    for process in PROCESSES:
-        world = world_of(out, process, teacher_iterations)
-        weights = Path(world.teacher)
-        train: list = ["python", "train.py", "--model", "DiT-Micro/2", "--data-path", "digits", "--no-hflip"]
-        train += ["--global-batch-size", 128, "--lr", "1e-3", "--ema-decay", 0.999, "--ema-warmup", "--sample-every", 0]
-        train += ["--process", process, "--iterations", teacher_iterations, "--run-dir", out / process / "teacher"]
-        teachers.append(Piece(train, weights))
+    real = reference(DIGITS, out / "digits.npz")
+    words = "--model DiT-Micro/2 --data-path digits --no-hflip --global-batch-size 128 --lr 1e-3 --ema-decay 0.999 "
+    words += "--ema-warmup --sample-every 0 --process"
+    teachers = {
+        process: Piece.of("train.py", out / process / "teacher", *words.split(), process, iterations=teacher_iterations)
+        for process in PROCESSES
+    }
+    pieces = [real, *teachers.values()]
+    for process, teacher in teachers.items():
         for n in SOLVER_STEPS:
-            samples = teacher_samples(out, process, n)
-            draw = [*teacher_command(world, samples, num_samples, 0), "--solver-steps", n, "--per-proc-batch-size", 256]
-            measured.append(Piece(draw, samples, (weights,)))
-            judge = evaluate_command(world, reference, samples)
-            measured.append(Piece(judge, samples.with_suffix(".json"), (samples, reference)))
+            file, solver = teacher_samples(out, process, n), ["--solver-steps", n, *BATCH]
+            samples = drawn_by_teacher(DIGITS, file, num_samples, 0, *solver, teacher=teacher)
+            pieces += [samples, judged(DIGITS, real, samples)]
     for seed in range(seeds):
-        for process in PROCESSES:
-            world = world_of(out, process, teacher_iterations)
-            weights = Path(world.teacher)
-            store = out / process / f"seed{seed}" / "trajectories"
-            made = store / "manifest.json"
-            trained.append(Piece(dump_command(world, store, num_trajectories, seed, 1), made, (weights,)))
-            for student in students(out, process, seed, teacher_iterations, iterations):
-                draw = sample_command(student.weights, student.samples, num_samples, seed)
-                judge = evaluate_command(world, reference, student.samples)
-                trained += [
-                    Piece(train_command(student, seed), student.weights, (made,)),
-                    Piece(draw, student.samples, (student.weights,)),
-                    Piece(judge, student.samples.with_suffix(".json"), (student.samples, reference)),
-                ]
-    return [Piece(reference_command(DIGITS, reference), reference), *teachers, *measured, *trained]
+        for process, teacher in teachers.items():
+            folder = out / process / f"seed{seed}"
+            store = dumped(DIGITS, folder / "trajectories", num_trajectories, seed, teacher=teacher)
+            pieces.append(store)
+            for student in students(out, process, seed, iterations):
+                weights = trained(student, store, seed)
+                pieces += [weights, *measured(student, weights, real, num_samples, seed)]
+    return pieces
 
 
-def rows_of(out: Path, seeds: int, teacher_iterations: int, iterations: int) -> list[dict]:
+def rows_of(out: Path, seeds: int, iterations: int) -> list[dict]:
     """The table: a row for each teacher and number of steps, and for each method its mean and deviation over seeds."""
     rows: list[dict] = []
     for process in PROCESSES:
         for n in SOLVER_STEPS:
             figure = figures_of(teacher_samples(out, process, n))["fid"]
             rows.append({"process": process, "model": "teacher", "steps": n, "fid": figure})
-        by_seed = [students(out, process, seed, teacher_iterations, iterations) for seed in range(seeds)]
+        by_seed = [students(out, process, seed, iterations) for seed in range(seeds)]
         for same in zip(*by_seed, strict=True):
             found = [figures_of(student.samples)["fid"] for student in same]
             spread = f" ± {statistics.stdev(found):.2f}" if seeds > 1 else ""
@@ -127,18 +108,12 @@ def run(args: argparse.Namespace) -> None:
     if args.num_samples < 64:
         raise UserError(f"--num-samples {args.num_samples}: FID needs 64 samples at least")
     sizes = chosen(args, SIZES)
-    note = args.out / "flow.json"
-    if note.exists():
-        require_same(f"--out {args.out}: holds results of other sizes", json.loads(note.read_text()), sizes)
     pieces = plan(args.out, args.seeds, **sizes)
+    left = unmade(pieces, args.out)
     if args.dry_run:
-        left = sum(not piece.makes.exists() for piece in pieces)
-        cli.show_plan(sizes | {"pieces": len(pieces), "left": left}, args)
+        cli.show_plan(sizes | {"pieces": len(pieces), "left": len(left)}, args)
         return
-    write_text(note, json.dumps(sizes) + "\n")
-    failed = run_pieces(pieces, args.jobs)
-    if failed:
-        raise cli.RunError(f"{len(failed)} pieces were not made; the same command tries them again; {failed[0]}")
+    run_pieces(pieces, args.out, args.jobs)
     about = (
         f"FID of {args.num_samples} samples against 1797 real digits, in features of a digit classifier. Teachers: "
         f"DiT-Micro/2, {args.teacher_iterations} steps of batch 128, seed 0; guidance 1.5. fp32, CPU."
@@ -148,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
             f" Students: {args.iterations} steps of batch 64 on {args.num_trajectories} trajectories of 25 steps, "
             f"target x0; mean ± standard deviation over {args.seeds} seeds."
         )
-    rows = rows_of(args.out, args.seeds, args.teacher_iterations, args.iterations)
+    rows = rows_of(args.out, args.seeds, args.iterations)
     print("\n" + write_table(args.out, COLUMNS, rows, [about]))
 
 

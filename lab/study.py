@@ -27,32 +27,29 @@ its own points is exposure bias.
 
 import argparse
 import json
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
 from diffusion.teacher_ode import TARGETS
 from lab.experiments import (
-    Piece,
     Student,
-    dump_command,
-    evaluate_command,
-    export_command,
-    fine_tune_command,
-    reference_command,
-    run_pieces,
-    sample_command,
-    teacher_command,
+    drawn,
+    dumped,
+    fine_tuned,
+    measured,
+    of_teacher,
+    reference,
     time_per_sample,
-    train_command,
+    trained,
 )
 from lab.report.page import write_report
 from lab.worlds import WORLDS, World
 from models import DiT
 from runtime import cli
 from runtime.cli import UserError, chosen
-from runtime.commands import CORES
+from runtime.commands import CORES, Piece, checkpoint, run_pieces, unmade
 from runtime.files import write_text
-from runtime.provenance import require_same
 from stores import checkpoints
 
 ALL = -1  # layers: "N = L"
@@ -66,11 +63,6 @@ CHECKPOINTS = 6  # points of a curve
 UNSEEN = 1000  # seed of the trajectories on which errors are measured, and their number
 PLAN = ("iterations", "gan_iterations", "num_samples", "curve_samples", "num_trajectories")
 
-# Seconds of digits on one of two busy cores of an AMD EPYC with AVX512, where all took 114 minutes. START is that of a
-# process; the others are a training step of batch 64 of a point without history, what a layer with history adds for
-# each pair of points; a step of R+D; a sample's step, a teacher's trajectory.
-START, POINT, PAIR, GAN_STEP, SAMPLED_POINT, TRAJECTORY = 6.0, 0.037, 0.0003, 0.22, 0.00012, 0.011
-
 
 def students(world: World, folder: Path, iterations: int) -> list[Student]:
     """All regression-trained students of one seed."""
@@ -82,36 +74,10 @@ def students(world: World, folder: Path, iterations: int) -> list[Student]:
     ]
 
 
-def training_seconds(student: Student) -> float:
-    """An estimate from the constants above: each point costs, and each pair of points in a layer with history."""
-    pairs = student.steps * (student.steps - 1) / 2 if student.mask == "M4" else student.steps - 1
-    step = POINT * student.steps + PAIR * student.stack * pairs
-    return START + student.world.load * student.iterations * (step if student.loss == "R" else GAN_STEP)
-
-
-def dumped(world: World, store: Path, count: int, seed: int) -> Piece:
-    """The teacher's trajectories."""
-    seconds = START + world.load * count * TRAJECTORY
-    return Piece(dump_command(world, store, count, seed, 1), store / "manifest.json", (), seconds)
-
-
-def judged(world: World, samples: Path, count: int, reference: Path, *options: str) -> Piece:
-    """The figures of samples; ``options`` of the evaluator."""
-    command = evaluate_command(world, reference, samples, *options)
-    return Piece(command, samples.with_suffix(".json"), (samples, reference), START + count / 5e3)
-
-
-def sampled(student: Student, weights: Path, out: Path, count: int, seed: int, *options: object) -> Piece:
-    """Samples of a student; ``options`` of sample_ARD.py."""
-    given = TRAJECTORY if "--teacher-steps" in options else 0
-    seconds = START + student.world.load * count * (student.steps * SAMPLED_POINT + given)
-    return Piece(sample_command(weights, out, count, seed, *options), out, (weights,), seconds)
-
-
-def pieces_of_seed(
+def plan(
     world: World,
     out: Path,
-    seed: int,
+    seeds: int,
     only: list[str],
     *,
     iterations: int,
@@ -120,59 +86,41 @@ def pieces_of_seed(
     curve_samples: int,
     num_trajectories: int,
 ) -> list[Piece]:
-    """Everything with one seed: trajectories, teacher, students, samples and figures of each."""
-    folder, reference = out / f"seed{seed}", out / f"{world.name}.npz"
-    store, teacher, same = (folder / name for name in ("trajectories", "teacher.npz", "teacher-same-noise.npz"))
-    dump = dumped(world, store, num_trajectories, seed)
-    pieces = [
-        dump,
-        Piece(export_command(store, teacher, num_samples), teacher, (dump.makes,), START),
-        judged(world, teacher, num_samples, reference, "--floor"),
-        Piece(teacher_command(world, same, 100, seed), same, (), START + world.load * 100 * TRAJECTORY),
-    ]
-
-    def measure(student: Student, weights: Path, samples: Path, count: int, *options: object) -> list[Piece]:
-        draw = sampled(student, weights, samples, count, seed, *options)
-        return [draw, judged(world, samples, count, reference)]
-
+    """All pieces, in an order in which each finds what it needs: of a seed first trajectories and the teacher, then
+    students, then samples and figures of each.
+    """
+    real = reference(world, out / f"{world.name}.npz")
+    pieces = [real, dumped(world, out / "unseen", min(UNSEEN, num_trajectories), UNSEEN)]
     every = max(1, iterations // CHECKPOINTS)
-    trained, tuned, measured = [], [], []
-    for student in students(world, folder, iterations):
-        if only and not any(fnmatch(student.name, pattern) for pattern in only):
-            continue
-        shape, x0 = (student.steps, student.mask, student.stack), student.target == "x0"
-        curve = shape in CURVES or (shape in CURVES_X0 and x0)
-        command = train_command(student, seed, *(["--ckpt-every", every] if curve else []))
-        trained.append(Piece(command, student.weights, (dump.makes,), training_seconds(student)))
-        measured += measure(student, student.weights, student.samples, num_samples)
-        if curve:
-            for step in sorted({*range(every, iterations + 1, every), iterations}):
+    for seed in range(seeds):
+        folder, first, tuned, figures = out / f"seed{seed}", list[Piece](), list[Piece](), list[Piece]()
+        store = dumped(world, folder / "trajectories", num_trajectories, seed)
+        pieces += [store, *of_teacher(world, store, real, seed, num_samples, same=100)]
+        for student in students(world, folder, iterations):
+            if only and not any(fnmatch(student.name, pattern) for pattern in only):
+                continue
+            shape, x0 = (student.steps, student.mask, student.stack), student.target == "x0"
+            curve = shape in CURVES or (shape in CURVES_X0 and x0)
+            weights = trained(student, store, seed, *(["--ckpt-every", every] if curve else []))
+            first.append(weights)
+            figures += measured(student, weights, real, num_samples, seed)
+            for step in sorted({*range(every, iterations + 1, every), iterations}) if curve else []:
+                early = replace(weights, makes=checkpoint(student.run_dir, step))  # made on the way
                 samples = folder / "curves" / f"{student.name}-{step:07d}.npz"
-                measured += measure(student, student.weights_at(step), samples, curve_samples)
-        if shape in CURVES:
-            for k in range(1, student.steps):
+                figures += measured(student, early, real, curve_samples, seed, out=samples)
+            for k in range(1, student.steps) if shape in CURVES else []:
                 samples = folder / "teacher-steps" / f"{student.name}-{k}.npz"
-                measured += measure(student, student.weights, samples, curve_samples, "--teacher-steps", k)
-        if shape in GAN and x0:
-            best = student.tuned(gan_iterations)
-            fine_tuning = fine_tune_command(student, best, seed)
-            tuned.append(Piece(fine_tuning, best.weights, (student.weights,), training_seconds(best)))
-            measured += measure(best, best.weights, best.samples, num_samples)
-            if seed == 0 and best.stack:  # Fig. 10: on digits, 0 .. 7 become eights
-                sources = ["--source-images", reference, "--source-step", 1, "--class-labels", world.label]
-                samples = folder / "manipulation" / f"to-class-{world.label}.npz"
-                measured.append(sampled(best, best.weights, samples, 8, seed, *sources))
-    return pieces + trained + tuned + measured
-
-
-def plan(world: World, out: Path, seeds: int, only: list[str], **sizes: int) -> list[Piece]:
-    """All pieces, in an order in which each finds what it needs."""
-    reference = out / f"{world.name}.npz"
-    pieces = [
-        Piece(reference_command(world, reference), reference, (), START),
-        dumped(world, out / "unseen", min(UNSEEN, sizes["num_trajectories"]), UNSEEN),
-    ]
-    return pieces + [piece for seed in range(seeds) for piece in pieces_of_seed(world, out, seed, only, **sizes)]
+                figures += measured(student, weights, real, curve_samples, seed, "--teacher-steps", k, out=samples)
+            if shape in GAN and x0:
+                best = student.tuned(gan_iterations)
+                tuned.append(fine_tuned(best, weights, store, seed))
+                figures += measured(best, tuned[-1], real, num_samples, seed)
+                if seed == 0 and best.stack:  # Fig. 10: on digits, 0 .. 7 become eights
+                    sources = ["--source-images", real, "--source-step", 1, "--class-labels", world.label]
+                    samples = folder / "manipulation" / f"to-class-{world.label}.npz"
+                    figures.append(drawn(tuned[-1], samples, 8, seed, *sources))
+        pieces += first + tuned + figures
+    return pieces
 
 
 def measure_speed(world: World, path: Path, found: list[Student]) -> None:
@@ -218,25 +166,25 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--curve-samples {args.curve_samples}: FID needs 64 samples at least")
     if args.num_samples > args.num_trajectories:
         raise UserError(f"--num-samples {args.num_samples}: the teacher's are its --num-trajectories, as many at least")
-    note, about = out / "study.json", {"world": world.name} | sizes
-    if note.exists():
-        require_same(f"--out {out}: holds a study of other sizes", json.loads(note.read_text()), about)
     pieces = plan(world, out, args.seeds, args.only, **sizes)
-    left = [piece for piece in pieces if not piece.makes.exists()]
+    left = unmade(pieces, out)
     minutes = round(sum(piece.seconds for piece in left) / args.jobs / 60)
     found = students(world, out / "seed0", sizes["iterations"])
     if args.dry_run:
         counted = {"pieces": len(pieces), "left": len(left), "minutes_estimated": minutes}
         cli.show_plan(counted | {"students": [student.name for student in found]}, args)
         return
-    write_text(note, json.dumps(about) + "\n")
     print(f"{len(left)} of {len(pieces)} pieces to make, about {minutes} minutes with {args.jobs} cores for themselves")
-    failed = run_pieces(pieces, args.jobs)
+    failure = None
+    try:
+        run_pieces(pieces, out, args.jobs)
+    except cli.RunError as error:  # what is made is worth a report
+        failure = error
     measure_speed(world, out / "seed0/table.json", found + [s.tuned(sizes["gan_iterations"]) for s in found])
     pictures = write_report(out, out / "report")
     print(f"{out}/report/report.html: {', '.join(pictures)}")
-    if failed:
-        raise cli.RunError(f"{len(failed)} pieces were not made; the same command tries them again; {failed[0]}")
+    if failure:
+        raise failure
 
 
 if __name__ == "__main__":

@@ -17,20 +17,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from lab.experiments import (
-    distance,
-    evaluate_command,
-    figures_of,
-    own_folder,
-    reference_command,
-    sample_command,
-    write_table,
-)
+from lab.experiments import BATCH, distance, drawn, figures_of, judged, own_folder, reference, write_table
 from lab.scenes import accuracy, write_captions, write_crops
 from lab.worlds import DIGITS
 from runtime import cli
 from runtime.cli import UserError
-from runtime.commands import CORES, call
+from runtime.commands import CORES, Piece, run_pieces
 from runtime.files import atomic_write
 from stores.digits import SCENES, SEEN_SCENES, scene_caption
 
@@ -59,33 +51,34 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def encode(folder: Path, counts: dict[str, int]) -> list[Path]:
-    """A store, by its name, of the captions of the first so many scenes."""
-    for name, count in counts.items():
-        write_captions(folder / f"{name}.txt", count)
-    words: list = ["python", "encode_captions.py", "--encoder", "words", *CPU]
-    call([[*words, "--text", folder / f"{name}.txt", "--out", folder / name] for name in counts])
-    return [folder / name for name in counts]
+def encoded(store: Path, count: int) -> Piece:
+    """A store of the captions of the first so many scenes, which are written beside it."""
+    text = store.with_suffix(".txt")
+    write_captions(text, count)
+    return Piece.of("encode_captions.py", store, "--encoder", "words", "--text", text, *CPU)
 
 
-def train_teacher(folder: Path, seen: Path) -> None:
+def teacher_pieces(folder: Path, seen: Piece) -> list[Piece]:
     """The commands that made the shipped teacher."""
-    run: list = ["python", "train.py", "--model", "PixArt-Micro/4", "--data-path", "digit-scenes", "--captions", seen]
-    run += ["--no-hflip", "--global-batch-size", 64, "--lr", "1e-3", "--ema-decay", 0.999, "--iterations", 10_000]
-    call([[*run, "--sample-every", 0, *CPU, "--run-dir", folder / "teacher"]], threads=1)
-    call([["python", "-m", "stores.checkpoints", "slim", folder / "teacher/checkpoints/0010000.pt", TEACHER]])
+    words = ["--model", "PixArt-Micro/4", "--data-path", "digit-scenes", "--captions", seen, "--no-hflip", *CPU]
+    words += ["--global-batch-size", 64, "--lr", "1e-3", "--ema-decay", 0.999, "--sample-every", 0]
+    weights = Piece.of("train.py", folder / "teacher", *words, iterations=10_000)
+    return [weights, Piece(["stores.checkpoints", "slim", weights, TEACHER], TEACHER)]
 
 
-def measure(files: dict[str, Path], reference: Path) -> dict[str, dict[str, float]]:
+def measure(folder: Path, real: Piece, drawn: dict[str, Piece]) -> dict[str, dict[str, float]]:
     """The figures of each model's samples; the first of the models is the one that the others stand for."""
-    parts = {name: path.with_name("digits") / path.name for name, path in files.items()}
-    for name, path in files.items():
-        write_crops(path, parts[name])
-    call([evaluate_command(DIGITS, reference, path) for path in parts.values()])
-    teacher = next(iter(files.values()))
+    figures = {}
+    for name, samples in drawn.items():
+        digits = folder / "digits" / samples.makes.name
+        write_crops(samples.makes, digits)
+        figures[name] = judged(DIGITS, real, Piece([], digits))
+    run_pieces([*figures.values()], folder, jobs=CORES)
+    first = next(iter(drawn.values())).makes
     return {
-        name: {"fid": figures_of(parts[name])["fid"], "distance": distance(path, teacher)} | accuracy(path)
-        for name, path in files.items()
+        name: {"fid": figures_of(figures[name].makes)["fid"], "distance": distance(samples.makes, first)}
+        | accuracy(samples.makes)
+        for name, samples in drawn.items()
     }
 
 
@@ -120,36 +113,35 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--train-teacher: {TEACHER} is there; remove it to make it anew")
     if args.num_samples < len(SCENES):
         raise UserError(f"--num-samples {args.num_samples}: give {len(SCENES)} at least, one for each caption")
-    folder = own_folder(args.out, "results/demo-t2i", args.seed, "seen.txt")
-    seen, everything = encode(folder, {"seen": SEEN_SCENES, "all": len(SCENES)})
+    folder = own_folder(args.out, "results/demo-t2i", args.seed)
+    seen, everything = encoded(folder / "seen", SEEN_SCENES), encoded(folder / "all", len(SCENES))
     if args.train_teacher:
-        train_teacher(folder, seen)
+        run_pieces([seen, everything, *teacher_pieces(folder, seen)], folder, jobs=CORES)
         return
-    store, reference, seed = folder / "trajectories", folder / "digits.npz", ["--seed", args.seed]
-    dump: list = ["torchrun", f"--nproc_per_node={CORES}", "sample_trajectory.py", "--teacher", args.teacher]
-    dump += ["--captions", seen, "--out", store, "--num-trajectories", args.num_trajectories, "--steps", 3]
-    dump += ["--solver-steps", 48, "--cfg-scale", 1.5, "--store", "xt", "--rows-per-shard", 500, *seed, *CPU]
-    call([dump], threads=1)
-    train: list = ["python", "train_ARD.py", "--data-path", store, "--captions", seen, "--steps", 3, "--target", "xt"]
-    train += ["--iterations", args.iterations, "--lr", "2e-3", "--ema-decay", 0.99, "--sample-every", 0, *seed, *CPU]
-    runs = {name: folder / name.split()[0].lower() for name in METHODS}
-    call([[*train, *options, "--run-dir", runs[name]] for name, options in METHODS.items()])
-
-    files = {f"teacher-{steps}": folder / f"teacher-{steps}.npz" for steps in (48, 3)}
-    files |= {name: path.with_suffix(".npz") for name, path in runs.items()}
-    draw = ["--captions", everything, *CPU]
-    sample: list = ["python", "sample.py", "--teacher", args.teacher, "--num-samples", args.num_samples, *seed, *draw]
-    sample += ["--cfg-scale", 1.5, "--per-proc-batch-size", 256]
-    call([[*sample, "--solver-steps", steps, "--out", files[f"teacher-{steps}"]] for steps in (48, 3)])
-    weights = {name: path / f"checkpoints/{args.iterations:07d}.pt" for name, path in runs.items()}
-    call([sample_command(weights[name], files[name], args.num_samples, args.seed, *draw) for name in runs])
-    call([reference_command(DIGITS, reference)])
-    figures = measure(files, reference)
+    seed, real = ["--seed", args.seed, *CPU], reference(DIGITS, folder / "digits.npz")
+    words = ["--teacher", args.teacher, "--captions", seen, "--num-trajectories", args.num_trajectories, "--steps", 3]
+    words += ["--solver-steps", 48, "--cfg-scale", 1.5, "--store", "xt", "--rows-per-shard", 500, *seed]
+    store = Piece.of("sample_trajectory.py", folder / "trajectories", *words, ranks=CORES)
+    words = ["--data-path", store, "--captions", seen, "--steps", 3, "--target", "xt", "--lr", "2e-3", *seed]
+    words += ["--ema-decay", 0.99, "--sample-every", 0]
+    short = {name: name.split()[0].lower() for name in METHODS}
+    weights = {
+        name: Piece.of("train_ARD.py", folder / short[name], *words, *options, iterations=args.iterations)
+        for name, options in METHODS.items()
+    }
+    words = ["--teacher", args.teacher, "--num-samples", args.num_samples, "--captions", everything, *BATCH, *seed]
+    words += ["--cfg-scale", 1.5, "--solver-steps"]
+    models = {f"teacher-{n}": Piece.of("sample.py", folder / f"teacher-{n}.npz", *words, n) for n in (48, 3)}
+    for name in METHODS:
+        out, options = folder / f"{short[name]}.npz", ["--captions", everything, *CPU]
+        models[name] = drawn(weights[name], out, args.num_samples, args.seed, *options)
+    run_pieces([seen, everything, real, store, *weights.values(), *models.values()], folder, jobs=2)
+    figures = measure(folder, real, models)
 
     rows: list[dict[str, Any]] = [
         {"model": "teacher", "steps": n, "nfe": 2 * n} | figures[f"teacher-{n}"] for n in (48, 3)
     ]
-    rows += [{"model": name, "steps": 3, "nfe": 3} | figures[name] for name in runs]
+    rows += [{"model": name, "steps": 3, "nfe": 3} | figures[name] for name in METHODS]
     notes = [
         f"FID of the {2 * args.num_samples} digits in {args.num_samples} samples against 1797 real ones, in features "
         "of a digit classifier (not ADM's). Captions: share of samples that show both digits in their places. "
@@ -159,8 +151,9 @@ def run(args: argparse.Namespace) -> None:
         "never trained on, by no model.",
         f"The FID of the teacher in 3 steps is {rows[1]['fid'] / rows[3]['fid']:.2f} times that of ARD.",
     ]
-    pictures = {"teacher, 48 steps with guidance": files["teacher-48"], "teacher, 3 steps": files["teacher-3"]}
-    draw_picture(folder / "samples.png", pictures | {f"{name}, 3 steps": files[name] for name in runs})
+    titles = ["teacher, 48 steps with guidance", "teacher, 3 steps", *(f"{name}, 3 steps" for name in METHODS)]
+    files = (samples.makes for samples in models.values())
+    draw_picture(folder / "samples.png", dict(zip(titles, files, strict=True)))
     print("\n" + write_table(folder, COLUMNS, rows, notes, **TITLES))
     print(f"{folder}/samples.png, table.md, table.json; {time.perf_counter() - started:.0f} s")
 

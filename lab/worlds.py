@@ -1,6 +1,7 @@
 """The small worlds of the experiments: real data, a teacher of it, who judges samples, and how students are trained."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -9,7 +10,7 @@ class World:
 
     name: str  # --world
     data: str  # --real-data-path
-    teacher: str  # checkpoint, from the root
+    teacher: Path  # checkpoint, from the root
     features: str  # --features of the evaluator
     reference: str  # the command that writes the real images, but for its --out
     layers: int  # of the teacher: "N = L"
@@ -29,9 +30,9 @@ class World:
 DIGITS = World(
     name="digits",
     data="digits",
-    teacher="assets/digits_teacher.pt",
+    teacher=Path("assets/digits_teacher.pt"),
     features="digits",
-    reference="python -m evaluations.digits reference",
+    reference="evaluations.digits reference",
     layers=6,
     optimiser="--lr 2e-3 --ema-decay 0.99",
     gan="--gan-weight 0.5 --d-time 100 --d-lr 2e-3 --lr 1e-3 --clip 0.06 --d-clip 0.06 --ema-decay 0.99",
@@ -43,9 +44,9 @@ DIGITS = World(
 EMOJI = World(
     name="emoji",
     data="emoji",
-    teacher="assets/emoji_teacher.pt",
+    teacher=Path("assets/emoji_teacher.pt"),
     features="emoji",
-    reference="python -m evaluations.emoji reference",
+    reference="evaluations.emoji reference",
     layers=6,
     optimiser="--lr 5e-4 --ema-decay 0.99 --precision bf16",
     gan="--gan-weight 0.5 --d-time 100 --d-lr 2e-3 --lr 5e-4 --clip 0.06 --d-clip 0.06 --ema-decay 0.99 "

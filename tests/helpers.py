@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from functools import partial
@@ -109,6 +110,14 @@ def refused(capsys, script: str, *argv) -> str:
     assert stop.value.code == 2 and out == "", out + error
     assert error.count("\n") == 1 and "error: " in error, error
     return error
+
+
+def waits_until(condition, seconds: float = 120) -> bool:
+    """Whether a condition comes true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
 
 
 def gan_options(store: Path, student_file: Path, **changes) -> list:

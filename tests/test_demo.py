@@ -3,11 +3,10 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
-from helpers import refused, spawn, start, state_of
+from helpers import refused, spawn, start, state_of, waits_until
 
 
 def test_a_folder_of_other_files_is_left_alone(tmp_path, capsys):
@@ -29,14 +28,6 @@ def naming(text: str) -> list[int]:
         if text.encode() in words:
             found.append(int(entry.name))
     return found
-
-
-def waits_until(condition, seconds: float = 120) -> bool:
-    """Whether a condition comes true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return condition()
 
 
 @pytest.mark.slow

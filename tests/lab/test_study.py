@@ -29,12 +29,10 @@ def test_every_piece_finds_what_it_needs_among_those_before_it_and_no_file_is_ma
 def test_our_scripts_take_every_command(tmp_path):
     parsers = {}
     for piece in plan(DIGITS, tmp_path, 1, [], **SIZES):
-        words = [str(word) for word in piece.command][1:]
-        words = words[1:] if words[0] == "-m" else words
-        name = words[0].removesuffix(".py")
+        name = piece.text[0].removesuffix(".py")
         if name not in parsers:
             parsers[name] = importlib.import_module(name).build_parser()
-        args = parsers[name].parse_args(words[1:])
+        args = parsers[name].parse_args(piece.text[1:])
         if name == "train_ARD":  # what a piece waits for is what its command makes
             assert piece.makes == Path(args.run_dir) / "checkpoints" / f"{args.iterations:07d}.pt"
         elif hasattr(args, "out") and name != "sample_trajectory":
@@ -60,9 +58,12 @@ def test_the_plan_can_be_seen_and_other_sizes_are_refused(tmp_path, capsys):
     call("lab.study", "--out", tmp_path / "study", *OPTIONS, "--dry-run")
     shown = json.loads(capsys.readouterr().out)
     assert shown["pieces"] == shown["left"] > 400 and shown["minutes_estimated"] > 10 and not list(tmp_path.iterdir())
-    (tmp_path / "study.json").write_text(json.dumps({"world": "digits"} | SIZES | {"iterations": 13}))
+    made, given = plan(DIGITS, tmp_path, 1, [], **SIZES | {"num_trajectories": 90})[2].noted(tmp_path)
+    (tmp_path / "seed0/trajectories").mkdir(parents=True)
+    (tmp_path / "seed0/trajectories/manifest.json").touch()
+    (tmp_path / "commands.json").write_text(json.dumps({made: given}))
     error = refused(capsys, "lab.study", "--out", tmp_path, *OPTIONS)
-    assert "holds a study of other sizes: iterations is 13 there and 12 here" in error
+    assert "was made otherwise, --num-trajectories 90 there and --num-trajectories 80 here" in error
     error = refused(capsys, "lab.study", "--out", tmp_path / "x", "--curve-samples", 10)
     assert "--curve-samples 10" in error
 
