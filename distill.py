@@ -75,7 +75,7 @@ def build_parser() -> cli.Parser:
 
 def stages(args: argparse.Namespace, out: Path, side: int) -> dict[str, Piece]:
     """The commands by name and in order. ``side``: that of latents or of pixels."""
-    gpus = torch.cuda.device_count() if args.device in ("auto", "cuda") else 0
+    gpus = max(1, torch.cuda.device_count()) if args.device in ("auto", "cuda") else 1
     size, flat = ["--image-size", args.image_size], ["--unconditional"] * args.unconditional
     device, seed = ["--device", args.device], ["--seed", args.seed, "--device", args.device]
     pictures = Path(args.pictures)
