@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> None:
     real = reference(DIGITS, folder / f"{DIGITS.name}.npz")
     store = dumped(DIGITS, folder / "trajectories", args.num_trajectories, args.seed, ranks=CORES)
     count = min(args.num_samples, args.num_trajectories)  # FID falls with their number
-    pieces = [real, store, *of_teacher(DIGITS, store, real, args.seed, count, min(200, args.num_samples))]
+    same = min(200, args.num_samples)
+    pieces = [real, store, *of_teacher(DIGITS, store, real, args.seed, count, same, threads=CORES)]
     students: dict[Student, Piece] = {}
     for target in args.targets:
         known = {"iterations": args.iterations, "target": target}

@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> None:
         student = checkpoints.load_student(path)[0]
         models.append((name, student.steps, drawn(path, folder / f"{STUDENTS[name]}.npz", count, seed), student))
     pieces = [samples for _, _, samples, _ in models]
-    figures = [judged(world, real, samples, *["--floor"] * (samples is pieces[0])) for samples in pieces]
+    figures = [judged(world, real, pieces[0], "--floor")]
+    figures += [judged(world, real, samples, threads=max(1, CORES // 4)) for samples in pieces[1:]]
     run_pieces([real, *pieces, *figures], folder)
 
     titles = [f"{name}, {steps} steps" for name, steps, _, _ in models]

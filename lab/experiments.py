@@ -146,10 +146,10 @@ def drawn(weights: Piece | Path, out: Path, count: int, seed: int, *options: obj
     return Piece.of("sample_ARD.py", out, *words, seconds=seconds)
 
 
-def judged(world: World, real: Piece, samples: Piece, *options: str) -> Piece:
+def judged(world: World, real: Piece, samples: Piece, *options: str, threads: int = 0) -> Piece:
     """The comparison of samples with real images, which leaves its figures beside them."""
     words = [real, samples, "--features", world.features, *options]
-    return Piece.of("evaluations.evaluator", samples.makes.with_suffix(".json"), *words)
+    return replace(Piece.of("evaluations.evaluator", samples.makes.with_suffix(".json"), *words), threads=threads)
 
 
 def figures_of(samples: Path) -> dict:
@@ -157,12 +157,14 @@ def figures_of(samples: Path) -> dict:
     return json.loads(samples.with_suffix(".json").read_text())
 
 
-def of_teacher(world: World, store: Piece, real: Piece, seed: int, num_samples: int, same: int) -> list[Piece]:
+def of_teacher(
+    world: World, store: Piece, real: Piece, seed: int, num_samples: int, same: int, threads: int = 0
+) -> list[Piece]:
     """As samples the last points of trajectories, which come free; their figures; ``same`` from the students' noise."""
     folder, out = store.product.parent, store.product.with_name("teacher.npz")
     samples = Piece(["stores.trajectories", "export", store, "--num-samples", num_samples, "--out", out], out)
     same_noise = drawn_by_teacher(world, folder / "teacher-same-noise.npz", same, seed)
-    return [samples, judged(world, real, samples, "--floor"), same_noise]
+    return [samples, judged(world, real, samples, "--floor", threads=threads), same_noise]
 
 
 def trained(student: Student, store: Piece, seed: int, *options: object) -> Piece:

@@ -37,6 +37,7 @@ class Piece:
     makes: Path
     ranks: int = 1
     seconds: float = START  # an estimate of its time
+    threads: int = 0  # of a rank; without it, its share of the cores
 
     @classmethod
     def of(
@@ -97,7 +98,7 @@ class Process:
 
     def __init__(self, piece: Piece, cores: int):
         self.piece, self.started, self._printed = piece, time.monotonic(), tempfile.TemporaryFile()  # noqa: SIM115
-        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // piece.ranks))}
+        environment = os.environ | {"OMP_NUM_THREADS": str(piece.threads or max(1, cores // piece.ranks))}
         # glibc gives every large block back to the system at once; keeping them saves a tenth to a fifth of the time.
         environment |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31)}
         words = piece.started_by([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone"])
