@@ -9,7 +9,7 @@ from typing import Any
 from costs.commands import add_presets, check_plan, plan_command
 from diffusion.teacher_ode import OdeOptions, TeacherODE
 from runtime import cli, distributed
-from runtime.options import add_options, read_options
+from runtime.cli import add_options, read_options
 from runtime.vae import outline_vae
 from sampler import DrawingOptions, SampleOptions, add_sampling_options, check_sampling, open_sampler
 from stores import checkpoints

@@ -24,9 +24,8 @@ from costs.commands import add_presets, check_plan, plan_command
 from diffusion.teacher_ode import pick_points
 from models_ard import ARD
 from runtime import cli, distributed
-from runtime.cli import UserError
+from runtime.cli import UserError, add_options, read_options
 from runtime.files import file_sha256
-from runtime.options import add_options, read_options
 from runtime.vae import VAE, Pixels, outline_vae
 from sampler import (
     DrawingOptions,

@@ -14,8 +14,7 @@ from costs.commands import add_presets, check_plan, plan_command
 from diffusion.teacher_ode import GRIDS, TARGETS, OdeOptions, TeacherODE, grid_steps, pick_points
 from runtime import cli, distributed
 from runtime.checks import writable_folder
-from runtime.cli import UserError, chosen
-from runtime.options import add_options, read_options
+from runtime.cli import UserError, add_options, chosen, read_options
 from runtime.precision import (
     DTYPES,
     STORED,

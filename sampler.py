@@ -15,9 +15,21 @@ from diffusion.teacher_ode import OdeOptions, TeacherODE
 from models import DiT
 from models_ard import ARD
 from runtime.checks import writable_folder
-from runtime.cli import Parser, UserError, add_dry_run_option, file, folder, name, not_negative, positive, shortened
+from runtime.cli import (
+    Parser,
+    UserError,
+    add_dry_run_option,
+    add_options,
+    file,
+    folder,
+    name,
+    not_negative,
+    option,
+    positive,
+    read_options,
+    shortened,
+)
 from runtime.distributed import DistributedContext, add_device_option
-from runtime.options import add_options, option, read_options
 from runtime.precision import COMPILE_HELP, COMPUTED, CUDAGraph, autocast, cast_weights, compile_each, inference_copy
 from runtime.provenance import require_same
 from runtime.randomness import LABEL_POLICIES, Classes, Conditions, labels, noise

@@ -20,9 +20,8 @@ from evaluations.quality import PeriodicEvaluator, QualityOptions, add_quality_o
 from models import DiT
 from models_pixart import MODELS, SIZE_OPTIONS, PixArt_models, sized_shape, teacher_type
 from runtime import cli, distributed
-from runtime.cli import UserError, chosen
+from runtime.cli import UserError, chosen, read_options
 from runtime.distributed import DistributedContext
-from runtime.options import read_options
 from runtime.precision import autocast, prepare_blocks
 from runtime.randomness import Classes, Conditions, Shuffle, generator, noise
 from sampler import teacher_previews

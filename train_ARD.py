@@ -18,8 +18,7 @@ from models import DiT
 from models_ard import ARD, MASKS
 from models_pixart import MODELS
 from runtime import cli, distributed
-from runtime.cli import UserError, chosen
-from runtime.options import add_options, option, read_options
+from runtime.cli import UserError, add_options, chosen, option, read_options
 from runtime.precision import autocast, cast_weights, prepare_blocks
 from runtime.provenance import require_same
 from runtime.randomness import Conditions

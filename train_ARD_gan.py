@@ -22,9 +22,8 @@ from evaluations.quality import PeriodicEvaluator, QualityOptions, add_quality_o
 from models import DiT
 from models_ard import ARD
 from runtime import cli, distributed
-from runtime.cli import UserError
+from runtime.cli import UserError, add_options, option, read_options
 from runtime.distributed import DistributedContext
-from runtime.options import add_options, option, read_options
 from runtime.precision import autocast, cast_weights, compile_each, prepare_blocks
 from runtime.provenance import require_same
 from runtime.randomness import Shuffle, generator, noise

@@ -24,9 +24,18 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from runtime import cli
-from runtime.cli import RunError, UserError, fraction, not_negative, not_negative_number, positive, positive_number
+from runtime.cli import (
+    RunError,
+    UserError,
+    add_options,
+    fraction,
+    not_negative,
+    not_negative_number,
+    option,
+    positive,
+    positive_number,
+)
 from runtime.distributed import DistributedContext, add_device_option, read_with_workers, wrapped
-from runtime.options import add_options, option
 from runtime.precision import COMPILE_HELP, TRAINED
 from runtime.stop_signals import ended_by, exit_code, notice_signals
 from stores import checkpoints

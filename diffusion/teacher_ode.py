@@ -12,9 +12,8 @@ from torch.utils.data import Dataset
 
 from diffusion import process_of
 from models import DiT
-from runtime.cli import UserError, noise_level, not_negative_number, positive
+from runtime.cli import UserError, noise_level, not_negative_number, option, positive
 from runtime.distributed import DistributedContext
-from runtime.options import option
 from runtime.randomness import Classes, Conditions, labels, noise
 
 TARGETS = ("x0", "xt")

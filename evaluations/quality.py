@@ -9,9 +9,8 @@ from pathlib import Path
 
 from evaluations.evaluator import evaluate
 from evaluations.features import FRECHET, NAMES, extractor
-from runtime.cli import Parser, UserError, file, not_negative, positive
+from runtime.cli import Parser, UserError, add_options, file, not_negative, option, positive
 from runtime.distributed import DistributedContext
-from runtime.options import add_options, option
 from sampler import Sampler
 from stores.image_arrays import Images
 from stores.samples import SampleWriter

@@ -1,7 +1,17 @@
 """The shared parts of all command lines: one-sentence errors, presets, --dry-run.
 
 Nothing in here knows about diffusion; a script is ``cli.main(build_parser(), run)``. values.py has their types,
-checks.py the other checks before a command starts.
+checks.py the other checks before a command starts. A group of options is a dataclass, a field of which has an option's
+name, type, default and help, each in one place:
+
+    @dataclass(frozen=True)
+    class Logging:
+        log_every: int = option(100, "Steps between log lines.", positive)
+
+    add_options(parser.add_argument_group("logging"), Logging)  # --log-every
+    logging = read_options(Logging, vars(args))
+
+What is below a script takes such an object, or keyword arguments.
 """
 
 import argparse
@@ -17,8 +27,9 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
+from dataclasses import field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from runtime import launcher
 from runtime.console import lasting_console
@@ -37,6 +48,7 @@ from runtime.values import positive as positive
 from runtime.values import positive_number as positive_number
 from runtime.values import workers as workers
 
+Group = TypeVar("Group")
 OptionGroup = argparse._ArgumentGroup | argparse.ArgumentParser  # whatever has ``add_argument``
 
 RANK_LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed? ?out|broken pipe", re.IGNORECASE)
@@ -305,3 +317,26 @@ def existing_folder(option: str, path: str | Path) -> Path:
     if not any(path.iterdir()):
         raise UserError(f"{option} {path}: the folder is empty")
     return path
+
+
+def option(default: Any, help: str, type: Callable[[str], Any] | None = None, **more: Any) -> Any:
+    """A field that is an option. ``type`` makes its value of a word; ``more`` is what ``add_argument`` takes besides.
+
+    ``also`` are other names of it. One whose default is False or True can be turned on and off, --name and --no-name.
+    """
+    if isinstance(default, bool):
+        more.setdefault("action", argparse.BooleanOptionalAction)
+    return field(default=default, metadata=({"type": type} if type else {}) | {"help": help} | more)
+
+
+def add_options(group: OptionGroup, kind: type, **defaults: Any) -> None:
+    """The options of a dataclass, in its order; ``defaults`` are those that a script has of its own."""
+    for each in fields(kind):
+        about = dict(each.metadata)
+        names = [f"--{each.name.replace('_', '-')}", *about.pop("also", ())]
+        group.add_argument(*names, default=defaults.get(each.name, each.default), **about)
+
+
+def read_options(kind: type[Group], given: dict[str, Any]) -> Group:
+    """The options of a dataclass among all that were given, by name."""
+    return kind(**{each.name: given[each.name] for each in fields(kind)})  # type: ignore[arg-type]

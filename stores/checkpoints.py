@@ -26,9 +26,8 @@ from models_ard import ARD, MASKS
 from models_pixart import MODELS, student_type, teacher_type
 from runtime import cli
 from runtime.checks import writable_file
-from runtime.cli import OptionGroup, UserError, existing_file, not_negative, positive, shortened
+from runtime.cli import OptionGroup, UserError, existing_file, not_negative, option, positive, shortened
 from runtime.files import DIFFUSERS_STEM, atomic_write, cached_snapshot
-from runtime.options import option
 from runtime.paths import is_hub_id
 from runtime.precision import DTYPES
 from runtime.provenance import require_same, weights_hash
