@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from runtime import cli
 from runtime.files import json_object, write_text
-from runtime.stop_signals import die_with_parent
+from runtime.stop_signals import STOPPING, die_with_parent, held_back
 
 ROOT = Path(__file__).resolve().parent.parent
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -116,6 +117,7 @@ class Process:
 def _belong_to_caller() -> None:
     """A terminal's Ctrl-C goes to the caller alone, which tells this process to end: two signals would kill it."""
     os.setpgid(0, 0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # which are held back meanwhile
     die_with_parent()
 
 
@@ -170,7 +172,8 @@ def run_pieces(pieces: list[Piece], folder: Path, jobs: int = 1) -> None:
                 _say(f"$ {piece}")
                 if not piece.makes.exists():  # else it is another command's, perhaps, which this one will notice
                     _note(piece, folder)
-                running.append(Process(piece, CORES // jobs))
+                with held_back():  # python loses what a signal raises while it forks
+                    running.append(Process(piece, CORES // jobs))
             if not running:
                 break
             for process in [process for process in running if process.popen.poll() is not None]:

@@ -9,6 +9,7 @@ import pty
 import re
 import signal
 import struct
+import subprocess
 import sys
 import termios
 import time
@@ -146,3 +147,15 @@ def test_the_ctrl_c_of_a_terminal_reaches_a_command_once_and_the_next_call_conti
     assert (tmp_path / "b.came").read_text().split() == [str(int(signal.SIGTERM))] and log(tmp_path) == ["a"]
     run_pieces([pieces[0], piece(tmp_path, "b", a)], tmp_path)
     assert log(tmp_path) == ["a", "b"] and len(json.loads((tmp_path / NOTE).read_text())) == 2
+
+
+def test_a_signal_that_comes_while_a_command_is_begun_is_not_lost_and_ends_it(tmp_path):
+    """Python drops what is raised in the hooks around a fork, of logging for one."""
+    piece(tmp_path, "b", code="import time; time.sleep(600)")
+    code = "import os, sys; from runtime import cli, commands; from pathlib import Path; out = Path(sys.argv[1])\n"
+    code += "os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), 15))\n"
+    code += "b = commands.Piece.of(str(out / 'script_b.py'), out / 'b')\n"
+    code += "cli.main(cli.Parser(prog='tool'), lambda args: commands.run_pieces([b], out), [])"
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1 and "tool: error: terminated; the same command continues" in done.stderr, done.stderr
