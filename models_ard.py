@@ -131,11 +131,14 @@ class ARD(DiT):
         mask: str = "M4",
         history_layers: int = 6,
         level_embedding: bool = False,
+        residual: str | None = None,
         **teacher_config: Any,
     ):
         """Raises ``ValueError`` for steps < 1, an unknown mask, or a history deeper than the model.
 
-        ``level_embedding`` adds the paper's learned vector per step to the tokens, zero at the start.
+        ``level_embedding`` adds the paper's learned vector per step to the tokens, zero at the start. ``residual``, the
+        target "xt" or "x0", lets each step begin as its teacher's, a flow: what the network says is a velocity, along
+        which the prediction lies from the point, at the next time or at the data's.
         """
         super().__init__(**teacher_config)
         if steps < 1:
@@ -154,6 +157,12 @@ class ARD(DiT):
         noise_time, data_time = PROCESS_TIMES[self.process]
         times = [(noise_time * (steps - k) + data_time * k) / steps for k in range(steps)]
         self.register_buffer("times", torch.tensor(times, dtype=torch.float32), persistent=False)
+        if residual:
+            if self.process == "ddpm":
+                raise ValueError("a residual needs a teacher that predicts velocities, and ddpm's predicts noise")
+            self.config["residual"] = residual
+        ends = [*times[1:], data_time] if residual == "xt" else [data_time] * steps
+        self.strides = [end - time for time, end in zip(times, ends, strict=True)] if residual else None
         self.level = nn.Parameter(torch.zeros(steps, 1, self.config["hidden_size"])) if level_embedding else None
 
     @classmethod
@@ -164,6 +173,7 @@ class ARD(DiT):
         mask: str = "M4",
         history_layers: int | None = None,
         level_embedding: bool = False,
+        residual: str | None = None,
     ) -> "ARD":
         """A student whose every weight, and every head, starts as the teacher's.
 
@@ -175,7 +185,7 @@ class ARD(DiT):
             raise TypeError(f"no student is known for a teacher of class {name}, only for {known}; add one to STUDENTS")
         if history_layers is None:
             history_layers = default_history(len(teacher.blocks))
-        student = STUDENTS[type(teacher)](steps, mask, history_layers, level_embedding, **teacher.config)
+        student = STUDENTS[type(teacher)](steps, mask, history_layers, level_embedding, residual, **teacher.config)
         missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
         new = {name for name in student.state_dict() if name.startswith(("heads.", "level"))}
         assert set(missing) == new and all(name.startswith("final_layer.") for name in unexpected)
@@ -203,9 +213,13 @@ class ARD(DiT):
             x = self.run_block(block, x, c)
         return x
 
-    def predict(self, x: torch.Tensor, c: torch.Tensor, step: int) -> torch.Tensor:
-        """Tokens (B, T, D) of one step -> its prediction (B, C, H, W); the head's sigma half has no meaning here."""
-        return self.unpatchify(self.heads[step](x, c))[:, : self.in_channels]
+    def predict(self, x: torch.Tensor, c: torch.Tensor, step: int, point: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, T, D) of one step, made of its point (B, C, H, W) -> its prediction (B, C, H, W).
+
+        The head's sigma half has no meaning here.
+        """
+        out = self.unpatchify(self.heads[step](x, c))[:, : self.in_channels]
+        return point + self.strides[step] * out if self.strides else out
 
     def forward(self, history: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """All predictions at once, each from the true points before it (teacher forcing, Eq. 6).
@@ -219,7 +233,7 @@ class ARD(DiT):
         level = self.level.repeat(B, 1, 1) if self.level is not None else None
         attention_fns = [TeacherForcedAttention(self.mask, S)] * self.history_layers
         tokens = self.run_blocks(history.flatten(0, 1), given, level, attention_fns).unflatten(0, (B, S))
-        return torch.stack([self.predict(tokens[:, k], c[:, k], k) for k in range(S)], dim=1)
+        return torch.stack([self.predict(tokens[:, k], c[:, k], k, history[:, k]) for k in range(S)], dim=1)
 
     def sample(
         self, noise: torch.Tensor, y: torch.Tensor, given: Mapping[int, torch.Tensor] | None = None
@@ -243,7 +257,7 @@ class ARD(DiT):
         for k in range(self.steps):
             level = self.level[k] if self.level is not None else None
             tokens = self.run_blocks(x, self.block_condition(c[:, k], e), level, caches)
-            x = self.predict(tokens, c[:, k], k)
+            x = self.predict(tokens, c[:, k], k, x)
             if given and k in given:
                 x = given[k]
             yield x

@@ -29,6 +29,8 @@ from stores.captions import add_captions_option, open_conditions, require_captio
 from stores.trajectories import TrajectoryBatches, TrajectoryStore
 from trainer import Optimisation, RunOptions, Trainer, TrainState, add_training_options
 
+PARAMETRIZATIONS = ("raw", "residual")
+
 
 @dataclass(frozen=True)
 class DistilOptions:
@@ -45,6 +47,11 @@ class DistilOptions:
     target: str = option("x0", "Predict x_0 from the next point, or that point.", choices=TARGETS)
     grid: str = option("even", "Where the points lie on the teacher's trajectory.", choices=GRIDS)
     level_embedding: bool = option(False, "Add a learned vector per step to the tokens.")
+    parametrization: str = option(
+        "raw",
+        "What the heads say: the prediction, or (residual) a velocity along which it lies, as a flow teacher's.",
+        choices=PARAMETRIZATIONS,
+    )
 
 
 def build_parser() -> cli.Parser:
@@ -109,9 +116,11 @@ def build_student(teacher: DiT, solver_steps: int, options: DistilOptions) -> tu
     except ValueError as error:
         raise UserError(f"--steps {steps} --grid {grid}: {error}") from None
     try:
-        return ARD.from_teacher(teacher, steps, options.mask, stack, options.level_embedding), solver_indices
+        residual = options.target if options.parametrization == "residual" else None
+        return ARD.from_teacher(teacher, steps, options.mask, stack, options.level_embedding, residual), solver_indices
     except ValueError as error:
-        raise UserError(f"--stack {stack}: {error}") from None
+        named = f"--stack {stack}" if "history" in str(error) else f"--parametrization {options.parametrization}"
+        raise UserError(f"{named}: {error}") from None
 
 
 def run(args: argparse.Namespace) -> None:

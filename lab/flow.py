@@ -4,7 +4,8 @@
     python -m lab.flow --out results/flow --dry-run  # what it would run
 
 The teachers differ in --process alone. Both are sampled in few solver steps, and distilled by step distillation
-(M1) and by ARD (M4), with equal steps and each seed. At the end a table is printed, and written to OUT.
+(M1) and by ARD (M4), with equal steps and each seed; the flow's by both targets and parametrizations. At the end a
+table is printed, and written to OUT.
 """
 
 import argparse
@@ -30,9 +31,18 @@ from runtime.commands import CORES, Piece, run_pieces, unmade
 
 PROCESSES = ("ddpm", "sit")
 SOLVER_STEPS = (4, 8, 25)
-METHODS = {"m1": ("M1", 0), "m4": ("M4", 2)}  # name: mask, N
+METHODS = {  # of the teacher of each process: mask, N, target, parametrization
+    "ddpm": (("M1", 0, "x0", "raw"), ("M4", 2, "x0", "raw")),
+    "sit": (
+        ("M1", 0, "x0", "raw"),
+        ("M4", 2, "x0", "raw"),
+        ("M4", 2, "x0", "residual"),
+        ("M4", 2, "xt", "raw"),
+        ("M4", 2, "xt", "residual"),
+    ),
+}
 SIZES = ("teacher_iterations", "iterations", "num_trajectories", "num_samples")
-COLUMNS = ("process", "model", "steps", "fid")
+COLUMNS = ("process", "model", "target", "parametrization", "steps", "fid")
 
 
 def teacher_samples(out: Path, process: str, solver_steps: int) -> Path:
@@ -40,10 +50,13 @@ def teacher_samples(out: Path, process: str, solver_steps: int) -> Path:
     return out / process / f"teacher-{solver_steps}.npz"
 
 
-def students(out: Path, process: str, seed: int, iterations: int) -> list[Student]:
-    """All students of one teacher and seed."""
+def students(out: Path, process: str, seed: int, iterations: int) -> dict[Student, str]:
+    """All students of one teacher and seed, with the parametrization of each."""
     folder = out / process / f"seed{seed}"
-    return [Student(DIGITS, folder, name, iterations, mask=mask, stack=n) for name, (mask, n) in METHODS.items()]
+    return {
+        Student(DIGITS, folder, f"{mask}-{target}-{says}".lower(), iterations, 4, mask, layers, target): says
+        for mask, layers, target, says in METHODS[process]
+    }
 
 
 def plan(
@@ -68,8 +81,8 @@ def plan(
             folder = out / process / f"seed{seed}"
             store = dumped(DIGITS, folder / "trajectories", num_trajectories, seed, teacher=teacher)
             pieces.append(store)
-            for student in students(out, process, seed, iterations):
-                weights = trained(student, store, seed)
+            for student, parametrization in students(out, process, seed, iterations).items():
+                weights = trained(student, store, seed, "--parametrization", parametrization)
                 pieces += [weights, *measured(student, weights, real, num_samples, seed)]
     return pieces
 
@@ -80,13 +93,15 @@ def rows_of(out: Path, seeds: int, iterations: int) -> list[dict]:
     for process in PROCESSES:
         for n in SOLVER_STEPS:
             figure = figures_of(teacher_samples(out, process, n))["fid"]
-            rows.append({"process": process, "model": "teacher", "steps": n, "fid": figure})
-        by_seed = [students(out, process, seed, iterations) for seed in range(seeds)]
+            row = {"process": process, "model": "teacher", "target": "-", "parametrization": "-"}
+            rows.append(row | {"steps": n, "fid": figure})
+        by_seed = [students(out, process, seed, iterations).items() for seed in range(seeds)]
         for same in zip(*by_seed, strict=True):
-            found = [figures_of(student.samples)["fid"] for student in same]
+            found = [figures_of(student.samples)["fid"] for student, _ in same]
             spread = f" ± {statistics.stdev(found):.2f}" if seeds > 1 else ""
-            row = {"process": process, "model": same[0].method, "steps": same[0].steps, "seeds": found}
-            rows.append(row | {"fid": f"{statistics.mean(found):.2f}{spread}"})
+            one, parametrization = same[0]
+            row = {"process": process, "model": one.method, "target": one.target, "parametrization": parametrization}
+            rows.append(row | {"steps": one.steps, "seeds": found, "fid": f"{statistics.mean(found):.2f}{spread}"})
     return rows
 
 
@@ -120,8 +135,8 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.seeds:
         about += (
-            f" Students: {args.iterations} steps of batch 64 on {args.num_trajectories} trajectories of 25 steps, "
-            f"target x0; mean ± standard deviation over {args.seeds} seeds."
+            f" Students: {args.iterations} steps of batch 64 on {args.num_trajectories} trajectories of 25 steps; "
+            f"mean ± standard deviation over {args.seeds} seeds."
         )
     rows = rows_of(args.out, args.seeds, args.iterations)
     print("\n" + write_table(args.out, COLUMNS, rows, [about]))

@@ -21,6 +21,7 @@ from helpers import (
     scalars,
 )
 
+from diffusion import process_of
 from diffusion.teacher_ode import TeacherODE, pick_points
 from models_ard import ARD
 from pipeline_ard import ARDPipeline
@@ -95,6 +96,31 @@ def test_a_students_first_prediction_begins_as_the_teachers_output(chain):
     start = {"sit": 0.0, "repa": 1.0}[chain["process"]]
     with torch.no_grad():
         torch.testing.assert_close(student.sample(z, y)[:, 0], teacher(z, torch.full((3,), start), y))
+
+
+@pytest.mark.parametrize("target", ["x0", "xt"])
+def test_a_student_of_residuals_begins_as_its_teachers_solver(chain, target, tmp_path):
+    teacher, _ = checkpoints.load_teacher(chain["teacher"])
+    history, y = torch.randn(3, 4, 1, 8, 8), torch.tensor([0, 4, 9])
+    student = ARD.from_teacher(teacher, mask="M1", residual=target).eval()
+    process, times = process_of(teacher), [*student.times.tolist(), {"sit": 1.0, "repa": 0.0}[chain["process"]]]
+    with torch.no_grad():
+        for k, (t, then) in enumerate(pairwise(times)):
+            xt, x0 = process.step(history[:, k], teacher(history[:, k], torch.full((3,), t), y), t, then)
+            torch.testing.assert_close(student(history, y)[:, k], {"xt": xt, "x0": x0}[target], rtol=0, atol=1e-5)
+    call("train_ARD.py", "--data-path", chain["store"], *SMALL, "--iterations", 2, "--run-dir", tmp_path,
+         "--target", target, "--parametrization", "residual")  # fmt: skip
+    trained, _ = checkpoints.load_student(tmp_path / "checkpoints/0000002.pt")
+    assert trained.config["residual"] == target and trained.strides == student.strides
+    with torch.no_grad():
+        own = trained.sample(history[:, 0], y)
+        seen = torch.cat([history[:, :1], own[:, :-1]], dim=1)
+        torch.testing.assert_close(trained(seen, y), own, rtol=0, atol=1e-5)  # cached = masked
+
+
+def test_residuals_of_noise_prediction_are_refused(store, tmp_path, capsys):
+    said = refused(capsys, "train_ARD.py", "--data-path", store, "--parametrization", "residual", "--run-dir", tmp_path)
+    assert "--parametrization residual" in said and "ddpm" in said and not list(tmp_path.iterdir())
 
 
 def test_samples_figures_and_pipeline_of_the_student(chain, digit_files, tmp_path):

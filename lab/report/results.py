@@ -40,7 +40,7 @@ DECISIVE = (
     *("dtype", "precision", "trajectories", "sample_precision", "sample_labels", "sample_captions"),
 )
 
-ARD_ONLY_ARGS = ("steps", "mask", "history_layers", "level_embedding")
+ARD_ONLY_ARGS = ("steps", "mask", "history_layers", "level_embedding", "residual")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ def test_every_piece_finds_what_it_needs_among_those_before_it_and_no_file_is_ma
         assert piece.needs <= made and piece.makes not in made, piece
         made.add(piece.makes)
     judged = {path for path in made if path.suffix == ".json" and path.name != "manifest.json"}
-    assert len(judged) == len(PROCESSES) * (len(SOLVER_STEPS) + 2 * len(METHODS))
+    assert len(judged) == len(PROCESSES) * len(SOLVER_STEPS) + 2 * sum(map(len, METHODS.values()))
 
 
 def test_our_scripts_take_every_command_and_teachers_differ_in_the_process_alone(tmp_path):
@@ -55,13 +55,14 @@ def test_the_table_has_each_teacher_and_the_mean_of_each_method(tmp_path):
         ("ddpm", "step distillation", "6.50 ± 0.71"),
         ("ddpm", "ARD", "6.50 ± 0.71"),
     ]
-    assert [row["process"] for row in rows] == ["ddpm"] * 5 + ["sit"] * 5 and rows[8]["seeds"] == [5, 6]
+    assert [row["process"] for row in rows] == ["ddpm"] * 5 + ["sit"] * 8 and rows[8]["seeds"] == [5, 6]
+    assert [(row["target"], row["parametrization"]) for row in rows[8:]] == [shape[2:] for shape in METHODS["sit"]]
 
 
 def test_a_folder_of_other_sizes_is_refused_and_a_plan_writes_nothing(tmp_path, capsys):
     call("lab.flow", "--out", tmp_path / "out", *OPTIONS, "--dry-run")
     told = json.loads(capsys.readouterr().out)
-    assert told["pieces"] == told["left"] == 57 and not (tmp_path / "out").exists()
+    assert told["pieces"] == told["left"] == 84 and not (tmp_path / "out").exists()
     made, given = plan(tmp_path / "out", 1, **SIZES | {"num_samples": 90})[3].noted(tmp_path / "out")
     (tmp_path / "out/ddpm").mkdir(parents=True)
     (tmp_path / "out/ddpm/teacher-4.npz").touch()
