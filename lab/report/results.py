@@ -64,6 +64,7 @@ class Model:
             return cls(about, about["solver_steps"])
         steps, layers = config["steps"], 0 if config["mask"] == "M1" else config["history_layers"]
         loss, target = about.get("training", {}).get("loss", "R"), about["target"] if steps > 1 else "-"
+        target = f"{about['target']}, residual" if config.get("residual") else target
         layers = layers if steps > 1 else 0
         mask = config["mask"] if layers else "M1"
         return cls(about, steps, loss, target, layers, mask, config["depth"], about.get("step", 0))
@@ -95,7 +96,7 @@ class Model:
         layers = 28 if 0 < self.layers == self.depth else 6 if self.layers else 0
         wanted = (self.steps, self.loss, self.mask, layers) if self.is_student else (self.steps, "-", None, None)
         rows = {(row.steps, row.loss, row.mask, row.history_layers): name for name, row in TABLE_1.items()}
-        return None if self.target == "xt" or self.about.get("captions") else rows.get(wanted)
+        return None if self.target not in ("x0", "-") or self.about.get("captions") else rows.get(wanted)
 
 
 @dataclass(frozen=True)

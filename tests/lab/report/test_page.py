@@ -182,7 +182,7 @@ def test_what_does_not_belong_together_is_refused(study, runs, tmp_path, capsys)
     folder = shutil.copytree(study, tmp_path / "study")
     path = folder / "seed1/s4-m4-n2-x0.json"
     for key, value, error in (
-        ("teacher_hash", "b", "teacher_hash is 'b' there"), ("dtype", "bf16", "is another model: dtype is None there"),
+        ("teacher_hash", "b", "teacher_hash is 'b' there"), ("dtype", "bf16", "dtype is None there"),
     ):  # fmt: skip
         content = json.loads((study / "seed1" / path.name).read_text())
         content["provenance"]["samples"][key] = value
