@@ -125,7 +125,8 @@ def options_by_stage(found: dict[str, Piece]) -> dict[str, dict[str, Any]]:
         if "iterations" in options and f"{options['iterations']:07d}.pt" != piece.makes.name:
             raise UserError(f"--{name}: give --{name}-iterations instead of --iterations in it")
         place = next(options[key] for key in ("run_dir", "json", "out") if options.get(key))
-        if Path(place) not in (piece.makes, *piece.makes.parents):
+        makes = piece.makes.absolute()
+        if Path(place).absolute() not in (makes, *makes.parents):
             raise UserError(f"--{name}: {place} is another place than the next stage looks at; leave that to --out")
     return found_options
 
@@ -188,6 +189,9 @@ def run(args: argparse.Namespace) -> None:
     out = writable_folder("--out", args.out)
     if args.teacher and args.init:
         raise UserError("--init: begins a teacher's training, which --teacher leaves out; give one of the two")
+    for name in ("teacher", "init", "vae"):  # a path, where it is none of a model on a hub
+        if (path := getattr(args, name)) and Path(path).exists():
+            setattr(args, name, Path(path))
     context = distributed.choose_device(args.device)
     source = open_source(args.pictures, args.image_size, args.unconditional, "PICTURES")
     require_outside_source(source, {"--out": args.out})
@@ -206,7 +210,8 @@ def run(args: argparse.Namespace) -> None:
     table, disk = cost_table(found, unmade(pieces, out), plans, context.device)
     require_disk("PICTURES and what is made of them", out, disk - (size_of(out) if out.exists() else 0))
     if args.dry_run:
-        cli.show_plan({"stages": {name: str(piece) for name, piece in found.items()}, "disk_bytes": disk}, args)
+        stages_typed = {name: str(piece) for name, piece in found.items()}
+        cli.show_plan({"stages": stages_typed, "disk_bytes": disk, "cost": table.splitlines()}, args)
         return
     print(table, flush=True)
     run_pieces(pieces, out)

@@ -17,6 +17,7 @@ loads the same folder and runs none of the code in it.
 """
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -165,10 +166,14 @@ class ARDPipeline(DiffusionPipeline):
         file of the classes' names, where the checkpoint knows none; see ``read_labels``. ``encoder``: where others find
         the encoder of its captions, a hub id rather than a folder of yours.
         """
-        # What needs the repository is imported here: a saved pipeline is without it.
-        from runtime.vae import load_autoencoder, resolve_name
-        from stores.checkpoints import load_student
-        from stores.pipelines import read_labels
+        try:  # a saved pipeline is without the repository; diffusers takes other imports for packages that are missing
+            from runtime.vae import load_autoencoder, resolve_name
+            from stores.checkpoints import load_student
+            from stores.pipelines import read_labels
+        except ImportError:
+            raise UserError(
+                "from_checkpoint: checkpoints are read by the repository; use from_pretrained here"
+            ) from None
 
         student, config = load_student(path, "CHECKPOINT")
         if vae and config["vae"] is None:
@@ -218,9 +223,7 @@ class ARDPipeline(DiffusionPipeline):
         """Add the card and the code, and name the latter in model_index.json, where diffusers looks for it."""
         code = CODE
         if code is None:
-            from stores.pipelines import portable_code
-
-            code = portable_code()
+            code = importlib.import_module("stores.pipelines").portable_code()
         (folder / "README.md").write_text(self.model_card())
         for place in (folder, folder / "transformer"):  # diffusers wants it beside each of its classes
             (place / f"{MODULE}.py").write_text(code)
@@ -363,7 +366,7 @@ class ARDPipeline(DiffusionPipeline):
             "text encoder": captions and f"`{captions['encoder']}`, {captions['max_tokens']} tokens at most",
             "target": known.get("target"),
             "grid": known.get("grid") and f"{known['grid']}, after teacher steps {known['solver_indices']}",
-            "teacher": known.get("teacher") and f"`{known['teacher']}`, weights {known['teacher_hash']}",
+            "teacher": known.get("teacher") and f"`{Path(known['teacher']).name}`, weights {known['teacher_hash']}",
             "process": known.get("process"),
             "teacher's ODE": known.get("solver")
             and f"{known['solver']}, {known['solver_steps']} steps, guidance {known['cfg_scale']}",

@@ -50,7 +50,7 @@ def build_parser() -> cli.Parser:
         "--num-trajectories",
         type=cli.positive,
         required=True,
-        help="Number of trajectories; a larger one than before adds to the store.",
+        help="Number of trajectories; a larger one than before adds to the store, whose last shard is made anew.",
     )
     group.add_argument("--steps", type=cli.positive, default=4, help="Student steps S whose points are stored.")
     group.add_argument("--grid", choices=GRIDS, default="even", help="Where they lie; even serves S = 1, 2 and 4.")

@@ -86,9 +86,7 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def check_options(
-    gan: GanOptions, optimisation: Optimisation, real_data_path: str, context: DistributedContext
-) -> None:
+def check_options(gan: GanOptions, optimisation: Optimisation, real_data_path: str) -> None:
     """``UserError`` for options that do not go together."""
     if gan.d_time > 999:
         raise UserError(f"--d-time {gan.d_time}: must be between 0 (clean) and 999")
@@ -99,13 +97,6 @@ def check_options(
         )
     if real_data_path not in BUNDLED:
         cli.existing_folder("--real-data-path", real_data_path)
-    parts = context.world_size * optimisation.accumulation
-    if optimisation.global_batch_size % (parts * gan.bn_group):
-        raise UserError(
-            f"--global-batch-size {optimisation.global_batch_size}: {context.world_size} ranks x --accumulation "
-            f"{optimisation.accumulation} cut the groups of --bn-group {gan.bn_group}; give a multiple of "
-            f"{parts * gan.bn_group}, or smaller groups"
-        )
 
 
 def check_inputs(store: TrajectoryStore, teacher: DiT, origin: dict, ckpt_path: str) -> None:
@@ -187,7 +178,7 @@ def run(args: argparse.Namespace) -> None:
     gan, quality = read_options(GanOptions, given), read_options(QualityOptions, given)
     running.check()
     context = distributed.choose_device(args.device)
-    check_options(gan, optimisation, args.real_data_path, context)
+    check_options(gan, optimisation, args.real_data_path)
     store = TrajectoryStore(args.data_path, verify=args.verify)
     student, start = checkpoints.load_named_student(read_options(StudentOptions, given), args.init_weights)
     teacher, teacher_config = store.load_teacher(args.teacher, args.teacher_heads, args.teacher_process)

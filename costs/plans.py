@@ -174,7 +174,16 @@ def plan_gan(
     rollout: bool,
     **options: Any,
 ) -> Plan:
-    """Of R+D with models of these configs; the options are those of ``count_gan_step`` and of ``plan_training``."""
+    """Of R+D with models of these configs; the options are those of ``count_gan_step`` and of ``plan_training``.
+
+    ``UserError`` where parts of the batch cut a group of the heads' batch norm.
+    """
+    size, parts = options["global_batch_size"], context.world_size * options["accumulation"]
+    if size % (parts * bn_group):
+        raise UserError(
+            f"--global-batch-size {size}: {context.world_size} ranks x --accumulation {options['accumulation']} cut "
+            f"the groups of --bn-group {bn_group}; give a multiple of {parts * bn_group}, or smaller groups"
+        )
     cost = cache(
         partial(count_gan_step, student, teacher, d_time=d_time, d_width=d_width, bn_group=bn_group, rollout=rollout)
     )

@@ -58,7 +58,8 @@ DISK_ERRORS = (*FULL_DISK, errno.EROFS, errno.EIO)
 PLACE_ERRORS: tuple[int, ...] = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 PLACE_ERRORS += (errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT)
 NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)  # torch's words
-OTHER_NAMES = {"--epochs": "--iterations", "--learning-rate": "--lr", "--output": "--out"}  # other projects' -> ours
+# Other projects' names of options, and ours.
+OTHER_NAMES = {"--epochs": ("--iterations", "--train-iterations"), "--learning-rate": ("--lr",), "--output": ("--out",)}
 RANKS_PAUSE = 30.0  # seconds in which the main rank alone may print an error that all ranks have found
 
 # False in a dry run, which downloads nothing and waits for no other rank.
@@ -171,7 +172,7 @@ class Parser(argparse.ArgumentParser):
         """ "; did you mean ...?" for the first unknown option that is like one of ours; empty where none is."""
         known = sorted(name for action in self._actions for name in action.option_strings if name.startswith("--"))
         for word in (word.split("=")[0] for word in words if word.startswith("--")):
-            close = [name for name in known if name == OTHER_NAMES.get(word) or name.startswith(word)]
+            close = [name for name in known if name in OTHER_NAMES.get(word, ()) or name.startswith(word)]
             if close := close or difflib.get_close_matches(word, known, n=1):
                 return f"; did you mean {close[0]}?"
         return ""

@@ -66,8 +66,10 @@ class Piece:
 
     @property
     def text(self) -> list[str]:
-        """The words as they stand on a command line."""
-        return [str(word.product if isinstance(word, Piece) else word) for word in self.words]
+        """The words as they stand on a command line, which is run where our scripts lie."""
+        words = [word.product if isinstance(word, Piece) else word for word in self.words]
+        elsewhere = Path.cwd() != ROOT
+        return [str(word.absolute() if elsewhere and isinstance(word, Path) else word) for word in words]
 
     def started_by(self, python: list[str], torchrun: list[str]) -> list[str]:
         """The command line, with one of these in front."""

@@ -41,7 +41,15 @@ def test_a_dry_run_shows_every_command_and_makes_nothing(photos, tmp_path, capsy
         "train", "dump", "student", "adversary", "sample", "teacher", "pipeline", "evaluate"
     ]  # fmt: skip
     assert "--depth 2" in plan["stages"]["train"] and plan["disk_bytes"] > 0
+    assert len(plan["cost"]) == 8 and "hours" in plan["cost"][-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_paths_are_those_of_the_working_folder(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(photos.parent)
+    call("distill.py", photos.name, "--out", "out", *TINY, "--dry-run")
+    train = json.loads(capsys.readouterr().out)["stages"]["train"]
+    assert f"--data-path {photos} " in train and f"--run-dir {photos.parent / 'out/teacher'} " in train
 
 
 def test_a_process_reaches_the_teacher_that_is_trained_or_given(photos, tmp_path, capsys):
@@ -64,6 +72,8 @@ def test_a_process_reaches_the_teacher_that_is_trained_or_given(photos, tmp_path
         (("--train", "--iterations 5"), "--train: give --train-iterations instead of --iterations in it"),
         (("--train", "--lr nothing"), "'nothing' must be a number"),
         (("--out", "/proc/x"), "--out /proc/x"),
+        (("--gan", "--adversary", "--global-batch-size 7 --bn-group 2"), "cut the groups of --bn-group 2"),
+        (("--epochs", 3), "did you mean --train-iterations?"),
         (("--init", ROOT / "assets/t2i_teacher.pt"), "t2i_teacher.pt: reads text, give a model of classes"),
         (("--teacher", ROOT / "assets/t2i_teacher.pt"), "t2i_teacher.pt: reads text, give a model of classes"),
     ],
@@ -98,5 +108,6 @@ def test_killed_twice_it_ends_as_undisturbed_with_a_pipeline_for_elsewhere(photo
     words = [sys.executable, "-c", code, killed / "pipeline"]
     shown = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert shown.returncode == 0 and "(32, 32) ['apple', 'boat', 'cat']" in shown.stdout, shown.stderr
+    assert "pip install" not in shown.stderr
     with pytest.raises(SystemExit):  # what is made stands: other options want another folder
         call("distill.py", photos, *TINY, "--num-trajectories", 30, "--out", killed)

@@ -170,12 +170,12 @@ def content_of(path: Path) -> Any:
 
 
 def read_metrics(paths: Iterable[Path]) -> list[Result]:
-    """The files of our evaluator's metrics among some of JSON, of samples that say whose they are."""
-    found = [(path, content_of(path)) for path in sorted(paths)]
+    """The files of our evaluator's metrics among some of JSON, with FID, of samples that say whose they are."""
+    found = [(path, content) for path in sorted(paths) if isinstance(content := content_of(path), dict)]
     return [
         Result(path, content)
         for path, content in found
-        if isinstance(content, dict) and "solver_steps" in (content.get("provenance", {}).get("samples") or {})
+        if "fid" in content and "solver_steps" in (content.get("provenance", {}).get("samples") or {})
     ]
 
 
