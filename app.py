@@ -1,6 +1,6 @@
 """A page to try a student in the browser: its teacher's images beside its own, and its points from noise to image.
 
-    python app.py                                     # the shipped student of emoji, or else that of `make demo`
+    python app.py                                     # assets/emoji_ard.pt where it is, else the student of `make demo`
     python app.py --ckpt-path STUDENT --beside OTHER  # any student, and what another makes of the same noise
     python app.py --ckpt-path results/000-DiT-XL-2/checkpoints/0300000.pt --teacher DiT-XL-2-256x256.pt
 
@@ -64,8 +64,8 @@ def build_parser() -> cli.Parser:
         "--ckpt-path",
         "--ckpt_path",
         type=cli.name,
-        help="Checkpoint of a student, or a pipeline's folder or hub id; without it, the shipped student of emoji, or "
-        "else the newest of the demo.",
+        help="Checkpoint of a student, or a pipeline's folder or hub id; without it, assets/emoji_ard.pt where it "
+        "is, else the newest of the demo.",
     )
     parser.add_argument(
         "--beside",
