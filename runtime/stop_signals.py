@@ -117,7 +117,22 @@ def signals_as_errors(end: Callable[[int], None] = os._exit) -> Iterator[None]:
         if len(told) == 1:
             raise error_of(number)
 
+    def once_more(lost: Any) -> None:
+        """Python passes over what is raised in a callback of a weak reference: a thread raises it outside of that."""
+        if not told or not isinstance(lost.exc_value, KeyboardInterrupt | Terminated):
+            hook(lost)
+            return
+        kind = KeyboardInterrupt if told[0] == signal.SIGINT else type("Lost", (Terminated,), {"number": told[0]})
+
+        def work() -> None:
+            if sys.unraisablehook is once_more:  # else the block has ended
+                main = ctypes.c_ulong(threading.main_thread().ident or 0)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(kind))
+
+        threading.Timer(0.01, work).start()
+
     before, _raises = _raises, True
+    hook, sys.unraisablehook = sys.unraisablehook, once_more
     _heard.clear()
     try:
         with _listening(stop, of_command=True), _thread_listens(end):
@@ -127,7 +142,7 @@ def signals_as_errors(end: Callable[[int], None] = os._exit) -> Iterator[None]:
             raise error_of(told[0]) from None
         raise
     finally:
-        _raises = before
+        _raises, sys.unraisablehook = before, hook
 
 
 @contextlib.contextmanager

@@ -8,11 +8,20 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 from helpers import ROOT, SHIPPED_TEACHER, words
 
-from runtime.stop_signals import Terminated, ended_by, exit_code, held_back, notice_signals, signals_as_errors
+from runtime.stop_signals import (
+    Terminated,
+    ended_by,
+    exit_code,
+    handlers_as_before,
+    held_back,
+    notice_signals,
+    signals_as_errors,
+)
 
 
 def test_sigterm_is_noticed_within_the_block_only():
@@ -164,3 +173,19 @@ def test_a_rank_that_waits_for_the_others_ends_within_seconds(rank, sent, code, 
         connection.close()
     who = "error of rank 1: " if rank else "error: "
     assert f"sample_trajectory.py: {who}{said} command continues what it can\n" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("number, raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGUSR1, Terminated)])
+def test_what_python_passes_over_in_a_callback_is_raised_outside_of_it(number, raised, capsys):
+    class Watched:
+        pass
+
+    before, watched = (sys.unraisablehook, signal.getsignal(number)), Watched()
+    reference = weakref.ref(watched, lambda _: os.kill(os.getpid(), number))
+    with pytest.raises(raised), handlers_as_before(), signals_as_errors():
+        del watched
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            pass
+    assert reference() is None and "ignored" not in capsys.readouterr().err
+    assert (sys.unraisablehook, signal.getsignal(number)) == before
