@@ -132,6 +132,7 @@ def test_the_ctrl_c_of_a_terminal_reaches_a_command_once_and_the_next_call_conti
     code += "cli.main(cli.Parser(prog='tool'), lambda args: commands.run_pieces([a, b], out), [])"
     pid, terminal = pty.fork()
     if not pid:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
         os.chdir(ROOT)
         os.execv(sys.executable, [sys.executable, "-c", code, str(tmp_path)])
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
