@@ -79,6 +79,8 @@ def stages(args: argparse.Namespace, out: Path, side: int) -> dict[str, Piece]:
     size, flat = ["--image-size", args.image_size], ["--unconditional"] * args.unconditional
     device, seed = ["--device", args.device], ["--seed", args.seed, "--device", args.device]
     pictures = Path(args.pictures)
+    # Paths where they are none of models on a hub.
+    given, init, vae = (Path(it) if it and Path(it).exists() else it for it in (args.teacher, args.init, args.vae))
     real: list = [pictures, *size, *flat]
     found: dict[str, Piece] = {}
 
@@ -87,14 +89,14 @@ def stages(args: argparse.Namespace, out: Path, side: int) -> dict[str, Piece]:
         found[name] = Piece.of(script, out / place, *words, ranks=ranks, iterations=iterations)
         return found[name]
 
-    if args.vae:
-        real = [add("encode", "encode_latents.py", "latents", "--data-path", *real, "--vae", args.vae, *device)]
+    if vae:
+        real = [add("encode", "encode_latents.py", "latents", "--data-path", *real, "--vae", vae, *device)]
     process: list = ["--teacher-process", args.teacher_process] if args.teacher_process else []
-    if args.teacher:
-        known = ["--teacher", args.teacher, *process]
+    if given:
+        known = ["--teacher", given, *process]
     else:
         patch = next((patch for patch in (2, 4) if (side // patch) ** 2 <= MOST_TOKENS), 8)
-        model = ["--init", args.init] if args.init else ["--model", f"DiT-S/{patch}"]
+        model = ["--init", init] if init else ["--model", f"DiT-S/{patch}"]
         model += ["--process", args.teacher_process] if args.teacher_process else []
         words = ["--data-path", *real, *model, "--ema-warmup", *seed]
         known = ["--teacher", add("train", "train.py", "teacher", *words, iterations=args.train_iterations)]
@@ -189,9 +191,6 @@ def run(args: argparse.Namespace) -> None:
     out = writable_folder("--out", args.out)
     if args.teacher and args.init:
         raise UserError("--init: begins a teacher's training, which --teacher leaves out; give one of the two")
-    for name in ("teacher", "init", "vae"):  # a path, where it is none of a model on a hub
-        if (path := getattr(args, name)) and Path(path).exists():
-            setattr(args, name, Path(path))
     context = distributed.choose_device(args.device)
     source = open_source(args.pictures, args.image_size, args.unconditional, "PICTURES")
     require_outside_source(source, {"--out": args.out})

@@ -157,12 +157,13 @@ class ARD(DiT):
         noise_time, data_time = PROCESS_TIMES[self.process]
         times = [(noise_time * (steps - k) + data_time * k) / steps for k in range(steps)]
         self.register_buffer("times", torch.tensor(times, dtype=torch.float32), persistent=False)
+        self.strides: list[float] | None = None  # how far each step goes along its velocity, if it predicts one
         if residual:
             if self.process == "ddpm":
                 raise ValueError("a residual needs a teacher that predicts velocities, and ddpm's predicts noise")
             self.config["residual"] = residual
-        ends = [*times[1:], data_time] if residual == "xt" else [data_time] * steps
-        self.strides = [end - time for time, end in zip(times, ends, strict=True)] if residual else None
+            ends = [*times[1:], data_time] if residual == "xt" else [data_time] * steps
+            self.strides = [end - time for time, end in zip(times, ends, strict=True)]
         self.level = nn.Parameter(torch.zeros(steps, 1, self.config["hidden_size"])) if level_embedding else None
 
     @classmethod

@@ -221,9 +221,8 @@ class ARDPipeline(DiffusionPipeline):
 
     def _finish(self, folder: Path) -> None:
         """Add the card and the code, and name the latter in model_index.json, where diffusers looks for it."""
-        code = CODE
-        if code is None:
-            code = importlib.import_module("stores.pipelines").portable_code()
+        # Not by an import statement, which diffusers takes for a package that is missing.
+        code = CODE or importlib.import_module("stores.pipelines").portable_code()
         (folder / "README.md").write_text(self.model_card())
         for place in (folder, folder / "transformer"):  # diffusers wants it beside each of its classes
             (place / f"{MODULE}.py").write_text(code)

@@ -115,12 +115,15 @@ def build_student(teacher: DiT, solver_steps: int, options: DistilOptions) -> tu
         solver_indices = grid_steps(steps, grid, solver_steps)
     except ValueError as error:
         raise UserError(f"--steps {steps} --grid {grid}: {error}") from None
+    residual = options.target if options.parametrization == "residual" else None
+    if residual and teacher.process == "ddpm":
+        raise UserError(
+            "--parametrization residual: needs a teacher that predicts velocities, and ddpm's predicts noise"
+        )
     try:
-        residual = options.target if options.parametrization == "residual" else None
         return ARD.from_teacher(teacher, steps, options.mask, stack, options.level_embedding, residual), solver_indices
     except ValueError as error:
-        named = f"--stack {stack}" if "history" in str(error) else f"--parametrization {options.parametrization}"
-        raise UserError(f"{named}: {error}") from None
+        raise UserError(f"--stack {stack}: {error}") from None
 
 
 def run(args: argparse.Namespace) -> None:

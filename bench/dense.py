@@ -12,12 +12,12 @@ from models_ard import ARD, TeacherForcedAttention, visible_steps
 
 
 @cache
-def dense_mask(mask: str, steps: int, tokens: int) -> torch.Tensor:
-    """Which of S * T tokens sees which, (S * T, S * T)."""
+def dense_mask(mask: str, steps: int, tokens: int, device: torch.device) -> torch.Tensor:
+    """Which of S * T tokens sees which, (S * T, S * T); on the device once, not at each call."""
     seen = torch.zeros(steps, steps, dtype=torch.bool)
     for step in range(steps):
         seen[step, visible_steps(mask, step)] = True
-    return seen.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+    return seen.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1).to(device)
 
 
 def of_rows(attend: AttentionFn, length: int) -> AttentionFn:
@@ -32,7 +32,7 @@ def of_rows(attend: AttentionFn, length: int) -> AttentionFn:
 
 def masked(mask: torch.Tensor) -> Callable[..., torch.Tensor]:
     """Attention under a mask (L, L)."""
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.device))
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class DenseARD(ARD):
@@ -47,8 +47,8 @@ class DenseARD(ARD):
         length, within = tokens, F.scaled_dot_product_attention
         if attention_fns and isinstance(attention_fns[0], TeacherForcedAttention):
             length = self.steps * tokens
-            attention_fns = [masked(dense_mask(self.mask, self.steps, tokens))] * self.history_layers
-            within = masked(dense_mask("M1", self.steps, tokens))
+            attention_fns = [masked(dense_mask(self.mask, self.steps, tokens, x.device))] * self.history_layers
+            within = masked(dense_mask("M1", self.steps, tokens, x.device))
         x, c = x.flatten(0, 1)[:, None], c.repeat_interleave(tokens, 0)
         for i, block in enumerate(self.blocks):
             attend = attention_fns[i] if i < self.history_layers else within

@@ -120,7 +120,7 @@ def count_gan_step(
             teacher = DiT(**teacher_config | {"depth": blocks}).to("meta")
             return teacher, Discriminator(blocks, teacher.config["hidden_size"], d_width, bn_group)
 
-    def step(student: Any, adversarial: bool) -> int:
+    def step(student: Any) -> int:
         teacher, heads = models(len(student.blocks))
         losses_of = AdversarialLosses(student, heads, FrozenFeatures(teacher, d_time))
         latent, y = blank_inputs(teacher)
@@ -128,19 +128,15 @@ def count_gan_step(
         batch |= dict.fromkeys(("fake", "real", "fake_noise", "real_noise"), latent)
 
         def work() -> None:
-            if rollout and adversarial:
+            if rollout:
                 batch["rollout"] = own_history(student, latent, y)
-            losses, _ = losses_of.student_losses(batch, float(adversarial))
+            losses, _ = losses_of.student_losses(batch, 1.0)
             losses["loss"].sum().backward()
-            if adversarial:
-                losses_of.discriminator_losses(batch)["loss"].sum().backward()
+            losses_of.discriminator_losses(batch)["loss"].sum().backward()
 
         return count_flops(work)
 
-    counts = {
-        name: count_by_blocks(student_config, partial(step, adversarial=adversarial))
-        for name, adversarial in (("R", False), ("R+D", True))
-    }
+    counts = {"R": count_by_blocks(student_config, training_flops), "R+D": count_by_blocks(student_config, step)}
     return {
         "discriminator_parameters": teacher_config.get("depth", 28) * sum(p.numel() for p in models(1)[1].parameters()),
         "tflops_per_sample": {name: count / 1e12 for name, count in counts.items()},

@@ -118,16 +118,8 @@ def reference(world: World, out: Path) -> Piece:
 
 def dumped(world: World, store: Path, count: int, seed: int, ranks: int = 1, teacher: Piece | None = None) -> Piece:
     """Trajectories of the world's teacher or of another, by so many processes."""
-    words = [
-        "--teacher",
-        teacher or world.teacher,
-        "--num-trajectories",
-        count,
-        "--seed",
-        seed,
-        "--rows-per-shard",
-        500,
-    ]
+    words = ["--teacher", teacher or world.teacher, "--num-trajectories", count, "--seed", seed]
+    words += ["--rows-per-shard", 500]
     seconds = START + world.load * count * TRAJECTORY
     return Piece.of("sample_trajectory.py", store, *words, ranks=ranks, seconds=seconds)
 

@@ -1,6 +1,5 @@
 """This project's own commands as processes: shown as a user would type them, run once, ended when their caller ends."""
 
-import contextlib
 import importlib
 import json
 import os
@@ -17,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from runtime import cli
-from runtime.files import json_object, write_text
+from runtime.files import noted, write_text
 from runtime.stop_signals import STOPPING, die_with_parent, held_back
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,7 +128,7 @@ def unmade(pieces: list[Piece], folder: Path) -> list[Piece]:
 
     ``UserError`` where a file was made by a command with other options.
     """
-    notes, left = _notes(folder), []
+    notes, left = noted(folder / NOTE) or {}, []  # whatever is not noted is run again, and looks for itself
     for piece in pieces:
         name, command = piece.noted(folder)
         if not piece.makes.exists() or name not in notes or piece.is_outdated(folder):
@@ -146,14 +145,9 @@ def unmade(pieces: list[Piece], folder: Path) -> list[Piece]:
     return left
 
 
-def _notes(folder: Path) -> dict[str, str]:
-    with contextlib.suppress(OSError, ValueError):  # whatever is not noted is run again, and looks for itself
-        return json_object((folder / NOTE).read_text())
-    return {}
-
-
 def _note(piece: Piece, folder: Path) -> None:
-    write_text(folder / NOTE, json.dumps(_notes(folder) | dict([piece.noted(folder)]), indent=1) + "\n")
+    notes = noted(folder / NOTE) or {}
+    write_text(folder / NOTE, json.dumps(notes | dict([piece.noted(folder)]), indent=1) + "\n")
 
 
 def run_pieces(pieces: list[Piece], folder: Path, jobs: int = 1) -> None:

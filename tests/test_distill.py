@@ -74,6 +74,7 @@ def test_a_process_reaches_the_teacher_that_is_trained_or_given(photos, tmp_path
         (("--out", "/proc/x"), "--out /proc/x"),
         (("--gan", "--adversary", "--global-batch-size 7 --bn-group 2"), "cut the groups of --bn-group 2"),
         (("--epochs", 3), "did you mean --train-iterations?"),
+        (("--vae", ROOT / "README.md"), "README.md: no such folder"),
         (("--init", ROOT / "assets/t2i_teacher.pt"), "t2i_teacher.pt: reads text, give a model of classes"),
         (("--teacher", ROOT / "assets/t2i_teacher.pt"), "t2i_teacher.pt: reads text, give a model of classes"),
     ],
