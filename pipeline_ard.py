@@ -166,19 +166,18 @@ class ARDPipeline(DiffusionPipeline):
         file of the classes' names, where the checkpoint knows none; see ``read_labels``. ``encoder``: where others find
         the encoder of its captions, a hub id rather than a folder of yours.
         """
-        try:  # a saved pipeline is without the repository; diffusers takes other imports for packages that are missing
-            from runtime.vae import load_autoencoder, resolve_name
-            from stores.checkpoints import load_student
-            from stores.pipelines import read_labels
+        ours = ("stores.checkpoints", "stores.pipelines", "runtime.vae")
+        try:  # a saved pipeline is without the repository, whose import statements diffusers would take for packages
+            checkpoints, pipelines, vaes = map(importlib.import_module, ours)
         except ImportError:
             raise UserError(
                 "from_checkpoint: checkpoints are read by the repository; use from_pretrained here"
             ) from None
 
-        student, config = load_student(path, "CHECKPOINT")
+        student, config = checkpoints.load_student(path, "CHECKPOINT")
         if vae and config["vae"] is None:
             raise UserError(f"--vae {vae}: this model works on pixels, leave the option out")
-        name = resolve_name(vae or config["vae"])
+        name = vaes.resolve_name(vae or config["vae"])
         transformer = ARDTransformer(shape=student.config)
         transformer.student.load_state_dict(student.state_dict())
         provenance = config["provenance"]
@@ -188,8 +187,8 @@ class ARDPipeline(DiffusionPipeline):
             provenance["captions"] = provenance["captions"] | {"encoder": encoder}
         names = provenance.get("class_names") or [str(i) for i in range(student.num_classes)]
         if labels:
-            names = read_labels(labels, student.num_classes)
-        decoder = load_autoencoder(name) if name else None
+            names = pipelines.read_labels(labels, student.num_classes)
+        decoder = vaes.load_autoencoder(name) if name else None
         return cls(
             transformer.eval(), decoder, {str(i): name for i, name in enumerate(names)}, provenance | {"vae": name}
         )
@@ -221,7 +220,6 @@ class ARDPipeline(DiffusionPipeline):
 
     def _finish(self, folder: Path) -> None:
         """Add the card and the code, and name the latter in model_index.json, where diffusers looks for it."""
-        # Not by an import statement, which diffusers takes for a package that is missing.
         code = CODE or importlib.import_module("stores.pipelines").portable_code()
         (folder / "README.md").write_text(self.model_card())
         for place in (folder, folder / "transformer"):  # diffusers wants it beside each of its classes
