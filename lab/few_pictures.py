@@ -1,7 +1,7 @@
 """What to expect of few pictures: a teacher fine-tuned from other weights, beside one trained from nothing.
 
-    python -m lab.fine_tuning pictures --out results/fine-tuning            # the same command continues
-    python -m lab.fine_tuning pictures --out results/fine-tuning --dry-run  # what it would run
+    python -m lab.few_pictures pictures --out results/few-pictures            # the same command continues
+    python -m lab.few_pictures pictures --out results/few-pictures --dry-run  # what it would run
 
 Takes 100, 1,000 and 10,000 of the pictures in a folder, evenly from its classes, and trains on each both ways for
 equal steps. All are judged against the whole folder, so learning few pictures by heart does not count.
@@ -59,9 +59,9 @@ def plan(
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__, prog="lab.fine_tuning", description="Compare fine-tuning with training from nothing.")
+    parser = cli.Parser(__doc__, prog="lab.few_pictures", description="Compare fine-tuning with training from nothing.")
     parser.add_argument("pictures", type=Path, metavar="PICTURES", help="Folder with a sub-folder for each class.")
-    parser.add_argument("--out", type=cli.folder, default="results/fine-tuning", help="Folder of all that is made.")
+    parser.add_argument("--out", type=cli.folder, default="results/few-pictures", help="Folder of all that is made.")
     parser.add_argument("--init", type=Path, default=EMOJI.teacher, help="Weights to begin with.")
     parser.add_argument(
         "--sizes", nargs="+", type=cli.positive, default=[100, 1000, 10_000], help="Train on so many pictures each."

@@ -23,15 +23,15 @@ def given(tmp_path):
 
 
 def test_a_plan_writes_nothing_and_more_pictures_than_there_are_are_refused(given, tmp_path, capsys):
-    call("lab.fine_tuning", *given, "--sizes", 8, 130, "--dry-run")
+    call("lab.few_pictures", *given, "--sizes", 8, 130, "--dry-run")
     assert json.loads(capsys.readouterr().out)["pieces"] == 1 + 2 * 2 * 3
-    assert "--sizes 131: " in refused(capsys, "lab.fine_tuning", *given, "--sizes", 8, 131)
+    assert "--sizes 131: " in refused(capsys, "lab.few_pictures", *given, "--sizes", 8, 131)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
 def test_each_size_is_trained_both_ways_on_pictures_of_every_class(given, tmp_path):
-    call("lab.fine_tuning", *given, "--sizes", 8)
+    call("lab.few_pictures", *given, "--sizes", 8)
     rows = json.loads((tmp_path / "out/table.json").read_text())
     assert [(row["pictures"], row["start"]) for row in rows] == [(8, "nothing"), (8, "weights")]
     assert rows[0]["fid"] != rows[1]["fid"]
