@@ -4,6 +4,8 @@
         @iconify-json/emojione @iconify-json/fxemoji     # and unpack each into icons/NAME
     python -m stores.emoji icons --out assets/emoji
 
+    python -m stores.emoji icons --sets noto-v1 logos --png --out pictures    # of any sets: PNG files, a folder a set
+
 A folder of sheets holds ``CLASS.webp``, the pictures of a class in rows of 32, and ``index.json``: the names of the
 pictures in their order ("noto/red-apple"), and of each set its version, author and licence.
 """
@@ -117,13 +119,18 @@ def draw(svg: str) -> np.ndarray:
         return np.asarray(image.convert("RGB").reduce(DRAWN // SIZE))
 
 
-def read_set(icons: Path, name: str) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
-    """An icon set in Iconify's JSON: the entries of its index, and its pictures as (class, name, SVG)."""
+def read_set(icons: Path, name: str, whole: bool = False) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
+    """An icon set in Iconify's JSON: the entries of its index, and its pictures as (class, name, SVG).
+
+    The set is the class of the ``whole`` of it; its emoji have classes of their own.
+    """
     folder = icons / name
     try:
         package, info, data = (read_json(folder / f"{part}.json") for part in ("package", "info", "icons"))
-        categories = read_json(icons / CATEGORIES_OF.get(name, name) / "metadata.json")["categories"]
         about = {"version": package["version"], "author": info["author"], "licence": info["license"]}
+        if whole:
+            return about, [(name, f"{name}/{icon}", as_svg(data, icon)) for icon in data["icons"]]
+        categories = read_json(icons / CATEGORIES_OF.get(name, name) / "metadata.json")["categories"]
         pictures = [
             (kind, f"{name}/{icon}", as_svg(data, icon))
             for category, members in categories.items()
@@ -150,17 +157,17 @@ def as_svg(data: dict[str, Any], icon: str) -> str:
 def without_repetitions(pictures: Iterator[tuple[str, str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
     """Pictures by class and name; of those that are the same to the last pixel, the first."""
     seen: set[bytes] = set()
-    kept: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in CLASSES}
+    kept: dict[str, dict[str, np.ndarray]] = {}
     for kind, name, picture in pictures:
         key = picture.tobytes()
         if key not in seen:
             seen.add(key)
-            kept[kind][name] = picture
+            kept.setdefault(kind, {})[name] = picture
     return kept
 
 
 def run(args: argparse.Namespace) -> None:
-    sets = {name: read_set(args.icons, name) for name in args.sets}
+    sets = {name: read_set(args.icons, name, args.png) for name in args.sets}
     writable_folder("--out", args.out)
     icons = [picture for _, pictures in sets.values() for picture in pictures]
     if args.dry_run:
@@ -174,13 +181,17 @@ def run(args: argparse.Namespace) -> None:
         drawn = pool.map(draw, [svg for _, _, svg in icons], chunksize=64)
         shown = tqdm(drawn, desc="drawing", total=len(icons), unit="icon", disable=None)
         kept = without_repetitions((kind, name, picture) for (kind, name, _), picture in zip(icons, shown, strict=True))
-    for kind, pictures in kept.items():
-        write_sheet(args.out / f"{kind}.webp", list(pictures.values()))
-    index = {
-        "sets": {name: about for name, (about, _) in sets.items()},
-        "pictures": {k: list(v) for k, v in kept.items()},
-    }
-    write_text(args.out / "index.json", json.dumps(index, indent=0))
+    if args.png:
+        for name, picture in (each for pictures in kept.values() for each in pictures.items()):
+            with atomic_write(args.out / f"{name}.png") as draft:
+                Image.fromarray(picture).save(draft, format="PNG")
+    else:
+        kept = {kind: kept.get(kind, {}) for kind in CLASSES}
+        for kind, pictures in kept.items():
+            write_sheet(args.out / f"{kind}.webp", list(pictures.values()))
+        names = {kind: list(pictures) for kind, pictures in kept.items()}
+        index = {"sets": {name: about for name, (about, _) in sets.items()}, "pictures": names}
+        write_text(args.out / "index.json", json.dumps(index, indent=0))
     print(f"{sum(map(len, kept.values()))} pictures of {len(icons)} icons in {args.out}")
 
 
@@ -188,7 +199,8 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, prog="stores.emoji", description="Draw the sheets of emoji from unpacked icon sets.")
     parser.add_argument("icons", type=Path, metavar="ICONS", help="Folder that holds an unpacked package per set.")
     parser.add_argument("--out", type=Path, required=True, help="Folder of the sheets.")
-    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, help="Icon sets to draw, in this order.")
+    parser.add_argument("--sets", nargs="+", default=list(SETS), help="Icon sets to draw, in this order.")
+    parser.add_argument("--png", action="store_true", help="Write a PNG file of each icon, in folders of sets.")
     cli.add_dry_run_option(parser)
     return parser
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import call, refused
+from PIL import Image
 
 from runtime.cli import UserError
 from stores.emoji import CLASSES, SHEETS, SIZE, EmojiImages, read_sheet, write_sheet
@@ -60,6 +61,16 @@ def test_sheets_are_drawn_from_icons(icons, tmp_path, capsys):
     index = json.loads((tmp_path / "sheets" / "index.json").read_text())
     assert index["sets"]["noto"]["licence"] == {"spdx": "Apache-2.0"}
     assert index["pictures"]["smileys"] == ["noto/grinning-face"] and index["pictures"]["symbols"] == []
+
+
+def test_whole_sets_are_drawn_as_png_files(icons, tmp_path):
+    pytest.importorskip("resvg_py")
+    (icons / "noto/metadata.json").unlink()
+    call("stores.emoji", icons, "--sets", "noto", "--png", "--out", tmp_path / "pictures")
+    made = {path.stem for path in tmp_path.glob("pictures/noto/*.png")}
+    assert made == {"grinning-face", "man", "man-medium-dark-skin-tone"}  # of the same pictures, the first
+    with Image.open(tmp_path / "pictures/noto/grinning-face.png") as image:
+        assert image.size == (SIZE, SIZE) and image.getpixel((3, 3)) == (255, 0, 0)
 
 
 def test_an_icon_that_is_not_square_stands_in_the_middle(icons, tmp_path):
