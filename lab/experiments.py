@@ -101,7 +101,7 @@ class Student:
         """An estimate of its training's time: each point costs, and each pair of points in a layer with history."""
         pairs = self.steps * (self.steps - 1) / 2 if self.mask == "M4" else self.steps - 1
         step = POINT * self.steps + PAIR * self.stack * pairs if self.loss == "R" else GAN_STEP
-        return START + self.world.load * self.iterations * step
+        return START + self.world.step_load * self.iterations * step
 
     def __str__(self) -> str:
         return f"{self.method} ({self.loss}), target {self.target}"
@@ -120,7 +120,7 @@ def dumped(world: World, store: Path, count: int, seed: int, ranks: int = 1, tea
     """Trajectories of the world's teacher or of another, by so many processes."""
     words = ["--teacher", teacher or world.teacher, "--num-trajectories", count, "--seed", seed]
     words += ["--rows-per-shard", 500]
-    seconds = START + world.load * count * TRAJECTORY
+    seconds = START + world.sample_load * count * TRAJECTORY
     return Piece.of("sample_trajectory.py", store, *words, ranks=ranks, seconds=seconds)
 
 
@@ -129,7 +129,7 @@ def drawn_by_teacher(
 ) -> Piece:
     """Samples of the world's teacher or of another, from the noise that the students start from."""
     words = ["--teacher", teacher or world.teacher, "--num-samples", count, "--seed", seed, *options]
-    return Piece.of("sample.py", out, *words, seconds=START + world.load * count * TRAJECTORY)
+    return Piece.of("sample.py", out, *words, seconds=START + world.sample_load * count * TRAJECTORY)
 
 
 def drawn(weights: Piece | Path, out: Path, count: int, seed: int, *options: object, seconds: float = START) -> Piece:
@@ -179,7 +179,7 @@ def measured(
 ) -> list[Piece]:
     """Samples of a student, at ``out`` or beside its run, and their figures."""
     given = TRAJECTORY if "--teacher-steps" in options else 0
-    seconds = START + student.world.load * count * (student.steps * SAMPLED_POINT + given)
+    seconds = START + student.world.sample_load * count * (student.steps * SAMPLED_POINT + given)
     samples = drawn(weights, out or student.samples, count, seed, *options, seconds=seconds)
     return [samples, judged(student.world, real, samples)]
 

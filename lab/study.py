@@ -97,7 +97,8 @@ def plan(
         store = dumped(world, folder / "trajectories", num_trajectories, seed)
         pieces += [store, *of_teacher(world, store, real, seed, num_samples, same=100)]
         for student in students(world, folder, iterations):
-            if only and not any(fnmatch(student.name, pattern) for pattern in only):
+            wanted = [only or ["*"], world.repeated if seed else ["*"]]
+            if not all(any(fnmatch(student.name, pattern) for pattern in patterns) for patterns in wanted):
                 continue
             shape, x0 = (student.steps, student.mask, student.stack), student.target == "x0"
             curve = shape in CURVES or (shape in CURVES_X0 and x0)
@@ -149,9 +150,9 @@ def build_parser() -> cli.Parser:
     group = parser.add_argument_group("sizes")
     group.add_argument("--iterations", type=cli.positive, help="Training steps by R; without it, the world's.")
     group.add_argument("--gan-iterations", type=cli.positive, help="Steps of R+D after them; without it, the world's.")
-    group.add_argument("--num-samples", type=cli.positive, default=10_000, help="Samples of a row of the table.")
+    group.add_argument("--num-samples", type=cli.positive, help="Samples of a row; without it, the trajectories.")
     group.add_argument("--curve-samples", type=cli.positive, default=2000, help="Samples of a point of a curve.")
-    group.add_argument("--num-trajectories", type=cli.positive, default=10_000, help="Trajectories of a seed.")
+    group.add_argument("--num-trajectories", type=cli.positive, help="Of a seed; without it, the world's.")
     cli.add_dry_run_option(parser)
     return parser
 
@@ -162,9 +163,11 @@ def run(args: argparse.Namespace) -> None:
     sizes = chosen(args, PLAN)
     sizes["iterations"] = args.iterations or world.iterations
     sizes["gan_iterations"] = args.gan_iterations or world.gan_iterations
-    if min(args.curve_samples, args.num_samples) < 64:
+    sizes["num_trajectories"] = args.num_trajectories or world.num_trajectories
+    sizes["num_samples"] = args.num_samples or sizes["num_trajectories"]
+    if min(args.curve_samples, sizes["num_samples"]) < 64:
         raise UserError(f"--curve-samples {args.curve_samples}: FID needs 64 samples at least")
-    if args.num_samples > args.num_trajectories:
+    if sizes["num_samples"] > sizes["num_trajectories"]:
         raise UserError(f"--num-samples {args.num_samples}: the teacher's are its --num-trajectories, as many at least")
     pieces = plan(world, out, args.seeds, args.only, **sizes)
     left = unmade(pieces, out)

@@ -20,7 +20,10 @@ class World:
     iterations: int  # of the study, by R
     gan_iterations: int  # of R+D after them
     label: int  # the class that Fig. 10 turns real images into
-    load: float = 1.0  # seconds of a training step, a sample, a trajectory: this many times those of digits
+    num_trajectories: int = 10_000  # of the study, and samples of a row of its table
+    repeated: tuple[str, ...] = ("*",)  # students of the study with more seeds than the first, by name
+    step_load: float = 1.0  # seconds of a training step: this many times those of digits
+    sample_load: float = 1.0  # of a sample, or a trajectory
 
     def folder(self, results: str) -> str:
         """The default folder of such results: of digits by their plain name."""
@@ -48,13 +51,16 @@ EMOJI = World(
     features="emoji",
     reference="evaluations.emoji reference",
     layers=6,
-    optimiser="--lr 5e-4 --ema-decay 0.99 --precision bf16",
-    gan="--gan-weight 0.5 --d-time 100 --d-lr 2e-3 --lr 5e-4 --clip 0.06 --d-clip 0.06 --ema-decay 0.99 "
-    "--precision bf16",
+    optimiser="--global-batch-size 32 --lr 5e-4 --ema-decay 0.99 --precision bf16",
+    gan="--global-batch-size 24 --gan-weight 0.5 --d-time 100 --d-lr 2e-3 --lr 5e-4 --clip 0.06 --d-clip 0.06 "
+    "--ema-decay 0.99 --precision bf16",
     gan_warmup=150,
-    iterations=4000,
-    gan_iterations=1000,
+    iterations=1000,
+    gan_iterations=500,
     label=3,
-    load=30.0,
+    num_trajectories=5000,
+    repeated=("s1-*", "s4-m1-*", "s4-m4-n2-*"),
+    step_load=8.0,
+    sample_load=30.0,
 )
 WORLDS = {world.name: world for world in (DIGITS, EMOJI)}

@@ -9,7 +9,7 @@ import pytest
 from helpers import call, refused, spawn, start, state_of
 
 from lab.study import plan, students
-from lab.worlds import DIGITS
+from lab.worlds import DIGITS, EMOJI, WORLDS
 
 SIZES = {"iterations": 12, "gan_iterations": 2, "num_samples": 70, "curve_samples": 70, "num_trajectories": 80}
 OPTIONS = [part for name, value in SIZES.items() for part in (f"--{name.replace('_', '-')}", value)]
@@ -26,9 +26,20 @@ def test_every_piece_finds_what_it_needs_among_those_before_it_and_no_file_is_ma
     assert len({path for path in made if path.suffix == ".json" and path.parent.name == "seed1"}) == 23
 
 
-def test_our_scripts_take_every_command(tmp_path):
+def test_emoji_repeat_kd_and_four_steps_with_other_seeds(tmp_path):
+    runs = [
+        piece.makes.parts[-4:-2] for piece in plan(EMOJI, tmp_path, 3, [], **SIZES) if "train_ARD.py" in piece.words
+    ]
+    by_seed = [sorted(name for seed, name in runs if seed == f"seed{i}") for i in range(3)]
+    assert len(by_seed[0]) == 20 and by_seed[1] == by_seed[2]
+    four = ["s4-m1-n0-x0", "s4-m1-n0-xt", "s4-m4-n2-x0", "s4-m4-n2-xt"]
+    assert by_seed[1] == ["s1-m1-n0-x0", *four]
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_our_scripts_take_every_command(world, tmp_path):
     parsers = {}
-    for piece in plan(DIGITS, tmp_path, 1, [], **SIZES):
+    for piece in plan(world, tmp_path, 1, [], **SIZES):
         name = piece.text[0].removesuffix(".py")
         if name not in parsers:
             parsers[name] = importlib.import_module(name).build_parser()
