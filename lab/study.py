@@ -47,7 +47,7 @@ from lab.report.page import write_report
 from lab.worlds import WORLDS, World
 from models import DiT
 from runtime import cli
-from runtime.cli import UserError, chosen
+from runtime.cli import UserError
 from runtime.commands import CORES, Piece, checkpoint, run_pieces, unmade
 from runtime.files import write_text
 from stores import checkpoints
@@ -61,7 +61,7 @@ CURVES_X0 = [(4, "M2", 2), (4, "M3", 2)]
 GAN = [(4, "M1", 0), (4, "M4", 2)]  # R+D, with x0
 CHECKPOINTS = 6  # points of a curve
 UNSEEN = 1000  # seed of the trajectories on which errors are measured, and their number
-PLAN = ("iterations", "gan_iterations", "num_samples", "curve_samples", "num_trajectories")
+PLAN = ("iterations", "gan_iterations", "num_trajectories", "curve_samples")  # sizes that a world has
 
 
 def students(world: World, folder: Path, iterations: int) -> list[Student]:
@@ -151,7 +151,7 @@ def build_parser() -> cli.Parser:
     group.add_argument("--iterations", type=cli.positive, help="Training steps by R; without it, the world's.")
     group.add_argument("--gan-iterations", type=cli.positive, help="Steps of R+D after them; without it, the world's.")
     group.add_argument("--num-samples", type=cli.positive, help="Samples of a row; without it, the trajectories.")
-    group.add_argument("--curve-samples", type=cli.positive, default=2000, help="Samples of a point of a curve.")
+    group.add_argument("--curve-samples", type=cli.positive, help="Of a point of a curve; without it, the world's.")
     group.add_argument("--num-trajectories", type=cli.positive, help="Of a seed; without it, the world's.")
     cli.add_dry_run_option(parser)
     return parser
@@ -160,13 +160,10 @@ def build_parser() -> cli.Parser:
 def run(args: argparse.Namespace) -> None:
     world = WORLDS[args.world]
     out = args.out or Path(world.folder("study"))
-    sizes = chosen(args, PLAN)
-    sizes["iterations"] = args.iterations or world.iterations
-    sizes["gan_iterations"] = args.gan_iterations or world.gan_iterations
-    sizes["num_trajectories"] = args.num_trajectories or world.num_trajectories
+    sizes = {name: getattr(args, name) or getattr(world, name) for name in PLAN}
     sizes["num_samples"] = args.num_samples or sizes["num_trajectories"]
-    if min(args.curve_samples, sizes["num_samples"]) < 64:
-        raise UserError(f"--curve-samples {args.curve_samples}: FID needs 64 samples at least")
+    if min(sizes["curve_samples"], sizes["num_samples"]) < 64:
+        raise UserError(f"--curve-samples {sizes['curve_samples']}: FID needs 64 samples at least")
     if sizes["num_samples"] > sizes["num_trajectories"]:
         raise UserError(f"--num-samples {args.num_samples}: the teacher's are its --num-trajectories, as many at least")
     pieces = plan(world, out, args.seeds, args.only, **sizes)

@@ -21,6 +21,7 @@ class World:
     gan_iterations: int  # of R+D after them
     label: int  # the class that Fig. 10 turns real images into
     num_trajectories: int = 10_000  # of the study, and samples of a row of its table
+    curve_samples: int = 2000  # of a point of a curve
     repeated: tuple[str, ...] = ("*",)  # students of the study with more seeds than the first, by name
     step_load: float = 1.0  # seconds of a training step: this many times those of digits
     sample_load: float = 1.0  # of a sample, or a trajectory
@@ -59,6 +60,7 @@ EMOJI = World(
     gan_iterations=500,
     label=3,
     num_trajectories=5000,
+    curve_samples=1000,
     repeated=("s1-*", "s4-m1-*", "s4-m4-n2-*"),
     step_load=8.0,
     sample_load=30.0,
