@@ -23,6 +23,7 @@ from stores import checkpoints
 from stores.image_folder import ImageFolder
 
 STARTS = ("nothing", "weights")
+TRAINING = "--global-batch-size 64 --lr 5e-4 --ema-decay 0.99 --precision bf16 --no-hflip --sample-every 0"
 COLUMNS = ("pictures", "start", "steps", "fid", "precision", "recall")
 
 
@@ -49,8 +50,8 @@ def plan(
     pieces, rows = [real], dict[tuple[int, str], Piece]()
     for n in sizes:
         for start, weights in zip(STARTS, (shape, ["--init", init]), strict=True):
-            words = ["--data-path", out / f"pictures-{n}", "--image-size", size, *weights, "--global-batch-size", 64]
-            words += [*EMOJI.optimiser.split(), "--lr-warmup", iterations // 10, "--sample-every", 0, "--seed", seed]
+            words = ["--data-path", out / f"pictures-{n}", "--image-size", size, *weights, *TRAINING.split()]
+            words += ["--lr-warmup", iterations // 10, "--seed", seed]
             teacher = Piece.of("train.py", out / f"{n}-from-{start}", *words, iterations=iterations)
             file = out / f"{n}-from-{start}.npz"
             rows[n, start] = drawn_by_teacher(EMOJI, file, count, seed, *BATCH, teacher=teacher)
