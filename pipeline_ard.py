@@ -137,7 +137,7 @@ class ARDPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: ARDTransformer,
+        transformer: ModelMixin,  # an ARDTransformer, of this module or of the copy beside the weights
         vae: AutoencoderKL | None = None,
         id2label: dict[str, str] | None = None,
         provenance: dict | None = None,
