@@ -306,40 +306,6 @@ def load_named_student(options: StudentOptions, weights: str = "ema") -> tuple[A
     return load_student(options.ckpt_path, weights=weights, given=given)
 
 
-def slim(args: argparse.Namespace) -> None:
-    """Keep a user's part of the model: its config and EMA weights, a fifth of the file, or a tenth in fp16."""
-    content = load(args.source, "SOURCE")
-    if "ema" not in content or "config" not in content:
-        raise UserError(f"SOURCE {args.source}: no checkpoint of this project's trainers")
-    if writable_file("OUT", args.out).exists():
-        raise UserError(f"OUT {args.out}: the file exists already")
-    ema = {name: value.to(DTYPES[args.precision]) for name, value in content["ema"].items()}
-    save(args.out, {"config": content["config"], "step": content["step"], "ema": ema})
-    print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB")
-
-
-def build_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__, prog="stores.checkpoints", description="Look after checkpoints.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=cli.Parser)
-    command = commands.add_parser("slim", help="Leave out raw weights and optimiser states, to ship a model.")
-    command.add_argument("source", metavar="SOURCE", help="Checkpoint of a trainer.")
-    command.add_argument("out", metavar="OUT", help="Smaller file to write.")
-    command.add_argument("--precision", choices=DTYPES, default="fp32", help="Number format of the weights in it.")
-    command.set_defaults(run=slim)
-    return parser
-
-
-run = cli.run_command
-
-if __name__ == "__main__":
-    cli.main(build_parser(), run)
-
-
-#################################################################################
-#                              Errors of a file                                 #
-#################################################################################
-
-
 def explain_load_error(path: Path, error: Exception) -> str:
     """Why a file cannot be read. torch's own words are codes, and advice to load files that may run code."""
     with path.open("rb") as file:
@@ -370,3 +336,32 @@ def damaged_member(path: Path) -> str | None:
             if part.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"its part {part.filename} is packed, which PyTorch does not do")
         return archive.testzip()
+
+
+def slim(args: argparse.Namespace) -> None:
+    """Keep a user's part of the model: its config and EMA weights, a fifth of the file, or a tenth in fp16."""
+    content = load(args.source, "SOURCE")
+    if "ema" not in content or "config" not in content:
+        raise UserError(f"SOURCE {args.source}: no checkpoint of this project's trainers")
+    if writable_file("OUT", args.out).exists():
+        raise UserError(f"OUT {args.out}: the file exists already")
+    ema = {name: value.to(DTYPES[args.precision]) for name, value in content["ema"].items()}
+    save(args.out, {"config": content["config"], "step": content["step"], "ema": ema})
+    print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB")
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__, prog="stores.checkpoints", description="Look after checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=cli.Parser)
+    command = commands.add_parser("slim", help="Leave out raw weights and optimiser states, to ship a model.")
+    command.add_argument("source", metavar="SOURCE", help="Checkpoint of a trainer.")
+    command.add_argument("out", metavar="OUT", help="Smaller file to write.")
+    command.add_argument("--precision", choices=DTYPES, default="fp32", help="Number format of the weights in it.")
+    command.set_defaults(run=slim)
+    return parser
+
+
+run = cli.run_command
+
+if __name__ == "__main__":
+    cli.main(build_parser(), run)

@@ -131,6 +131,12 @@ def test_options_as_a_namespace_end_where_the_command_line_ends():
             assert not takes or node.name in commands or node.name.startswith("run_"), f"{path}: {node.name}"
 
 
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_the_main_block_comes_last(path):
+    """What is defined after it does not exist yet when the file is run."""
+    assert "__name__ == '__main__'" not in "".join(map(ast.unparse, TREES[path].body[:-1]))
+
+
 def test_tests_lie_where_their_sources_lie():
     """A test file in a folder belongs to a file of that package; its name is unique, as pytest needs it.
 
