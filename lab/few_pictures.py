@@ -19,6 +19,7 @@ from runtime import cli
 from runtime.checks import writable_folder
 from runtime.cli import UserError
 from runtime.commands import CORES, Piece, run_pieces, unmade
+from runtime.files import atomic_write
 from stores import checkpoints
 from stores.image_folder import ImageFolder
 
@@ -33,9 +34,8 @@ def take(pictures: ImageFolder, count: int, folder: Path) -> None:
         path = Path(pictures.paths[i * pictures.count // count])
         copy = folder / path.relative_to(pictures.root)
         if not copy.exists():
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copy.with_name(f"{copy.name}.part"))
-            copy.with_name(f"{copy.name}.part").rename(copy)
+            with atomic_write(copy) as draft:
+                shutil.copyfile(path, draft)
 
 
 def plan(
@@ -45,8 +45,7 @@ def plan(
     given, size = model.config, model.config["input_size"]
     shape = ["--depth", given["depth"], "--width", given["hidden_size"], "--heads", given["num_heads"]]
     shape += ["--patch", given["patch_size"], "--process", model.process]
-    makes = out / "pictures.npz"
-    real = Piece(["evaluations.reference", pictures, "--image-size", size, "--out", makes], makes)
+    real = Piece.of("evaluations.reference", out / "pictures.npz", pictures, "--image-size", size)
     pieces, rows = [real], dict[tuple[int, str], Piece]()
     for n in sizes:
         for start, weights in zip(STARTS, (shape, ["--init", init]), strict=True):

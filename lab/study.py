@@ -27,6 +27,7 @@ its own points is exposure bias.
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -74,6 +75,11 @@ def students(world: World, folder: Path, iterations: int) -> list[Student]:
     ]
 
 
+def is_one_of(student: Student, patterns: Sequence[str]) -> bool:
+    """Whether its name fits one of the patterns, in which * stands for anything."""
+    return any(fnmatch(student.name, pattern) for pattern in patterns)
+
+
 def plan(
     world: World,
     out: Path,
@@ -97,8 +103,7 @@ def plan(
         store = dumped(world, folder / "trajectories", num_trajectories, seed)
         pieces += [store, *of_teacher(world, store, real, seed, num_samples, same=100)]
         for student in students(world, folder, iterations):
-            wanted = [only or ["*"], world.repeated if seed else ["*"]]
-            if not all(any(fnmatch(student.name, pattern) for pattern in patterns) for patterns in wanted):
+            if not is_one_of(student, only or ["*"]) or (seed and not is_one_of(student, world.repeated)):
                 continue
             shape, x0 = (student.steps, student.mask, student.stack), student.target == "x0"
             curve = shape in CURVES or (shape in CURVES_X0 and x0)
